@@ -1,0 +1,97 @@
+"""Multi-scale deformable attention as a layer (equation 7; Zhu et al., Deformable DETR)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from deform_attn import ms_deform_attn
+from torch import Tensor, nn
+
+Shapes = tuple[tuple[int, int], ...]
+"""Height and width of every feature level, finest first."""
+
+
+class DeformableAttention(nn.Module):
+    """Each query looks at a few learned points around its reference, on every level.
+
+    Args:
+        dim: channels C, divisible by ``heads``.
+        heads: number of attention heads M.
+        levels: number of feature levels L.
+        points: sampled points P for each head and level.
+    """
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim must be divisible by heads, found dim={dim} and heads={heads}")
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        """Every head starts by looking in a direction of its own, its points at 1, 2, ... cells of distance."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
+        directions = directions / directions.abs().amax(dim=-1, keepdim=True)
+        distances = torch.arange(1, self.points + 1)
+        grid = directions[:, None, None, :] * distances[None, None, :, None]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(grid.expand(-1, self.levels, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self, query: Tensor, reference: Tensor, tokens: Tensor, shapes: Shapes, padded: Tensor | None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (B, Q, C) content plus position.
+            reference: (B, Q, L, 2) points (x, y) or (B, Q, L, 4) boxes cxcywh, as fractions of each padded level.
+            tokens: (B, S, C) flattened feature levels.
+            shapes: their heights and widths, with S = sum of products.
+            padded: (B, S) bool, true where padded, or None; padded tokens contribute nothing.
+
+        Returns:
+            (B, Q, C)
+        """
+        batch, queries, _ = query.shape
+        value = self.value_proj(tokens)
+        if padded is not None:
+            value = value.masked_fill(padded[..., None], 0.0)
+        value = value.unflatten(-1, (self.heads, -1))
+        offsets = self.sampling_offsets(query).view(batch, queries, self.heads, self.levels, self.points, 2)
+        weights = self.attention_weights(query).view(batch, queries, self.heads, self.levels * self.points)
+        weights = weights.float().softmax(-1).view(batch, queries, self.heads, self.levels, self.points)
+        locations = sampling_locations(reference.float(), offsets.float(), shapes)
+        output: Tensor = ms_deform_attn(value, shapes, locations, weights.to(value.dtype))
+        result: Tensor = self.output_proj(output)
+        return result
+
+
+def sampling_locations(reference: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:
+    """Where to look: offsets count cells from a point, or fractions of half a box from its centre.
+
+    Args:
+        reference: (B, Q, L, 2) or (B, Q, L, 4) float32, fractions of each level.
+        offsets: (B, Q, M, L, P, 2) float32.
+        shapes: (height, width) of every level.
+
+    Returns:
+        (B, Q, M, L, P, 2) float32, (x, y) as fractions of each level.
+    """
+    points = offsets.shape[4]
+    centre = reference[:, :, None, :, None, :2]
+    if reference.shape[-1] == 4:
+        return centre + offsets * (reference[:, :, None, :, None, 2:] * (0.5 / points))
+    cells = offsets.new_tensor([(width, height) for height, width in shapes])
+    return centre + offsets / cells[:, None, :]

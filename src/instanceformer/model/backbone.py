@@ -1,0 +1,107 @@
+"""The convolutional or windowed-attention trunk: any torchvision ResNet or Swin."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.ops import FrozenBatchNorm2d
+
+Norm = Literal["frozen", "batch"]
+
+RESNET_NODES = {"layer1": "C2", "layer2": "C3", "layer3": "C4", "layer4": "C5"}
+SWIN_NODES = {"features.1": "C2", "features.3": "C3", "features.5": "C4", "features.7": "C5"}
+
+
+class Backbone(nn.Module):
+    """Feature maps C2 to C5 at strides 4, 8, 16 and 32.
+
+    Args:
+        name: a torchvision ResNet or Swin, for instance ``resnet50``, ``resnet101``, ``swin_t``; or ``resnet10``, one
+            basic block a stage, for small experiments from random weights.
+        norm: of a ResNet: ``frozen`` as in DETR, for pretrained weights: batch norm is a fixed affine map and the stem
+            and first stage do not learn; ``batch``: ordinary batch norm and everything learns, for random weights. A
+            Swin has layer norm and learns throughout; it takes no notice.
+
+    Attributes:
+        channels: channels of C2, C3, C4, C5.
+
+    Raises:
+        ValueError: torchvision has no such ResNet or Swin.
+    """
+
+    def __init__(self, name: str = "resnet50", norm: Norm = "frozen") -> None:
+        super().__init__()
+        self.name = name
+        self._is_swin = name.startswith("swin")
+        if self._is_swin and name in models.list_models(models):
+            self.body = create_feature_extractor(models.get_model(name, weights=None), SWIN_NODES)
+        elif name == "resnet10" or (name.startswith(("resnet", "resnext", "wide_resnet")) and _is_model(name)):
+            norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
+            build = (
+                partial(ResNet, BasicBlock, [1, 1, 1, 1])
+                if name == "resnet10"
+                else partial(models.get_model, name, weights=None)
+            )
+            resnet = build(norm_layer=norm_layer)
+            self.body = create_feature_extractor(resnet, RESNET_NODES)
+            if norm == "frozen":
+                for stage in (self.body.conv1, self.body.layer1):
+                    stage.requires_grad_(False)
+        else:
+            known = [n for n in models.list_models(models) if n.startswith(("resnet", "resnext", "wide_resnet", "swin"))]
+            raise ValueError(f"backbone: found {name!r}, expected resnet10 or one of {', '.join(known)}")
+        self.channels = self._count_channels()
+
+    @torch.no_grad()
+    def _count_channels(self) -> tuple[int, ...]:
+        training = self.training
+        self.eval()
+        channels = tuple(feature.shape[1] for feature in self(torch.zeros(1, 3, 64, 64)))
+        self.train(training)
+        return channels
+
+    def load_imagenet_weights(self, progress: bool = True) -> None:
+        """Load torchvision's first ImageNet weights (``IMAGENET1K_V1``), downloading them if they are not cached.
+
+        Raises:
+            RuntimeError: they could not be had.
+        """
+        try:
+            weights = models.get_model_weights(self.name)["IMAGENET1K_V1"]
+            state = weights.get_state_dict(progress=progress, check_hash=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise RuntimeError(
+                f"ImageNet weights of {self.name} could not be had ({error}). Put the file that torchvision names into "
+                f"{torch.hub.get_dir()}/checkpoints, or train from random weights with "
+                "--model.backbone_weights none --model.network.backbone_norm batch."
+            ) from error
+        missing, _ = self.body.load_state_dict(state, strict=False)
+        missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+        if missing:
+            raise RuntimeError(f"ImageNet weights of {self.name} lack {', '.join(missing)}")
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Extract features.
+
+        Args:
+            images: (X, 3, H, W) normalised.
+
+        Returns:
+            C2 to C5: (X, channels[l], ceil(H / s), ceil(W / s)) for s in 4, 8, 16, 32.
+        """
+        if not self._is_swin:
+            return list(self.body(images).values())
+        height, width = images.shape[-2:]
+        images = F.pad(images, (0, -width % 4, 0, -height % 4))  # a Swin drops what its 4x4 patches do not fill
+        return [feature.permute(0, 3, 1, 2) for feature in self.body(images).values()]
+
+
+def _is_model(name: str) -> bool:
+    return name in models.list_models(models)

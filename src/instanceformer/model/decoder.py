@@ -1,0 +1,147 @@
+"""The memory decoder (3.3): self, deformable and memory attention, feed-forward; boxes refined layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from instanceformer.model.attention import DeformableAttention
+from instanceformer.model.encoder import FeedForward, FrameFeatures
+from instanceformer.model.heads import box_head, class_head
+from instanceformer.model.memory import MemoryAttention, MemoryTokens
+from instanceformer.model.propagation import logit
+
+
+@dataclass(frozen=True)
+class FramePrediction:
+    """All queries at one frame, after every one of the D decoder layers.
+
+    Attributes:
+        logits: (D, B, N, K) class logits; the class prior is applied to the last layer's.
+        boxes: (D, B, N, 4) cxcywh as fractions of the clip's own size.
+        queries: (D, B, N, C).
+        centres: (D, B, N, 2) location that each layer refined, (x, y) in [0, 1]: origin of the mask's coordinates.
+        class_logits: (B, N, K) the last layer's before the class prior, which the next frames remember.
+        references: (B, N, 2) ref_t of equation 1.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    queries: Tensor
+    centres: Tensor
+    class_logits: Tensor
+    references: Tensor
+
+    @property
+    def scores(self) -> Tensor:
+        """(B, N, K) class probabilities of the last layer."""
+        return self.logits[-1].float().sigmoid()
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among queries, deformable attention to the frame, memory attention, feed-forward network."""
+
+    def __init__(
+        self, dim: int, heads: int, levels: int, points: int, feedforward_dim: int, dropout: float, memory: bool
+    ) -> None:
+        super().__init__()
+        self.self_attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.norm_self = nn.LayerNorm(dim)
+        self.cross_attention = DeformableAttention(dim, heads, levels, points)
+        self.norm_cross = nn.LayerNorm(dim)
+        self.memory_attention = MemoryAttention(dim, heads, dropout) if memory else None
+        self.feedforward = FeedForward(dim, feedforward_dim, dropout)
+        self.norm_feedforward = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        queries: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        features: FrameFeatures,
+        memory: MemoryTokens | None,
+    ) -> Tensor:
+        """(B, N, C) queries give (B, N, C); ``reference`` is (B, N, L, 2 or 4), as fractions of each padded level."""
+        located = queries + position
+        attended, _ = self.self_attention(located, located, queries, need_weights=False)
+        queries = self.norm_self(queries + self.dropout(attended))
+        attended = self.cross_attention(
+            queries + position, reference, features.tokens, features.shapes, features.padded
+        )
+        queries = self.norm_cross(queries + self.dropout(attended))
+        if self.memory_attention is not None and memory is not None:
+            queries = self.memory_attention(queries, position, memory)
+        result: Tensor = self.norm_feedforward(queries + self.dropout(self.feedforward(queries)))
+        return result
+
+
+class Decoder(nn.Module):
+    """A stack of DecoderLayers, each with its own class and box head."""
+
+    def __init__(
+        self,
+        dim: int,
+        layers: int,
+        heads: int,
+        levels: int,
+        points: int,
+        feedforward_dim: int,
+        dropout: float,
+        memory: bool,
+        num_classes: int,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DecoderLayer(dim, heads, levels, points, feedforward_dim, dropout, memory) for _ in range(layers)
+        )
+        self.class_heads = nn.ModuleList(class_head(dim, num_classes) for _ in range(layers))
+        self.box_heads = nn.ModuleList(box_head(dim, first=i == 0) for i in range(layers))
+
+    def forward(
+        self,
+        queries: Tensor,
+        position: Tensor,
+        references: Tensor,
+        features: FrameFeatures,
+        memory: MemoryTokens | None,
+    ) -> FramePrediction:
+        """Decode one frame.
+
+        Args:
+            queries: (B, N, C) content to start from.
+            position: (N, C) position embedding.
+            references: (B, N, 2) float32, as fractions of the clip's own size.
+            features: of one frame.
+            memory: what earlier frames left, or None for a network without memory.
+
+        Returns:
+            The prediction, the class prior not yet applied.
+        """
+        ratios = features.valid_ratios[:, None]
+        reference = references
+        all_logits, all_boxes, all_queries, all_centres = [], [], [], []
+        for layer, classify, refine in zip(self.layers, self.class_heads, self.box_heads, strict=True):
+            scale = ratios if reference.shape[-1] == 2 else torch.cat((ratios, ratios), dim=-1)
+            queries = layer(queries, position, reference[:, :, None] * scale, features, memory)
+            change = refine(queries).float()
+            located = logit(reference)
+            if reference.shape[-1] == 2:
+                boxes = torch.cat((change[..., :2] + located, change[..., 2:]), dim=-1).sigmoid()
+            else:
+                boxes = (change + located).sigmoid()
+            all_logits.append(classify(queries).float())
+            all_boxes.append(boxes)
+            all_queries.append(queries)
+            all_centres.append(reference[..., :2])
+            reference = boxes.detach()
+        return FramePrediction(
+            logits=torch.stack(all_logits),
+            boxes=torch.stack(all_boxes),
+            queries=torch.stack(all_queries),
+            centres=torch.stack(all_centres),
+            class_logits=all_logits[-1],
+            references=references,
+        )

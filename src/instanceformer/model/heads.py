@@ -1,0 +1,173 @@
+"""What is read off a query: class, box and mask."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from instanceformer.model.encoder import FrameFeatures
+
+HIDDEN = 8
+"""Channels of the mask features and of the dynamic layers that are applied to them."""
+
+COORDINATE_SCALE = 64.0
+"""Pixels to one unit of the relative coordinates that enter the dynamic layers."""
+
+PARAMETERS = (2 + HIDDEN) * HIDDEN + HIDDEN * HIDDEN + HIDDEN + HIDDEN + HIDDEN + 1
+"""Weights (10 x 8, 8 x 8, 8 x 1), then biases (8, 8, 1) of one query's dynamic layers: 169."""
+
+
+class MLP(nn.Sequential):
+    """Linear layers with ReLU between them: (..., dim) to (..., output)."""
+
+    def __init__(self, dim: int, output: int, layers: int = 3) -> None:
+        hidden = [module for _ in range(layers - 1) for module in (nn.Linear(dim, dim), nn.ReLU(inplace=True))]
+        super().__init__(*hidden, nn.Linear(dim, output))
+
+
+def class_head(dim: int, num_classes: int, prior: float = 0.01) -> nn.Linear:
+    """(..., C) to (..., K) logits that start at probability ``prior``, as focal loss asks (Lin et al.)."""
+    head = nn.Linear(dim, num_classes)
+    nn.init.constant_(head.bias, -math.log((1 - prior) / prior))
+    return head
+
+
+def box_head(dim: int, first: bool) -> MLP:
+    """(..., C) to (..., 4) changes of a box in logit space, zero at first; the first layer starts with small boxes."""
+    head = MLP(dim, 4)
+    nn.init.zeros_(head[-1].weight)
+    nn.init.zeros_(head[-1].bias)
+    if first:
+        nn.init.constant_(head[-1].bias[2:], -2.0)
+    return head
+
+
+class MaskHead(nn.Module):
+    """Masks by dynamic convolution: each query brings the weights of three 1x1 layers (Tian et al., CondInst).
+
+    The pixels' side merges the encoder's output from stride 32 up to ``stride``. The instances' side, the controller,
+    turns a query into 169 numbers: the weights of layers 10 -> 8 -> 8 -> 1, whose inputs are the coordinates of a pixel
+    relative to the query's location and the 8 mask features.
+
+    Args:
+        dim: channels C of queries and tokens.
+        stride: 8, the paper's, whose logits are upsampled twofold; or 4, which adds the backbone's C2 and shows
+            smaller things.
+        lateral: channels of C2, used at stride 4 only.
+    """
+
+    def __init__(self, dim: int, stride: int, lateral: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.merge = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(3))
+        self.lateral = nn.Conv2d(lateral, dim, 1) if stride == 4 else None
+        self.reduce = nn.Conv2d(dim, dim // 4, 3, padding=1)
+        self.output = nn.Conv2d(dim // 4, HIDDEN, 3, padding=1)
+        self.controller = MLP(dim, PARAMETERS)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                nn.init.zeros_(module.bias)
+
+    def encode(self, levels: list[Tensor], finest: Tensor, valid: list[Tensor] | None) -> Tensor:
+        """The pixels' side.
+
+        Args:
+            levels: (X, C, H_l, W_l) encoder output at strides 8, 16, 32.
+            finest: (X, channels, H/4, W/4) the backbone's C2.
+            valid: (X, 1, H_l, W_l) float at strides 4, 8, 16, 32, zero where padded; None when nothing is.
+
+        Returns:
+            (X, 8, H/stride, W/stride)
+        """
+
+        def blank(x: Tensor, scale: int) -> Tensor:
+            return x if valid is None else x * valid[scale]
+
+        pyramid = [finest, *levels]
+        x = levels[2]
+        for conv, scale in zip(self.merge, (3, 2, 1), strict=True):
+            if scale < 3:
+                x = pyramid[scale] + upsample_nearest(x, pyramid[scale].shape[-2:])
+            x = F.relu(conv(blank(x, scale)))
+        scale = 1
+        if self.lateral is not None:
+            scale = 0
+            x = self.lateral(finest) + upsample_nearest(x, finest.shape[-2:])
+        x = F.relu(self.reduce(blank(x, scale)))
+        return F.relu(self.output(blank(x, scale)))
+
+    def forward(self, features: FrameFeatures, queries: Tensor, centres: Tensor) -> Tensor:
+        """The instances' side, in float32.
+
+        Args:
+            features: of one frame.
+            queries: (B, n, C).
+            centres: (B, n, 2) origin of the relative coordinates, (x, y) as fractions of the clip's own size.
+
+        Returns:
+            (B, n, *features.grid) logits, at stride 4.
+        """
+        parameters = self.controller(queries)
+        with torch.autocast(queries.device.type, enabled=False):
+            pixels = centres.float() * features.sizes[:, None]
+            masks = dynamic_layers(features.mask_features.float(), parameters.float(), pixels, self.stride)
+            if self.stride == 4:
+                return masks
+            if features.padded is not None:
+                masks = repeat_border(masks, features.sizes, self.stride)
+            masks = F.interpolate(masks, scale_factor=2.0, mode="bilinear", align_corners=False)
+            return masks[..., : features.grid[0], : features.grid[1]]
+
+
+def dynamic_layers(features: Tensor, parameters: Tensor, centres: Tensor, stride: int) -> Tensor:
+    """Apply to every pixel each query's three layers.
+
+    The first layer is linear in the relative coordinates (centre - pixel), so the centre's share is folded into its
+    bias and the pixels' share is the same two planes for all queries: one matrix product, no copy of the features.
+
+    Args:
+        features: (B, 8, h, w).
+        parameters: (B, n, 169), weights stored input by output.
+        centres: (B, n, 2) in pixels.
+        stride: pixels between neighbouring features.
+
+    Returns:
+        (B, n, h, w) logits.
+    """
+    batch, _, height, width = features.shape
+    n = parameters.shape[1]
+    y = (torch.arange(height, device=features.device) + 0.5) * (-stride / COORDINATE_SCALE)
+    x = (torch.arange(width, device=features.device) + 0.5) * (-stride / COORDINATE_SCALE)
+    pixels = torch.stack((x.expand(height, width), y[:, None].expand(height, width)))
+    planes = torch.cat((pixels.expand(batch, -1, -1, -1), features), dim=1).flatten(2)
+
+    w1, w2, w3, b1, b2, b3 = parameters.split(
+        ((2 + HIDDEN) * HIDDEN, HIDDEN * HIDDEN, HIDDEN, HIDDEN, HIDDEN, 1), dim=-1
+    )
+    w1 = w1.unflatten(-1, (2 + HIDDEN, HIDDEN))
+    b1 = b1 + ((centres / COORDINATE_SCALE)[..., None] * w1[..., :2, :]).sum(dim=-2)
+    hidden = torch.baddbmm(b1.flatten(1)[..., None], w1.transpose(-1, -2).flatten(1, 2), planes)
+    hidden = F.relu(hidden, inplace=True).reshape(batch * n, HIDDEN, height * width)
+    w2 = w2.reshape(batch * n, HIDDEN, HIDDEN).transpose(-1, -2)
+    hidden = F.relu(torch.baddbmm(b2.reshape(batch * n, HIDDEN, 1), w2, hidden), inplace=True)
+    masks = torch.baddbmm(b3.reshape(batch * n, 1, 1), w3.reshape(batch * n, 1, HIDDEN), hidden)
+    return masks.view(batch, n, height, width)
+
+
+def upsample_nearest(x: Tensor, size: torch.Size) -> Tensor:
+    """Double a feature map and cut it to ``size``: cell i becomes cells 2i and 2i + 1, whatever the padding."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")[..., : size[0], : size[1]]
+
+
+def repeat_border(masks: Tensor, sizes: Tensor, stride: int) -> Tensor:
+    """Continue the last valid row and column of (B, n, h, w) into the padding, as interpolation does at a border."""
+    extended = []
+    for mask, (width, height) in zip(masks, sizes.tolist(), strict=True):
+        rows = torch.arange(mask.shape[-2], device=mask.device).clamp(max=math.ceil(height / stride) - 1)
+        columns = torch.arange(mask.shape[-1], device=mask.device).clamp(max=math.ceil(width / stride) - 1)
+        extended.append(mask[:, rows][..., columns])
+    return torch.stack(extended)

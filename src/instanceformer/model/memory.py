@@ -1,0 +1,107 @@
+"""Memory attention (3.3): tokens of earlier instances, equation 3, and the look back at them, equation 4."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from instanceformer.model.position import sine_position
+from instanceformer.model.state import TrackState, push
+
+
+@dataclass(frozen=True)
+class MemoryTokens:
+    """The memory as keys and values for one frame.
+
+    Attributes:
+        keys: (B, d k, C) token plus temporal index.
+        values: (B, d k, C) token.
+        filled: (B, d k) bool.
+    """
+
+    keys: Tensor
+    values: Tensor
+    filled: Tensor
+
+
+class Memory(nn.Module):
+    """Reads the queue: m = W_m [q, class scores, box] (equation 3), and its temporal index.
+
+    What the queue holds carries no gradient; W_m learns because a token is projected when it is read, not when it is
+    written. The temporal index is the position embedding of the query that wrote the token, plus a sine of its age.
+    """
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(dim + num_classes + 4, dim)
+
+    def forward(self, state: TrackState, position: Tensor) -> MemoryTokens:
+        """Read the memory.
+
+        Args:
+            state: with the queue of d frames, k tokens each.
+            position: (N, C) position embedding of every query.
+        """
+        inputs = torch.cat((state.memory_queries, state.memory_scores, state.memory_boxes), dim=-1)
+        values = self.projection(inputs)
+        ages = torch.arange(1, inputs.shape[1] + 1, device=inputs.device)
+        index = position[state.memory_indices] + sine_position(ages, position.shape[-1])[None, :, None]
+        return MemoryTokens(
+            keys=(values + index).flatten(1, 2), values=values.flatten(1, 2), filled=state.memory_filled.flatten(1, 2)
+        )
+
+
+class MemoryAttention(nn.Module):
+    """Cross-attention from queries to memory, then normalisation (equation 4); the identity where memory is empty."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, queries: Tensor, position: Tensor, memory: MemoryTokens) -> Tensor:
+        """(B, N, C) queries and their position embedding give (B, N, C)."""
+        anything = memory.filled.any(dim=1, keepdim=True)
+        ignored = ~memory.filled & anything  # with nothing to attend to, softmax over all rather than over none
+        attended, _ = self.attention(
+            queries + position, memory.keys, memory.values, key_padding_mask=ignored, need_weights=False
+        )
+        updated = self.norm(queries + self.dropout(attended))
+        return torch.where(anything[..., None], updated, queries)
+
+
+def remember(
+    state: TrackState, queries: Tensor, scores: Tensor, boxes: Tensor, admitted: Tensor
+) -> TrackState:
+    """Put the admitted queries of a frame into the queue, the most confident ones if they are more than k.
+
+    Args:
+        state: to start from.
+        queries: (B, N, C) final content.
+        scores: (B, N, K) class scores in [0, 1].
+        boxes: (B, N, 4) cxcywh in [0, 1].
+        admitted: (B, N) bool.
+
+    Returns:
+        The state with the new frame at the front of its memory and the oldest one gone.
+    """
+    tokens = state.memory_filled.shape[-1]
+    confidence = scores.amax(dim=-1).masked_fill(~admitted, -1.0)
+    best, indices = confidence.topk(tokens, dim=1)
+    filled = best >= 0
+
+    def chosen(x: Tensor) -> Tensor:
+        kept = x.detach().gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
+        return torch.where(filled[..., None], kept, 0).float()
+
+    return replace(
+        state,
+        memory_queries=push(state.memory_queries, chosen(queries)),
+        memory_scores=push(state.memory_scores, chosen(scores)),
+        memory_boxes=push(state.memory_boxes, chosen(boxes)),
+        memory_indices=push(state.memory_indices, indices),
+        memory_filled=push(state.memory_filled, filled),
+    )

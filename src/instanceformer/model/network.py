@@ -1,0 +1,379 @@
+"""InstanceFormer: four verbs, encode, decode, segment and advance, and the loop over them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from instanceformer.model.backbone import Backbone, Norm
+from instanceformer.model.decoder import Decoder, FramePrediction
+from instanceformer.model.encoder import STRIDES, Encoder, FrameFeatures, Projection
+from instanceformer.model.heads import MaskHead
+from instanceformer.model.memory import Memory, remember
+from instanceformer.model.propagation import ClassPrior, LocationPropagation, LocationRule
+from instanceformer.model.state import TrackState, push
+
+FreeQueries = Literal["propagate", "renew"]
+
+
+@dataclass(frozen=True)
+class ClipPrediction:
+    """The last layer's output for B clips of T frames.
+
+    Attributes:
+        logits: (B, T, N, K) class logits.
+        boxes: (B, T, N, 4) cxcywh in [0, 1], as fractions of the clip's own size.
+        queries: (B, T, N, C) final content.
+        masks: (B, T, n, ceil(H / 4), ceil(W / 4)) logits of the n queries asked for, or None.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    queries: Tensor
+    masks: Tensor | None
+
+
+@final
+class InstanceFormer(nn.Module):
+    """Online video instance segmentation with a query for an identity (Koner, Hannan et al., InstanceFormer).
+
+    With no argument but the number of classes it is the paper's network. Each mechanism of the paper can be switched
+    off, which makes the rows of its tables 4 and 5.
+
+    Args:
+        num_classes: classes K; every class has a sigmoid of its own, there is no background class.
+        backbone: a torchvision ResNet or Swin by name, or ``resnet10``.
+        backbone_norm: of a ResNet: ``frozen`` for pretrained weights, ``batch`` for random ones.
+        num_queries: queries N, the most instances a video can have.
+        dim: channels C.
+        num_heads: attention heads.
+        num_levels: feature levels, 3 to 5, the finest at stride 8.
+        num_points: sampling points for each head and level.
+        encoder_layers: layers of the encoder.
+        decoder_layers: layers of the decoder.
+        feedforward_dim: hidden channels of the feed-forward networks.
+        dropout: probability.
+        mask_stride: of the mask features: 8 as the paper, or 4 with the backbone's finest level.
+        propagate_queries: whether a query's final content is its content at the next frame (representation
+            propagation); off, every frame starts from the learned content.
+        location: rule by which reference points are propagated, see LocationPropagation.
+        class_prior: whether class logits are smoothed over the last ``memory_frames`` frames (equation 2).
+        memory: whether the decoder attends to tokens of earlier frames (equations 3 and 4).
+        memory_frames: d, how many earlier frames memory and class prior reach back.
+        memory_tokens: k, the most instances remembered of each frame.
+        min_confidence: score in [0, 1] below which inference does not take a query for an instance: it does not
+            enter the memory. 0, the paper: the k best do, whatever their score.
+        free_queries: what happens at the next frame to a query that has held no instance so far in the video
+            (training: unmatched; inference: never reached ``min_confidence``): ``propagate``, the paper, treats it as
+            any other; ``renew`` starts it again from its learned content and reference, for what may enter late.
+
+    Attributes:
+        options: every argument by name; ``InstanceFormer(**net.options)`` has the same architecture.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 40,
+        *,
+        backbone: str = "resnet50",
+        backbone_norm: Norm = "frozen",
+        num_queries: int = 300,
+        dim: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        encoder_layers: int = 6,
+        decoder_layers: int = 6,
+        feedforward_dim: int = 1024,
+        dropout: float = 0.1,
+        mask_stride: Literal[4, 8] = 8,
+        propagate_queries: bool = True,
+        location: LocationRule = "paper",
+        class_prior: bool = True,
+        memory: bool = True,
+        memory_frames: int = 4,
+        memory_tokens: int = 10,
+        min_confidence: float = 0.0,
+        free_queries: FreeQueries = "propagate",
+    ) -> None:
+        arguments = locals()
+        super().__init__()
+        names = list(inspect.signature(InstanceFormer.__init__).parameters)[1:]
+        self.options: dict[str, Any] = {name: arguments[name] for name in names}
+        _check_options(self.options)
+
+        self.num_classes, self.num_queries, self.dim = num_classes, num_queries, dim
+        self.memory_frames, self.memory_tokens = memory_frames, memory_tokens
+        self.min_confidence, self.free_queries = min_confidence, free_queries
+        self.propagate_queries = propagate_queries
+
+        self.backbone = Backbone(backbone, backbone_norm)
+        self.projection = Projection(self.backbone.channels[1:], dim, num_levels)
+        self.encoder = Encoder(dim, encoder_layers, num_heads, num_levels, num_points, feedforward_dim, dropout)
+        self.query_content = nn.Parameter(torch.randn(num_queries, dim))
+        self.query_position = nn.Parameter(torch.randn(num_queries, dim))
+        self.location = LocationPropagation(dim, location)
+        self.memory = Memory(dim, num_classes) if memory else None
+        self.decoder = Decoder(
+            dim, decoder_layers, num_heads, num_levels, num_points, feedforward_dim, dropout, memory, num_classes
+        )
+        self.class_prior = ClassPrior(num_classes) if class_prior else None
+        self.mask_head = MaskHead(dim, mask_stride, self.backbone.channels[0])
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> InstanceFormer:
+        """The network of a Lightning checkpoint, with its weights, in evaluation mode, on the CPU.
+
+        Raises:
+            ValueError: the file holds no network of this package.
+        """
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or "network_options" not in checkpoint:
+            raise ValueError(f"{path}: found no 'network_options', expected a checkpoint that `instanceformer fit` wrote")
+        network = cls(**checkpoint["network_options"])
+        prefix = "network."
+        weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        network.load_state_dict(weights)
+        return network.eval()
+
+    def forward(
+        self,
+        frames: Tensor,
+        padding: Tensor | None = None,
+        state: TrackState | None = None,
+        segment: Tensor | Literal["all"] | None = None,
+    ) -> tuple[ClipPrediction, TrackState]:
+        """Run over the frames of clips, each frame seeing what the ones before it left in the state.
+
+        A clip at once, frame by frame or in chunks gives the same numbers in evaluation mode, if each call gets the
+        state that the one before returned. As in inference, the most confident queries are remembered.
+
+        Args:
+            frames: (B, T, 3, H, W) RGB, normalised with the ImageNet mean and deviation.
+            padding: (B, H, W) bool, true where padded (on the right and at the bottom only); None when nothing is.
+            state: where an earlier call ended; None starts afresh.
+            segment: (n,) or (B, n) int64 indices of the queries whose masks are wanted, or "all".
+
+        Returns:
+            The prediction and the state after the last frame.
+        """
+        batch = frames.shape[0]
+        features = self.encode(frames, padding)
+        if state is None:
+            state = self.initial_state(batch, frames.device)
+        if isinstance(segment, str):
+            segment = torch.arange(self.num_queries, device=frames.device)
+        predictions, masks = [], []
+        for t in range(frames.shape[1]):
+            prediction = self.decode(features[t], state)
+            state = self.advance(state, prediction)
+            predictions.append(prediction)
+            if segment is not None:
+                masks.append(self.segment(features[t], prediction, segment.expand(batch, -1)))
+        return ClipPrediction(
+            logits=torch.stack([p.logits[-1] for p in predictions], dim=1),
+            boxes=torch.stack([p.boxes[-1] for p in predictions], dim=1),
+            queries=torch.stack([p.queries[-1] for p in predictions], dim=1),
+            masks=torch.stack(masks, dim=1) if masks else None,
+        ), state
+
+    def initial_state(self, batch: int, device: torch.device | None = None) -> TrackState:
+        """The state before the first frame of ``batch`` videos: calling this is the reset."""
+        return TrackState.empty(
+            batch,
+            num_queries=self.num_queries,
+            dim=self.dim,
+            num_classes=self.num_classes,
+            memory_frames=self.memory_frames,
+            memory_tokens=self.memory_tokens,
+            device=self.query_content.device if device is None else device,
+        )
+
+    def encode(self, frames: Tensor, padding: Tensor | None = None) -> FrameFeatures:
+        """Backbone, projection, deformable encoder and the pixels' side of the mask head; no frame sees another.
+
+        Clips of different sizes go through backbone and projection without their padding, so that it cannot leak in
+        through convolutions, windows or normalisation statistics.
+
+        Args:
+            frames: (B, T, 3, H, W), as in ``forward``.
+            padding: (B, H, W) bool or None.
+
+        Returns:
+            Features of all frames.
+        """
+        batch, count, _, height, width = frames.shape
+        sizes = [(height, width)] * batch if padding is None else valid_sizes(padding)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for clip, size in enumerate(sizes):
+            groups.setdefault(size, []).append(clip)
+
+        shapes = [
+            (math.ceil(height / stride), math.ceil(width / stride))
+            for stride in (4, *STRIDES[: len(self.projection.levels)])
+        ]
+        if len(groups) == 1 and sizes[0] == (height, width):
+            padding = None
+            levels = self._extract(frames.flatten(0, 1))
+        else:
+            channels = [self.backbone.channels[0], *[self.dim] * (len(shapes) - 1)]
+            levels = [frames.new_zeros(batch, count, c, h, w) for c, (h, w) in zip(channels, shapes, strict=True)]
+            for (h, w), clips in groups.items():
+                for level, extracted in zip(levels, self._extract(frames[clips, :, :, :h, :w].flatten(0, 1)), strict=True):
+                    fh, fw = extracted.shape[-2:]
+                    level[clips, :, :, :fh, :fw] = extracted.unflatten(0, (len(clips), count)).to(level.dtype)
+            levels = [level.flatten(0, 1) for level in levels]
+
+        valid, ratios = [], []
+        for stride, (h, w) in zip((4, *STRIDES), shapes, strict=False):
+            extents = torch.tensor([(math.ceil(a / stride), math.ceil(b / stride)) for a, b in sizes])
+            rows, columns = torch.arange(h) < extents[:, :1], torch.arange(w) < extents[:, 1:]
+            valid.append((rows[:, :, None] & columns[:, None, :]).to(frames.device))
+            ratios.append((extents.flip(-1) / torch.tensor((w, h))).to(frames.device))
+        padded = None if padding is None else ~torch.cat([v.flatten(1) for v in valid[1:]], dim=1)
+        valid_ratios = torch.stack(ratios[1:], dim=1)
+
+        tokens, token_shapes = self.encoder(levels[1:], valid[1:], padded, valid_ratios)
+        encoded = [
+            x.transpose(1, 2).unflatten(2, shape)
+            for x, shape in zip(tokens.split([h * w for h, w in token_shapes], dim=1), token_shapes, strict=True)
+        ]
+        masks = None
+        if padding is not None:
+            masks = [v[:, None].repeat_interleave(count, dim=0).to(tokens.dtype) for v in valid[:4]]
+        mask_features = self.mask_head.encode(encoded[:3], levels[0], masks)
+        return FrameFeatures(
+            tokens=tokens.unflatten(0, (batch, count)),
+            mask_features=mask_features.unflatten(0, (batch, count)),
+            shapes=token_shapes,
+            padded=padded,
+            valid_ratios=valid_ratios,
+            sizes=torch.tensor([(float(w), float(h)) for h, w in sizes], device=frames.device),
+            grid=shapes[0],
+        )
+
+    def _extract(self, images: Tensor) -> list[Tensor]:
+        """(X, 3, H, W) give C2 and every projected level."""
+        finest, *features = self.backbone(images)
+        return [finest, *self.projection(features)]
+
+    def decode(self, features: FrameFeatures, state: TrackState) -> FramePrediction:
+        """Equations 1, 2 and 4: all queries at one frame, after every decoder layer.
+
+        Args:
+            features: of one frame, ``encode(...)[t]``.
+            state: after the frame before.
+        """
+        queries = self.query_content.expand(state.carried.shape[0], -1, -1)
+        if self.propagate_queries:
+            queries = torch.where(state.carried[..., None], state.queries, queries)
+        references = self.location(queries, state.references, state.carried)
+        memory = None if self.memory is None else self.memory(state, self.query_position)
+        prediction: FramePrediction = self.decoder(queries, self.query_position, references, features, memory)
+        if self.class_prior is None:
+            return prediction
+        smoothed = self.class_prior(prediction.class_logits, state.class_logits, state.class_filled)
+        return replace(prediction, logits=torch.cat((prediction.logits[:-1], smoothed[None])))
+
+    def segment(
+        self, features: FrameFeatures, prediction: FramePrediction, queries: Tensor, all_layers: bool = False
+    ) -> Tensor:
+        """Masks of the queries that are asked for.
+
+        Args:
+            features: of the frame.
+            prediction: of the same frame.
+            queries: (B, n) int64 indices.
+            all_layers: masks after each of the D decoder layers, as training asks.
+
+        Returns:
+            (B, n, ceil(H / 4), ceil(W / 4)) float32 logits; with ``all_layers`` (D, B, n, ...).
+        """
+        contents, centres = (prediction.queries, prediction.centres)
+        if not all_layers:
+            contents, centres = contents[-1:], centres[-1:]
+        layers, batch, n = contents.shape[0], *queries.shape
+
+        def chosen(x: Tensor) -> Tensor:
+            """(D, B, N, C) to (B, D n, C)."""
+            kept = x.gather(2, queries[None, :, :, None].expand(layers, -1, -1, x.shape[-1]))
+            return kept.transpose(0, 1).flatten(1, 2)
+
+        masks = self.mask_head(features, chosen(contents), chosen(centres))
+        masks = masks.view(batch, layers, n, *masks.shape[-2:]).transpose(0, 1)
+        return masks if all_layers else masks[0]
+
+    def advance(
+        self, state: TrackState, prediction: FramePrediction, remembered: Tensor | None = None
+    ) -> TrackState:
+        """The state for the next frame.
+
+        Args:
+            state: that the prediction was decoded with.
+            prediction: of the current frame.
+            remembered: (B, N) bool, queries that hold an instance, as training knows them; None as in inference: those
+                whose score reaches ``min_confidence``. At most k of them, the most confident, enter the memory.
+        """
+        scores, boxes, queries = prediction.scores, prediction.boxes[-1], prediction.queries[-1]
+        if remembered is None:
+            remembered = scores.amax(dim=-1) >= self.min_confidence
+        carried = remembered | state.carried if self.free_queries == "renew" else torch.ones_like(state.carried)
+        filled = push(state.class_filled, torch.ones_like(carried)) & carried[:, None]
+        state = replace(
+            state,
+            queries=queries.float(),
+            references=boxes[..., :2].detach() if self.location.rule == "refined" else prediction.references,
+            carried=carried,
+            class_logits=push(state.class_logits, prediction.class_logits),
+            class_filled=filled,
+        )
+        return state if self.memory is None else remember(state, queries, scores, boxes, remembered)
+
+
+def valid_sizes(padding: Tensor) -> list[tuple[int, int]]:
+    """(height, width) in pixels of what is not padding, for each clip of (B, H, W).
+
+    Raises:
+        ValueError: padding is not a margin on the right and at the bottom.
+    """
+    valid = ~padding
+    heights, widths = valid.any(dim=2).sum(dim=1), valid.any(dim=1).sum(dim=1)
+    area = valid.sum(dim=(1, 2))
+    found = torch.stack((heights, widths, area), dim=1).tolist()
+    for clip, (height, width, pixels) in enumerate(found):
+        if pixels == 0 or pixels != height * width or not bool(valid[clip, 0, 0]):
+            raise ValueError(
+                f"padding of clip {clip}: found {pixels} valid pixels in {height} rows and {width} columns, expected a "
+                "rectangle at the top left; pad on the right and at the bottom only"
+            )
+    return [(height, width) for height, width, _ in found]
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse options that no network can have."""
+    for name in ("num_classes", "num_queries", "num_points", "decoder_layers", "memory_frames", "memory_tokens"):
+        if options[name] < 1:
+            raise ValueError(f"{name}: found {options[name]}, expected at least 1")
+    if options["memory_tokens"] > options["num_queries"]:
+        raise ValueError(
+            f"memory_tokens: found {options['memory_tokens']}, expected at most num_queries={options['num_queries']}"
+        )
+    if not 3 <= options["num_levels"] <= len(STRIDES):
+        raise ValueError(f"num_levels: found {options['num_levels']}, expected 3 to {len(STRIDES)}")
+    if options["dim"] % 8 or options["dim"] % options["num_heads"]:
+        raise ValueError(
+            f"dim: found {options['dim']}, expected a multiple of 8 and of num_heads={options['num_heads']}"
+        )
+    if options["mask_stride"] not in (4, 8):
+        raise ValueError(f"mask_stride: found {options['mask_stride']}, expected 4 or 8")
+    if not 0 <= options["min_confidence"] < 1:
+        raise ValueError(f"min_confidence: found {options['min_confidence']}, expected a score in [0, 1)")
