@@ -1,0 +1,9 @@
+"""Online video instance segmentation with InstanceFormer."""
+
+from importlib.metadata import version
+
+from instanceformer.evaluation.video_ap import VideoAveragePrecision
+from instanceformer.model.network import InstanceFormer
+
+__all__ = ["InstanceFormer", "VideoAveragePrecision"]
+__version__ = version("instanceformer")

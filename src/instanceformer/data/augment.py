@@ -1,0 +1,123 @@
+"""What happens to frames between file and network: augmentation in training, resizing in evaluation, normalisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+"""ImageNet mean of red, green and blue, as fractions of full brightness."""
+IMAGE_STD = (0.229, 0.224, 0.225)
+"""ImageNet standard deviation of red, green and blue."""
+
+
+def normalise(frames: Tensor) -> Tensor:
+    """(..., 3, H, W) uint8 RGB to float32 of zero mean and unit deviation over ImageNet."""
+    mean = 255 * torch.tensor(IMAGE_MEAN).view(3, 1, 1)
+    std = 255 * torch.tensor(IMAGE_STD).view(3, 1, 1)
+    return frames.float().sub_(mean).div_(std)
+
+
+def fit_size(height: int, width: int, size: int | None, max_size: int) -> tuple[int, int]:
+    """The (height, width) whose shorter side is ``size``, or less where the longer side would exceed ``max_size``.
+
+    The proportions stay; ``size=None`` keeps the shorter side unless the longer one is too long.
+    """
+    scale = 1.0 if size is None else size / min(height, width)
+    scale = min(scale, max_size / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def resize(frames: Tensor, size: int | None, max_size: int) -> Tensor:
+    """Resize (T, 3, H, W) uint8 frames to ``fit_size``; frames that have that size already are returned as they are."""
+    height, width = frames.shape[-2:]
+    target = fit_size(height, width, size, max_size)
+    if target == (height, width):
+        return frames
+    resized: Tensor = F.resize(frames, list(target), antialias=True)
+    return resized
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a training clip, the same for all its frames; random numbers are torch's.
+
+    The crop is DETR's: the frame resized to a shorter side of ``crop_from``, a part with sides between the two
+    ``crop_sides`` cut out, and that part resized as a whole frame would be. Both resizings are done as one. A crop that
+    would lose every instance of the clip is not made.
+
+    Attributes:
+        flip: probability of mirroring left and right.
+        sizes: shorter sides in pixels, one of which is drawn; empty: the frames keep their size.
+        crop: probability of a crop.
+        crop_from: shorter sides in pixels before the crop, one of which is drawn.
+        crop_sides: least and greatest side of the crop in pixels.
+        photometric: probability of each change of brightness, contrast, saturation, hue and order of the channels.
+    """
+
+    flip: float = 0.5
+    sizes: tuple[int, ...] = (288, 320, 352, 392, 416, 448, 480, 512)
+    crop: float = 0.5
+    crop_from: tuple[int, ...] = (400, 500, 600)
+    crop_sides: tuple[int, int] = (384, 600)
+    photometric: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "crop", "photometric"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augmentation: {name} is a probability in [0, 1], found {getattr(self, name)}")
+        if any(size < 1 for size in (*self.sizes, *self.crop_from, *self.crop_sides)):
+            raise ValueError(f"augmentation: sizes are positive numbers of pixels, found {self}")
+        if self.crop and (not self.crop_from or self.crop_sides[0] > self.crop_sides[1]):
+            raise ValueError(
+                f"augmentation: a crop needs one size or more in crop_from and (least, greatest) in crop_sides, found "
+                f"crop_from={self.crop_from} and crop_sides={self.crop_sides}; crop=0 turns it off"
+            )
+
+    def __call__(self, frames: Tensor, masks: Tensor, max_size: int) -> tuple[Tensor, Tensor]:
+        """Augment one clip.
+
+        Args:
+            frames: (T, 3, H, W) uint8.
+            masks: (T, n, H, W) uint8, zero or one.
+            max_size: greatest length of the longer side, in pixels.
+
+        Returns:
+            (T, 3, H', W') uint8 frames and (T, n, H', W') uint8 masks.
+        """
+        if torch.rand(()) < self.crop:
+            crop = self._draw_crop(*frames.shape[-2:])
+            cropped = F.crop(masks, *crop)
+            if cropped.any() or not masks.any():
+                frames, masks = F.crop(frames, *crop), cropped
+        height, width = frames.shape[-2:]
+        target = fit_size(height, width, _draw(self.sizes) if self.sizes else None, max_size)
+        if target != (height, width):
+            frames = F.resize(frames, list(target), antialias=True)
+            # Plain nearest, which is all that tv_tensors.Mask offers, moves a reduced mask by up to half a pixel.
+            masks = F.resize(masks, list(target), interpolation=v2.InterpolationMode.NEAREST_EXACT)
+        if torch.rand(()) < self.flip:
+            frames, masks = F.horizontal_flip(frames), F.horizontal_flip(masks)
+        if self.photometric:
+            frames = v2.RandomPhotometricDistort(p=self.photometric)(frames)
+        return frames, masks
+
+    def _draw_crop(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of a crop in pixels of the frame as it is, before any resizing."""
+        scale = _draw(self.crop_from) / min(height, width)
+        spans = []
+        for side in (height, width):
+            scaled = round(side * scale)
+            least, greatest = min(self.crop_sides[0], scaled), min(self.crop_sides[1], scaled)
+            span = min(side, max(1, round(int(torch.randint(least, greatest + 1, ())) / scale)))
+            spans.append((int(torch.randint(side - span + 1, ())), span))
+        (top, crop_height), (left, crop_width) = spans
+        return top, left, crop_height, crop_width
+
+
+def _draw(sizes: tuple[int, ...]) -> int:
+    return sizes[int(torch.randint(len(sizes), ()))]

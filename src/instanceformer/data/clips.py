@@ -1,0 +1,200 @@
+"""Training clips: a few frames of one video with the instances that are visible in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_image
+
+from instanceformer.data.annotations import Video, VideoDataset
+from instanceformer.data.augment import Augmentation, normalise
+from instanceformer.data.batch import ClipBatch, ClipTargets
+
+MAX_DRAWS = 10
+"""How often the frames of a clip are drawn before one without any instance is accepted."""
+
+
+class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
+    """Clips of frames drawn at random from one video and kept in temporal order (appendix A.2 of the paper).
+
+    Random numbers are torch's, so each epoch draws anew and a seed makes it repeatable, in worker processes too.
+
+    Args:
+        dataset: the annotated videos.
+        images: folder that the videos' file names are relative to.
+        clip_frames: frames of a clip, T. Videos with fewer frames repeat some.
+        clip_range: a clip's frames lie within a window of this many consecutive frames; None: anywhere in the video.
+        clips_per_video: items an epoch has of each video, with frames drawn anywhere. None: an item for each frame in
+            which an instance is visible; that frame is in the clip.
+        augmentation: random changes; None: the frames as they are.
+        max_size: greatest length of a frame's longer side in pixels, applied by the augmentation.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        dataset: VideoDataset,
+        images: Path | str,
+        *,
+        clip_frames: int = 4,
+        clip_range: int | None = None,
+        clips_per_video: int | None = None,
+        augmentation: Augmentation | None = None,
+        max_size: int = 768,
+    ) -> None:
+        if clip_frames < 1:
+            raise ValueError(f"clip_frames: expected 1 or more, found {clip_frames}")
+        if clip_range is not None and clip_range < clip_frames:
+            raise ValueError(f"clip_range: expected clip_frames = {clip_frames} or more (or none), found {clip_range}")
+        if clips_per_video is not None and clips_per_video < 1:
+            raise ValueError(f"clips_per_video: expected 1 or more (or none), found {clips_per_video}")
+        self.dataset = dataset
+        self.images = Path(images)
+        self.clip_frames = clip_frames
+        self.clip_range = clip_range
+        self.augmentation = augmentation
+        self.max_size = max_size
+        self.items: list[tuple[int, int | None]] = []  # index of the video, and the frame to be in the clip
+        for index, video in enumerate(dataset.videos):
+            frames: Sequence[int | None]
+            if clips_per_video is not None:
+                frames = [None] * clips_per_video
+            else:
+                frames = [frame for frame in range(video.length) if _is_populated(video, [frame])]
+            self.items.extend((index, frame) for frame in frames)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ClipTargets]:
+        """Draw a clip.
+
+        Returns:
+            (T, 3, H, W) float32 normalised frames, and their targets with n instances, possibly none.
+
+        Raises:
+            ValueError: a frame is missing, unreadable or not of its video's size.
+        """
+        video_index, reference = self.items[index]
+        video = self.dataset.videos[video_index]
+        for _ in range(MAX_DRAWS):
+            chosen = draw_frames(video.length, self.clip_frames, self.clip_range, reference)
+            if _is_populated(video, chosen):
+                break
+        instances = [
+            instance
+            for instance in video.instances
+            if not instance.is_crowd and any(instance.segmentations[frame] is not None for frame in chosen)
+        ]
+        frames = read_frames(video, self.images, chosen)
+        masks = video.decode_masks(instances, chosen)
+        if self.augmentation is not None:
+            frames, masks = self.augmentation(frames, masks, self.max_size)
+        labels = torch.tensor(
+            [self.dataset.class_of(instance.category_id) for instance in instances], dtype=torch.int64
+        )
+        return normalise(frames), clip_targets(labels, masks.view(torch.bool))
+
+
+def draw_frames(length: int, count: int, window: int | None = None, reference: int | None = None) -> list[int]:
+    """Draw ``count`` of a video's frames at random, in temporal order.
+
+    Args:
+        length: frames of the video.
+        count: frames to draw; each is drawn once before any is drawn twice.
+        window: the frames drawn lie within this many consecutive ones; None: the whole video.
+        reference: index of a frame that must be drawn; None: any.
+    """
+    window = length if window is None else min(window, length)
+    if reference is None:
+        reference = int(torch.randint(length, ()))
+    first, last = max(0, reference - window + 1), min(reference, length - window)
+    start = int(torch.randint(first, last + 1, ()))
+    others = [start + offset for offset in torch.randperm(window).tolist() if start + offset != reference]
+    order = [reference, *others]
+    return sorted(order[i % window] for i in range(count))
+
+
+def read_frames(video: Video, images: Path, frames: Sequence[int]) -> Tensor:
+    """Read T of a video's frames: (T, 3, height, width) uint8 RGB.
+
+    Raises:
+        ValueError: a file is missing, is not an image, or is not of the video's size.
+    """
+    read: dict[int, Tensor] = {}
+    for frame in frames:
+        if frame in read:
+            continue
+        path = images / video.file_names[frame]
+        try:
+            image = decode_image(str(path), mode=ImageReadMode.RGB)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path}: frame {frame} of video {video.id} cannot be read as an image ({error})"
+            ) from error
+        if image.shape[1:] != (video.height, video.width):
+            raise ValueError(
+                f"{path}: frame {frame} of video {video.id} is {image.shape[1]}x{image.shape[2]} (height x width), but "
+                f"the annotation file says {video.height}x{video.width}; resize the frames or correct the file"
+            )
+        read[frame] = image
+    return torch.stack([read[frame] for frame in frames])
+
+
+def clip_targets(labels: Tensor, masks: Tensor) -> ClipTargets:
+    """Targets of a clip from labels (m,) and masks (T, m, H, W) bool, without instances that no frame shows."""
+    boxes = mask_boxes(masks)
+    visible = boxes[..., 2] > 0
+    kept = visible.any(0)
+    if not kept.all():
+        labels, boxes, masks, visible = labels[kept], boxes[:, kept], masks[:, kept], visible[:, kept]
+    return ClipTargets(labels=labels, boxes=boxes, masks=masks, visible=visible)
+
+
+def mask_boxes(masks: Tensor) -> Tensor:
+    """Tightest boxes of masks (..., H, W) bool.
+
+    Returns:
+        (..., 4) float32, (centre x, centre y, width, height) as fractions of W and H; zeros for an empty mask.
+    """
+    pixels = masks.view(torch.uint8)  # whose maximum is ten times as fast as any() of bool
+    centres, lengths = [], []
+    for occupied in (pixels.amax(-2), pixels.amax(-1)):  # columns (..., W), rows (..., H)
+        size = occupied.shape[-1]
+        first = occupied.argmax(-1)
+        end = size - occupied.flip(-1).argmax(-1)
+        filled = occupied.amax(-1)
+        centres.append((first + end) * filled / (2 * size))
+        lengths.append((end - first) * filled / size)
+    return torch.stack([*centres, *lengths], dim=-1)
+
+
+def collate_clips(clips: Sequence[tuple[Tensor, ClipTargets]]) -> ClipBatch:
+    """Put clips into one batch, padded to the largest height and width among them; targets keep their sizes."""
+    frames = [clip[0] for clip in clips]
+    targets = [clip[1] for clip in clips]
+    height, width = (max(f.shape[dim] for f in frames) for dim in (-2, -1))
+    if all(f.shape[-2:] == (height, width) for f in frames):
+        return ClipBatch(frames=torch.stack(frames), padding=None, targets=targets)
+    padded = frames[0].new_zeros(len(frames), *frames[0].shape[:2], height, width)
+    padding = torch.ones(len(frames), height, width, dtype=torch.bool)
+    for i, f in enumerate(frames):
+        padded[i, ..., : f.shape[-2], : f.shape[-1]] = f
+        padding[i, : f.shape[-2], : f.shape[-1]] = False
+    return ClipBatch(frames=padded, padding=padding, targets=targets)
+
+
+def _is_populated(video: Video, frames: Sequence[int]) -> bool:
+    """Whether any of the frames shows an instance that is not a crowd."""
+    return any(
+        instance.segmentations[frame] is not None
+        for instance in video.instances
+        if not instance.is_crowd
+        for frame in frames
+    )

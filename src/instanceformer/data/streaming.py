@@ -1,0 +1,100 @@
+"""Videos as streams of consecutive frames, for evaluation and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.utils.data import IterableDataset, get_worker_info
+
+from instanceformer.data.annotations import VideoDataset
+from instanceformer.data.augment import normalise, resize
+from instanceformer.data.batch import VideoChunk
+from instanceformer.data.clips import read_frames
+
+
+class StreamingVideos(IterableDataset[VideoChunk]):
+    """One rank's videos, one after the other, each as consecutive chunks of frames from its first to its last.
+
+    Every video goes to one rank, whole. Within a rank the worker processes take the chunks in turn: a DataLoader
+    collects from its workers in turn too, so that chunks arrive in order and a video is finished before the next
+    begins, however many workers there are. Use it with ``DataLoader(..., batch_size=None)``.
+
+    Args:
+        dataset: the videos; their instances are not looked at.
+        images: folder that the videos' file names are relative to.
+        chunk_frames: frames of a chunk; the last chunk of a video may have fewer.
+        size: shorter side of the frames in pixels after resizing.
+        max_size: greatest length of the longer side in pixels.
+        rank: this process's number; None: that of torch.distributed, or 0 where it is not in use.
+        world_size: number of processes that share the videos; None likewise.
+
+    Raises:
+        ValueError: an option is out of its range, or there are fewer videos than ranks; on iteration, a frame is
+            missing, unreadable or not of its video's size.
+    """
+
+    def __init__(
+        self,
+        dataset: VideoDataset,
+        images: Path | str,
+        *,
+        chunk_frames: int = 6,
+        size: int = 360,
+        max_size: int = 768,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        if chunk_frames < 1:
+            raise ValueError(f"chunk_frames: expected 1 or more, found {chunk_frames}")
+        distributed = dist.is_available() and dist.is_initialized()
+        if rank is None:
+            rank = dist.get_rank() if distributed else 0
+        if world_size is None:
+            world_size = dist.get_world_size() if distributed else 1
+        if len(dataset.videos) < world_size:  # a rank without work would leave the others waiting for its results
+            raise ValueError(
+                f"{len(dataset.videos)} videos cannot be shared by {world_size} processes, of which each needs one; "
+                f"use {len(dataset.videos)} devices or fewer"
+            )
+        self.images = Path(images)
+        self.chunk_frames = chunk_frames
+        self.size = size
+        self.max_size = max_size
+        share = balance([video.length for video in dataset.videos], world_size)[rank]
+        self.videos = [dataset.videos[index] for index in share]
+        self.chunks = [(video, start) for video in self.videos for start in range(0, video.length, chunk_frames)]
+
+    def __len__(self) -> int:
+        """Number of this rank's chunks."""
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[VideoChunk]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for video, start in islice(self.chunks, first, None, step):
+            frames = read_frames(video, self.images, range(start, min(start + self.chunk_frames, video.length)))
+            yield VideoChunk(
+                frames=normalise(resize(frames, self.size, self.max_size))[None],
+                video_id=video.id,
+                start=start,
+                length=video.length,
+                size=(video.height, video.width),
+            )
+
+
+def balance(loads: Sequence[int], shares: int) -> list[list[int]]:
+    """Divide items among shares evenly by load: the largest first, each to the share that has the least.
+
+    Returns:
+        For each share the indices of its items in ascending order. Every index is in exactly one share.
+    """
+    totals = [0] * shares
+    members: list[list[int]] = [[] for _ in range(shares)]
+    for index in sorted(range(len(loads)), key=lambda index: -loads[index]):
+        least = totals.index(min(totals))
+        totals[least] += loads[index]
+        members[least].append(index)
+    return [sorted(share) for share in members]

@@ -1,0 +1,134 @@
+"""The training loss (equation 6): classification, box, mask and temporal contrast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
+
+from instanceformer.training.contrastive import temporal_contrastive_loss
+from instanceformer.training.targets import DenseTargets
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of equation 6: lambda_1 classification, lambda_2 box_l1, lambda_3 mask_focal, lambda_4 contrastive.
+
+    Attributes:
+        classification: of the focal loss of all queries, over all classes.
+        box_l1: of the L1 distance between boxes, cxcywh in [0, 1].
+        box_giou: of one minus the generalised IoU.
+        mask_focal: of the focal loss of the mask's pixels.
+        mask_dice: of the dice loss of the mask.
+        contrastive: of the temporal contrastive loss; 0 leaves it out (table 4, without TCL).
+    """
+
+    classification: float = 2.0
+    box_l1: float = 5.0
+    box_giou: float = 2.0
+    mask_focal: float = 2.0
+    mask_dice: float = 5.0
+    contrastive: float = 2.0
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """The unweighted terms, scalars; each but the contrastive one is a sum over the decoder layers."""
+
+    classification: Tensor
+    box_l1: Tensor
+    box_giou: Tensor
+    mask_focal: Tensor
+    mask_dice: Tensor
+    contrastive: Tensor
+
+    def total(self, weights: LossWeights) -> Tensor:
+        """The weighted sum, equation 6."""
+        return torch.stack([getattr(weights, f.name) * getattr(self, f.name) for f in fields(self)]).sum()
+
+
+@dataclass(frozen=True)
+class ClipOutputs:
+    """What the network said about a batch of clips: B clips, T frames, D decoder layers, n instances.
+
+    Attributes:
+        logits: (T, D, B, N, K) of all queries.
+        boxes: (T, D, B, n, 4) cxcywh, of the instances' queries.
+        masks: (T, D, B, n, h, w) logits.
+        queries: (T, B, n, C) final content.
+        assigned: (B, n) int64, query of each instance, or -1.
+        held: (T, B, n) bool, whether the instance holds its query at that frame: from its first appearance on.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    masks: Tensor
+    queries: Tensor
+    assigned: Tensor
+    held: Tensor
+
+
+def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normaliser: Tensor, window: int) -> LossTerms:
+    """Compute the terms of equation 6 in float32.
+
+    Where an instance that holds a query is not visible, its box is not asked for, its mask is empty and its class
+    stays.
+
+    Args:
+        outputs: of the network.
+        targets: of the batch.
+        normaliser: scalar; every term is divided by it: the number of held instances over all frames, averaged over
+            ranks.
+        window: d of the contrastive loss.
+    """
+    with torch.autocast(outputs.logits.device.type, enabled=False):
+        held = outputs.held[:, None].float()
+        visible = held * targets.visible[:, None]
+        boxes, target_boxes = torch.broadcast_tensors(outputs.boxes.float(), targets.boxes[:, None])
+        giou = generalized_box_iou_loss(
+            box_convert(boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy")
+        )
+        focal, dice = mask_losses(outputs.masks.float(), targets.masks[:, None], targets.pixels)
+        terms = LossTerms(
+            classification=sigmoid_focal_loss(
+                outputs.logits.float(), class_targets(outputs, targets.labels)[:, None].expand_as(outputs.logits)
+            ).sum(),
+            box_l1=((boxes - target_boxes).abs().sum(dim=-1) * visible).sum(),
+            box_giou=(giou * visible).sum(),
+            mask_focal=(focal * held).sum(),
+            mask_dice=(dice * held).sum(),
+            contrastive=temporal_contrastive_loss(outputs.queries, outputs.held, window),
+        )
+        return LossTerms(**{f.name: getattr(terms, f.name) / normaliser for f in fields(terms)})
+
+
+def class_targets(outputs: ClipOutputs, labels: Tensor) -> Tensor:
+    """(T, B, N, K) float32, one for the class of the instance that holds a query, from its first appearance on."""
+    frames, _, batch, queries, classes = outputs.logits.shape
+    targets = outputs.logits.new_zeros(frames, batch, queries, classes, dtype=torch.float32)
+    t, clip, instance = outputs.held.nonzero(as_tuple=True)
+    targets[t, clip, outputs.assigned[clip, instance], labels[clip, instance]] = 1
+    return targets
+
+
+def mask_losses(logits: Tensor, target: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Focal and dice loss of masks (Lin et al.; Milletari et al.).
+
+    Args:
+        logits: (..., B, n, h, w).
+        target: the same shape or broadcast to it, covered fraction of every cell in [0, 1].
+        pixels: (B, h, w) float, zero where padded.
+
+    Returns:
+        (..., B, n) focal loss, the mean over the clip's cells; (..., B, n) dice loss.
+    """
+    inside = pixels[:, None]
+    area = pixels.sum(dim=(-2, -1))[:, None]
+    target = target.expand_as(logits)
+    focal = (sigmoid_focal_loss(logits, target) * inside).sum(dim=(-2, -1)) / area
+    probability = logits.sigmoid() * inside
+    intersection = (probability * target).sum(dim=(-2, -1))
+    total = probability.sum(dim=(-2, -1)) + target.sum(dim=(-2, -1))
+    return focal, 1 - (2 * intersection + 1) / (total + 1)

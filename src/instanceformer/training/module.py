@@ -1,0 +1,235 @@
+"""InstanceFormer as a LightningModule: what happens in a step, nothing about how."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import Optimizer
+
+from instanceformer.data.batch import ClipBatch, VideoChunk
+from instanceformer.data.datamodule import VideoDataModule
+from instanceformer.evaluation.postprocess import InferenceOptions, VideoInference
+from instanceformer.evaluation.results import Track
+from instanceformer.evaluation.video_ap import VideoAveragePrecision
+from instanceformer.model.network import InstanceFormer
+from instanceformer.training.losses import ClipOutputs, LossTerms, LossWeights, clip_losses
+from instanceformer.training.matching import MatchCosts, match_entering
+from instanceformer.training.optim import OptimizerOptions, build_optimizer, build_scheduler
+from instanceformer.training.targets import DenseTargets
+
+
+class InstanceFormerModule(LightningModule):
+    """Trains the network on clips and runs it over streams of whole videos.
+
+    Args:
+        network: to train.
+        losses: weights of equation 6.
+        costs: weights of the matching.
+        optimizer: optimiser and schedule.
+        inference: protocol of validation, test and prediction.
+        backbone_weights: ``imagenet`` loads torchvision's weights into the backbone before training.
+        init_from: checkpoint of an earlier training, for instance on COCO, whose weights are taken over before this one
+            starts, as far as their shapes agree; what differs, such as the class heads of other categories, starts anew.
+    """
+
+    def __init__(
+        self,
+        network: InstanceFormer,
+        losses: LossWeights = LossWeights(),
+        costs: MatchCosts = MatchCosts(),
+        optimizer: OptimizerOptions = OptimizerOptions(),
+        inference: InferenceOptions = InferenceOptions(),
+        backbone_weights: Literal["imagenet", "none"] = "none",
+        init_from: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.losses, self.costs, self.optimizer_options, self.inference = losses, costs, optimizer, inference
+        self.backbone_weights, self.init_from = backbone_weights, init_from
+        self.metric: VideoAveragePrecision | None = None
+        self._videos: dict[int, VideoInference] = {}
+
+    # Set-up ----------------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Download on one process what ``setup`` will load on all."""
+        if self._starts_from_imagenet:
+            self.network.backbone.load_imagenet_weights()
+
+    def setup(self, stage: str) -> None:
+        """Check that network and data agree and load initial weights, before anything runs."""
+        found = self.data.num_classes
+        if found != self.network.num_classes:
+            raise ValueError(
+                f"model.network.num_classes: found {self.network.num_classes}, expected {found}, the number of categories "
+                f"of the data ({', '.join(self.data.category_names[:5])}, ...)"
+            )
+        if stage != "fit":
+            return
+        if self._starts_from_imagenet:
+            self.network.backbone.load_imagenet_weights(progress=False)
+        if self.init_from is not None:
+            left_new = self._take_over(self.init_from)
+            if left_new:
+                print(f"{self.init_from}: not taken over, since shapes or names differ: {', '.join(left_new)}")
+
+    @property
+    def data(self) -> VideoDataModule:
+        """The data module of the running trainer."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, VideoDataModule):
+            raise TypeError(f"InstanceFormerModule needs a VideoDataModule, found {type(data).__name__}")
+        return data
+
+    @property
+    def _starts_from_imagenet(self) -> bool:
+        fitting = self.trainer.state.fn == "fit" and self.trainer.ckpt_path is None
+        return fitting and self.backbone_weights == "imagenet" and self.init_from is None
+
+    def _take_over(self, path: Path) -> list[str]:
+        """Load what fits of another network's weights; names of the parameters that start anew."""
+        theirs = InstanceFormer.from_checkpoint(path).state_dict()
+        ours = self.network.state_dict()
+        fitting = {name: x for name, x in theirs.items() if name in ours and x.shape == ours[name].shape}
+        self.network.load_state_dict(fitting, strict=False)
+        return sorted(set(ours) - set(fitting))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let a checkpoint say which network its weights belong to, see ``InstanceFormer.from_checkpoint``."""
+        checkpoint["network_options"] = self.network.options
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
+        """One step on a batch of clips: the total loss of equation 6."""
+        terms = self.compute_losses(batch)
+        total = terms.total(self.losses)
+        size = len(batch.targets)
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=size)
+        for field in fields(terms):
+            self.log(f"train/{field.name}", getattr(terms, field.name).detach(), batch_size=size)
+        return total
+
+    def compute_losses(self, batch: ClipBatch) -> LossTerms:
+        """Run over the clips frame by frame, matching instances where they enter, and compare with the targets.
+
+        The memory takes the queries that hold an instance. State starts anew with every clip.
+        """
+        network = self.network
+        features = network.encode(batch.frames, batch.padding)
+        targets = DenseTargets.from_clips(batch.targets, features.grid)
+        state = network.initial_state(len(batch.targets), batch.frames.device)
+        assigned = torch.full_like(targets.labels, -1)
+        predictions, held = [], []
+        for t in range(batch.frames.shape[1]):
+            prediction = network.decode(features[t], state)
+            assigned = match_entering(prediction, targets, t, assigned, self.costs)
+            holding = assigned >= 0
+            remembered = torch.zeros_like(state.carried)
+            remembered[holding.nonzero()[:, 0], assigned[holding]] = True
+            state = network.advance(state, prediction, remembered)
+            predictions.append(prediction)
+            held.append(holding)
+
+        chosen = assigned.clamp(min=0)
+        outputs = ClipOutputs(
+            logits=torch.stack([p.logits for p in predictions]),
+            boxes=torch.stack([_of_queries(p.boxes, chosen) for p in predictions]),
+            masks=torch.stack(
+                [network.segment(features[t], p, chosen, all_layers=True) for t, p in enumerate(predictions)]
+            ),
+            queries=torch.stack([_of_queries(p.queries[-1:], chosen)[0] for p in predictions]),
+            assigned=assigned,
+            held=torch.stack(held),
+        )
+        return clip_losses(outputs, targets, self._mean_over_ranks(outputs.held.sum()), network.memory_frames)
+
+    def _mean_over_ranks(self, count: Tensor) -> Tensor:
+        """Total over all ranks, at least 1, divided by their number: DDP then averages gradients to the right sum."""
+        total = count.float()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+            return total.clamp(min=1) / torch.distributed.get_world_size()
+        return total.clamp(min=1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with the schedule of the options."""
+        optimizer = build_optimizer(self.network, self.optimizer_options)
+        scheduler, interval = build_scheduler(
+            optimizer, self.optimizer_options, int(self.trainer.estimated_stepping_batches)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the norm of the gradient before it is clipped."""
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+
+    # Evaluation ------------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Start with an empty metric."""
+        self._start_evaluation("validate")
+
+    def on_test_epoch_start(self) -> None:
+        """Start with an empty metric."""
+        self._start_evaluation("test")
+
+    def validation_step(self, batch: VideoChunk, batch_idx: int) -> list[Track] | None:
+        """Take in a chunk; the video's tracks with its last one."""
+        return self._evaluate(batch)
+
+    def test_step(self, batch: VideoChunk, batch_idx: int) -> list[Track] | None:
+        """Take in a chunk; the video's tracks with its last one."""
+        return self._evaluate(batch)
+
+    def predict_step(self, batch: VideoChunk, batch_idx: int) -> list[Track] | None:
+        """Take in a chunk; the video's tracks with its last one."""
+        return self._run_video(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log AP and AR of the videos seen."""
+        self._log_metric("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log AP and AR of the videos seen."""
+        self._log_metric("test")
+
+    def _start_evaluation(self, stage: str) -> None:
+        self._videos.clear()
+        self.metric = VideoAveragePrecision(self.data.annotations_path(stage), only_updated=True).to(self.device)
+
+    def _evaluate(self, chunk: VideoChunk) -> list[Track] | None:
+        tracks = self._run_video(chunk)
+        if tracks is not None and self.metric is not None:
+            self.metric.update(chunk.video_id, tracks)
+        return tracks
+
+    def _run_video(self, chunk: VideoChunk) -> list[Track] | None:
+        """State starts anew with a video's first chunk; loader processes may interleave the chunks of several videos."""
+        if chunk.start == 0:
+            self._videos[chunk.video_id] = VideoInference(self.network, self.inference, chunk.size)
+        video = self._videos[chunk.video_id]
+        video.add(chunk)
+        if not chunk.is_last:
+            return None
+        del self._videos[chunk.video_id]
+        return video.tracks(chunk.video_id, [category.id for category in self.data.categories])
+
+    def _log_metric(self, stage: str) -> None:
+        assert self.metric is not None
+        for name, value in self.metric.compute().items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "AP", sync_dist=True)
+        self.metric = None
+
+
+def _of_queries(x: Tensor, queries: Tensor) -> Tensor:
+    """(D, B, N, C) and (B, n) indices give (D, B, n, C)."""
+    return x.gather(2, queries[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[-1]))

@@ -1,0 +1,65 @@
+"""Optimiser, parameter groups and learning-rate schedules (A.2)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR
+
+SLOW = ("sampling_offsets", "location.reference")
+"""Layers that place sampling points; like the backbone they learn at a tenth of the rate."""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW as in the paper.
+
+    Attributes:
+        lr: learning rate.
+        backbone_lr: learning rate of the backbone.
+        slow_factor: of ``lr`` for sampling offsets and reference points.
+        weight_decay: of AdamW, for every parameter.
+        schedule: ``multistep``, by epochs, or ``cosine`` to zero, by steps.
+        milestones: epochs after which ``multistep`` divides by ten.
+        warmup_steps: of ``cosine``: steps of linear growth from zero.
+    """
+
+    lr: float = 1e-4
+    backbone_lr: float = 1e-5
+    slow_factor: float = 0.1
+    weight_decay: float = 1e-4
+    schedule: Literal["multistep", "cosine"] = "multistep"
+    milestones: tuple[int, ...] = (4, 10)
+    warmup_steps: int = 0
+
+
+def build_optimizer(network: nn.Module, options: OptimizerOptions) -> Optimizer:
+    """AdamW over three groups, named ``network``, ``backbone`` and ``slow``; frozen parameters are left out."""
+    groups: dict[str, list[nn.Parameter]] = {"network": [], "backbone": [], "slow": []}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            slow = any(part in name for part in SLOW)
+            groups["backbone" if name.startswith("backbone.") else "slow" if slow else "network"].append(parameter)
+    rates = {"network": options.lr, "backbone": options.backbone_lr, "slow": options.lr * options.slow_factor}
+    return AdamW(
+        [{"params": parameters, "lr": rates[name], "name": name} for name, parameters in groups.items() if parameters],
+        weight_decay=options.weight_decay,
+    )
+
+
+def build_scheduler(optimizer: Optimizer, options: OptimizerOptions, total_steps: int) -> tuple[LRScheduler, str]:
+    """The schedule and the interval, ``epoch`` or ``step``, at which Lightning advances it."""
+    if options.schedule == "multistep":
+        return MultiStepLR(optimizer, list(options.milestones)), "epoch"
+
+    def factor(step: int) -> float:
+        if step < options.warmup_steps:
+            return (step + 1) / options.warmup_steps
+        done = (step - options.warmup_steps) / max(1, total_steps - options.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    return LambdaLR(optimizer, factor), "step"

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from instanceformer.data.annotations import read_youtube_vis
+from instanceformer.data.augment import IMAGE_MEAN, IMAGE_STD, Augmentation
+from instanceformer.data.batch import ClipBatch
+from instanceformer.data.clips import ClipDataset, clip_targets, collate_clips, draw_frames, mask_boxes
+
+
+def clips_of(tiny: Any, **options: Any) -> ClipDataset:
+    return ClipDataset(read_youtube_vis(tiny.annotations), tiny.images, **options)
+
+
+def frame_codes(frames: Tensor) -> list[int]:
+    """20 * video + frame of each frame, read from the grey level of its corner."""
+    return (255 * (frames[:, 0, 0, 0] * IMAGE_STD[0] + IMAGE_MEAN[0]) / 2).round().int().tolist()
+
+
+@pytest.mark.parametrize("window", [None, 5, 7, 50])
+@pytest.mark.parametrize("reference", [None, 0, 4, 19])
+def test_draw_frames_gives_distinct_frames_in_order(window: int | None, reference: int | None) -> None:
+    drawn = [draw_frames(20, 4, window, reference) for _ in range(200)]
+    for frames in drawn:
+        assert frames == sorted(set(frames))
+        assert len(frames) == 4
+        assert 0 <= frames[0] <= frames[-1] < 20
+        assert reference is None or reference in frames
+        assert window is None or frames[-1] - frames[0] < window
+    assert len({tuple(frames) for frames in drawn}) >= 4  # a window of 5 about the first frame allows just these
+
+
+def test_draw_frames_reaches_every_frame() -> None:
+    for window in (None, 6):
+        assert {frame for _ in range(300) for frame in draw_frames(12, 4, window)} == set(range(12))
+
+
+@pytest.mark.parametrize(("length", "window"), [(3, None), (1, None), (4, None), (20, 2)])
+def test_short_videos_repeat_frames_evenly_and_in_order(length: int, window: int | None) -> None:
+    for reference in (None, length - 1):
+        for _ in range(50):
+            frames = draw_frames(length, 4, window, reference)
+            assert frames == sorted(frames)
+            available = min(length, window or length)
+            assert len(set(frames)) == min(available, 4)
+            assert max(frames.count(frame) for frame in frames) == -(-4 // available)
+
+
+def test_clip_has_the_frames_masks_boxes_and_labels_of_its_video(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(6, 9), absent=[(1, 0, t) for t in range(5)])
+    clips = clips_of(tiny)
+    for index in range(len(clips)):
+        frames, targets = clips[index]
+        assert frames.shape == (4, 3, 24, 40)
+        assert frames.dtype == torch.float32
+        video, chosen = frame_codes(frames)[0] // 20, [code % 20 for code in frame_codes(frames)]
+        assert chosen == sorted(set(chosen))
+        truth = np.stack([tiny.masks[2 * video + i][chosen] for i in (1, 2)], axis=1)  # (T, 2, H, W)
+        labels = torch.tensor([0, 1])
+        seen = truth.any((0, 2, 3))
+        assert torch.equal(targets.labels, labels[torch.from_numpy(seen)])
+        assert np.array_equal(targets.masks.numpy(), truth[:, seen])
+        assert np.array_equal(targets.visible.numpy(), truth[:, seen].any((2, 3)))
+        for t, i in np.ndindex(*targets.visible.shape):
+            ys, xs = np.nonzero(targets.masks[t, i].numpy())
+            if len(xs) == 0:
+                assert targets.boxes[t, i].tolist() == [0, 0, 0, 0]
+                continue
+            cx, cy, w, h = (targets.boxes[t, i].numpy() * [40, 24, 40, 24]).round(3)
+            assert (cx - w / 2, cx + w / 2) == (xs.min(), xs.max() + 1)
+            assert (cy - h / 2, cy + h / 2) == (ys.min(), ys.max() + 1)
+
+
+def test_one_clip_for_each_annotated_frame_and_that_frame_is_in_it(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(6, 9, 2), instances=1, absent=[(1, 0, t) for t in range(5)] + [(2, 0, 0), (2, 0, 1)])
+    clips = clips_of(tiny, clip_frames=2)
+    expected = [*range(6), *range(25, 29)]  # as 20 * video + frame
+    assert len(clips) == len(expected)
+    for _ in range(5):
+        assert all(code in frame_codes(clips[index][0]) for index, code in enumerate(expected))
+
+
+def test_clips_per_video_and_clip_range(tiny_dataset: Callable[..., Any]) -> None:
+    clips = clips_of(tiny_dataset(lengths=(12, 9)), clip_frames=3, clips_per_video=5, clip_range=4)
+    assert len(clips) == 10
+    codes = [frame_codes(clips[index][0]) for index in range(10)]
+    assert [c[0] // 20 for c in codes] == [0] * 5 + [1] * 5
+    assert all(c[-1] - c[0] < 4 for c in codes)
+
+
+def test_clips_without_instances_are_drawn_again(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(12,), instances=1, absent=[(0, 0, t) for t in range(6)])
+    clips = clips_of(tiny, clip_frames=1, clips_per_video=40)
+    torch.manual_seed(0)  # with ten draws one clip in a thousand stays empty, with one draw every second
+    assert sum(len(clips[index][1].labels) for index in range(40)) == 40
+
+
+def test_video_without_instances_gives_an_empty_clip(tiny_dataset: Callable[..., Any]) -> None:
+    clips = clips_of(tiny_dataset(lengths=(5,), instances=0), clips_per_video=1, augmentation=Augmentation(crop=1))
+    frames, targets = clips[0]
+    assert targets.labels.shape == (0,)
+    assert targets.labels.dtype == torch.int64
+    assert targets.boxes.shape == (4, 0, 4)
+    assert targets.masks.shape == (4, 0, *frames.shape[-2:])
+    assert targets.visible.shape == (4, 0)
+    assert collate_clips([(frames, targets)]).targets[0] is targets
+
+
+def test_crowds_are_left_out(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(6, 4))
+    for index in (0, 2, 3):
+        tiny.content["annotations"][index]["iscrowd"] = 1
+    tiny.write()
+    clips = clips_of(tiny)
+    assert len(clips) == 6  # the second video has nothing but crowds
+    assert clips[0][1].labels.tolist() == [1]
+
+
+def test_targets_follow_a_crop(tiny_dataset: Callable[..., Any]) -> None:
+    augmentation = Augmentation(sizes=(24,), crop=1, crop_from=(24,), crop_sides=(10, 12))
+    clips = clips_of(tiny_dataset(lengths=(12,)), augmentation=augmentation)
+    counts = set()
+    for index in [*range(12)] * 5:
+        _, targets = clips[index]
+        counts.add(len(targets.labels))
+        assert targets.visible.any(0).all()
+        assert torch.equal(targets.visible, targets.masks.flatten(2).any(-1))
+        assert torch.equal(targets.boxes, mask_boxes(targets.masks))
+        assert 0 <= targets.boxes.min() <= targets.boxes.max() <= 1
+    assert counts == {1, 2}  # some crops lose one of the two instances, none loses both
+
+
+def test_mask_boxes_of_single_pixels_and_full_masks() -> None:
+    masks = torch.zeros(3, 4, 8, dtype=torch.bool)
+    masks[0, 0, 7] = True
+    masks[1] = True
+    assert mask_boxes(masks).tolist() == [[0.9375, 0.125, 0.125, 0.25], [0.5, 0.5, 1, 1], [0, 0, 0, 0]]
+
+
+def test_clips_of_different_size_are_padded_at_right_and_bottom() -> None:
+    def clip(height: int, width: int) -> tuple[Tensor, Any]:
+        return torch.ones(2, 3, height, width), clip_targets(torch.tensor([4]), torch.ones(2, 1, height, width) > 0)
+
+    batch = collate_clips([clip(4, 10), clip(6, 8)])
+    assert batch.frames.shape == (2, 2, 3, 6, 10)
+    assert batch.padding is not None
+    for b, (height, width) in enumerate([(4, 10), (6, 8)]):
+        inside = torch.zeros(6, 10, dtype=torch.bool)
+        inside[:height, :width] = True
+        assert torch.equal(batch.padding[b], ~inside)
+        assert torch.equal(batch.frames[b], inside.float().expand(2, 3, 6, 10))
+        assert batch.targets[b].masks.shape == (2, 1, height, width)
+
+    same = collate_clips([clip(4, 10), clip(4, 10)])
+    assert same.padding is None
+    assert same.frames.shape == (2, 2, 3, 4, 10)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_seed_repeats_the_clips_and_epochs_differ(tiny_dataset: Callable[..., Any], workers: int) -> None:
+    clips = clips_of(tiny_dataset(lengths=(12, 12)))
+
+    def two_epochs(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        loader: DataLoader[Any] = DataLoader(
+            clips, shuffle=False, collate_fn=collate_clips, num_workers=workers, persistent_workers=workers > 0
+        )
+        epochs = []
+        for _ in range(2):
+            batches: list[ClipBatch] = list(loader)
+            epochs.append([code for batch in batches for code in frame_codes(batch.frames[0])])
+        return epochs
+
+    first = two_epochs(1)
+    assert first == two_epochs(1)
+    assert first[0] != first[1]
+    assert first[0] != two_epochs(2)[0]
+
+
+def test_missing_unreadable_and_misfit_frames_are_named(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(1,))
+    path = tiny.images / "v0" / "00000.jpg"
+    data = path.read_bytes()
+    path.write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"v0/00000\.jpg: frame 0 of video 1 cannot be read as an image"):
+        clips_of(tiny)[0]
+    path.unlink()
+    with pytest.raises(ValueError, match=r"v0/00000\.jpg: frame 0 of video 1 cannot be read as an image"):
+        clips_of(tiny)[0]
+    path.write_bytes(data)
+    tiny.content["videos"][0]["height"] = 25
+    tiny.content["annotations"] = []
+    tiny.write()
+    with pytest.raises(ValueError, match=r"v0/00000\.jpg: frame 0 of video 1 is 24x40 .* says 25x40"):
+        clips_of(tiny, clips_per_video=1)[0]
+
+
+@pytest.mark.parametrize("options", [{"clip_frames": 0}, {"clip_range": 3}, {"clips_per_video": 0}])
+def test_options_out_of_range_are_named(tiny_dataset: Callable[..., Any], options: dict[str, int]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name}: expected .*, found {value}"):
+        clips_of(tiny_dataset(), **options)

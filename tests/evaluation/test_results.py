@@ -1,0 +1,120 @@
+import json
+
+import numpy as np
+import pytest
+
+from instanceformer.evaluation.results import (
+    RLE,
+    Track,
+    compress_segmentation,
+    decode_mask,
+    encode_mask,
+    read_results,
+    write_results,
+)
+
+
+def make_mask() -> np.ndarray:
+    mask = np.zeros((5, 7), dtype=bool)
+    mask[1:4, 2:6] = True
+    return mask
+
+
+def make_tracks() -> list[Track]:
+    rle = encode_mask(make_mask())
+    return [Track(1, 2, 0.1 + 0.2, [rle, None]), Track(7, 1, 1e-17, [None, None]), Track(1, 2, 1.0, [None, rle])]
+
+
+def test_masks_survive_encoding():
+    rle = encode_mask(make_mask())
+    assert rle is not None
+    assert rle["size"] == [5, 7]
+    assert isinstance(rle["counts"], str)
+    np.testing.assert_array_equal(decode_mask(rle), make_mask())
+    assert encode_mask(np.zeros((5, 7), dtype=bool)) is None
+
+
+def test_every_form_of_an_annotated_mask_becomes_the_same_mask():
+    # column-major runs of the rectangle: 2 columns of 5 and one pixel, then 3 on and 2 off, four times
+    runs = [11, 3, 2, 3, 2, 3, 2, 3, 6]
+    polygon = [2, 1, 6, 1, 6, 4, 2, 4]
+    expected = encode_mask(make_mask())
+    assert compress_segmentation({"size": [5, 7], "counts": runs}, 5, 7) == expected
+    assert compress_segmentation({"size": [5.0, 7.0], "counts": expected["counts"]}, 5, 7) == expected
+    assert compress_segmentation([polygon], 5, 7) == expected
+    assert compress_segmentation(None, 5, 7) is None
+    assert compress_segmentation([], 5, 7) is None
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ({"size": [7, 5], "counts": "abc"}, "7x5 pixels, expected the video's 5x7"),
+        ({"size": [5, 7], "counts": [30, 3]}, "cover 33 pixels, expected height x width = 35"),
+        ({"counts": [30, 5]}, "unknown form"),
+        ("abc", "unknown form"),
+    ],
+)
+def test_a_wrong_mask_is_refused(segmentation, message):
+    with pytest.raises(ValueError, match=message):
+        compress_segmentation(segmentation, 5, 7)
+
+
+def test_written_results_are_read_back_exactly(tmp_path):
+    path = tmp_path / "results.json"
+    write_results(path, make_tracks())
+    assert read_results(path) == make_tracks()
+    assert set(json.loads(path.read_text())[0]) == {"video_id", "category_id", "score", "segmentations"}
+
+
+def test_no_tracks_make_a_valid_file(tmp_path):
+    write_results(tmp_path / "results.json", [])
+    assert read_results(tmp_path / "results.json") == []
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "results.json"
+    write_results(path, make_tracks())
+
+    def interrupted():
+        yield make_tracks()[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_results(path, interrupted())
+    assert read_results(path) == make_tracks()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_score_must_be_finite(score):
+    with pytest.raises(ValueError, match=r"video 3 is (nan|inf), expected a finite number"):
+        Track(3, 1, score, [])
+
+
+GOOD = {"video_id": 1, "category_id": 2, "score": 0.5, "segmentations": [None, RLE(size=[5, 7], counts="S1")]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a JSON file"),
+        ("{}", "found a JSON dict, expected a list"),
+        ("[3]", "entry 0: found 3, expected an object"),
+        (json.dumps([GOOD, {"video_id": 1}]), "entry 1: category_id is missing, found only video_id"),
+        (json.dumps([GOOD | {"video_id": "1"}]), "entry 0: video_id is 1, expected int"),
+        (json.dumps([GOOD | {"category_id": True}]), "entry 0: category_id is True, expected int"),
+        (json.dumps([GOOD | {"score": None}]), "entry 0: score is None, expected int or float"),
+        (json.dumps([GOOD | {"score": float("nan")}]), "entry 0: the score of a track of video 1 is nan"),
+        (json.dumps([GOOD | {"segmentations": None}]), "entry 0: segmentations is None, expected list"),
+        (
+            json.dumps([GOOD | {"segmentations": [None, {"size": [5, 7], "counts": [3, 32]}]}]),
+            "entry 0: frame 1 is .*, expected null or compressed run lengths",
+        ),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_place(tmp_path, content, message):
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"results.json: {message}"):
+        read_results(path)

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from instanceformer import InstanceFormer
+from instanceformer.model.network import ClipPrediction
+from instanceformer.model.state import TrackState
+from torch import Tensor
+
+OUTPUTS = ("logits", "boxes", "queries", "masks")
+VARIANTS = {
+    "paper": {},
+    "query only": {"location": "none", "class_prior": False, "memory": False},
+    "nothing propagated": {"propagate_queries": False, "location": "none", "class_prior": False, "memory": False},
+    "refined, renewed, filtered": {"location": "refined", "free_queries": "renew", "min_confidence": 0.02},
+    "fine masks": {"mask_stride": 4, "num_levels": 3},
+    "five levels": {"num_levels": 5},
+}
+
+
+def variant(name: str):
+    return pytest.param(VARIANTS[name], id=name)
+
+
+ALL = [variant(name) for name in VARIANTS]
+
+
+def assert_close(a: ClipPrediction, b: ClipPrediction, tolerance: float) -> None:
+    for name in OUTPUTS:
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def in_chunks(network: InstanceFormer, frames: Tensor, length: int) -> ClipPrediction:
+    state, parts = None, []
+    for chunk in frames.split(length, dim=1):
+        part, state = network(chunk, state=state, segment="all")
+        parts.append(part)
+    return ClipPrediction(*(torch.cat([getattr(p, name) for p in parts], dim=1) for name in OUTPUTS))
+
+
+def test_default_is_the_papers_network() -> None:
+    network = InstanceFormer(num_classes=40)
+    everything = sum(p.numel() for p in network.parameters())
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert everything / 1e6 == pytest.approx(44.3, abs=0.3)
+    assert trained / 1e6 == pytest.approx(44.3, abs=0.05)  # without the frozen stem and first stage
+
+
+@pytest.mark.parametrize("options", ALL)
+@torch.no_grad()
+def test_clip_at_once_equals_frame_by_frame_equals_chunks(tiny, options) -> None:
+    network = tiny(**options)
+    frames = torch.randn(2, 12, 3, 70, 101)
+    whole, _ = network(frames, segment="all")
+    assert whole.logits.shape == (2, 12, 12, 5)
+    assert whole.masks.shape == (2, 12, 12, 18, 26)
+    for length in (1, 3, 5):
+        assert_close(in_chunks(network, frames, length), whole, 1e-5)
+
+
+@pytest.mark.parametrize("options", ALL)
+@torch.no_grad()
+def test_batch_of_padded_clips_equals_each_alone(tiny, options) -> None:
+    network = tiny(**options)
+    sizes = [(70, 131), (96, 101), (96, 131)]
+    clips = [torch.randn(1, 5, 3, *size) for size in sizes]
+    frames = torch.zeros(3, 5, 3, 96, 131)
+    padding = torch.ones(3, 96, 131, dtype=torch.bool)
+    for i, ((height, width), clip) in enumerate(zip(sizes, clips, strict=True)):
+        frames[i, :, :, :height, :width] = clip[0]
+        padding[i, :height, :width] = False
+    together, _ = network(frames, padding, segment="all")
+    for i, clip in enumerate(clips):
+        alone, _ = network(clip, segment="all")
+        height, width = alone.masks.shape[-2:]
+        ours = ClipPrediction(
+            together.logits[i : i + 1],
+            together.boxes[i : i + 1],
+            together.queries[i : i + 1],
+            together.masks[i : i + 1, ..., :height, :width],
+        )
+        assert_close(ours, alone, 1e-4)
+
+
+@torch.no_grad()
+def test_what_stands_in_the_padding_does_not_matter(tiny) -> None:
+    network = tiny()
+    frames = torch.randn(2, 3, 3, 64, 96)
+    padding = torch.zeros(2, 64, 96, dtype=torch.bool)
+    padding[0, 40:] = True
+    dirty = frames.clone()
+    dirty[0, :, :, 40:] = 1e3
+    a, _ = network(frames, padding)
+    b, _ = network(dirty, padding)
+    torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_reset_leaves_nothing_of_the_video_before(tiny) -> None:
+    network = tiny()
+    second = torch.randn(1, 4, 3, 64, 96)
+    fresh, fresh_state = network(second, segment="all")
+    network(torch.randn(1, 6, 3, 64, 96), segment="all")
+    again, again_state = network(second, state=network.initial_state(1), segment="all")
+    for name in OUTPUTS:
+        assert torch.equal(getattr(fresh, name), getattr(again, name))
+    for name, value in vars(fresh_state).items():
+        assert torch.equal(value, getattr(again_state, name))
+
+
+@torch.no_grad()
+def test_state_matters_and_is_a_value(tiny) -> None:
+    network = tiny()
+    _, state = network(torch.randn(1, 3, 3, 64, 96))
+    copy = TrackState(**{name: value.clone() for name, value in vars(state).items()})
+    frame = torch.randn(1, 1, 3, 64, 96)
+    with_past, _ = network(frame, state=state)
+    without, _ = network(frame)
+    assert (with_past.logits - without.logits).abs().max() > 1e-3
+    for name, value in vars(state).items():
+        assert torch.equal(value, getattr(copy, name))
+
+
+@torch.no_grad()
+def test_state_keeps_its_shapes(tiny) -> None:
+    network = tiny()
+    state = network.initial_state(2)
+    shapes = {name: (value.shape, value.dtype) for name, value in vars(state).items()}
+    for _ in range(6):
+        _, state = network(torch.randn(2, 1, 3, 64, 96), state=state)
+        assert {name: (value.shape, value.dtype) for name, value in vars(state).items()} == shapes
+
+
+@pytest.mark.parametrize(
+    ("switched", "changes_at"),
+    [
+        ({"location": "none"}, 1),
+        ({"location": "refined"}, None),  # has parameters of its own
+        ({"class_prior": False}, None),
+        ({"memory": False}, None),
+        ({"propagate_queries": False}, 1),
+        ({"memory_frames": 1}, 2),
+        ({"memory_tokens": 1}, 1),
+        ({"min_confidence": 0.9}, 1),
+    ],
+)
+@torch.no_grad()
+def test_every_mechanism_acts_from_the_second_frame_on(tiny, switched, changes_at) -> None:
+    """The same weights, one option changed: the first frame has no past, so only later ones may differ."""
+    full = tiny()
+    other = InstanceFormer(**{**full.options, **switched}).eval()
+    other.load_state_dict(full.state_dict(), strict=False)
+    frames = torch.randn(1, 5, 3, 64, 96)
+    a, b = full(frames)[0].logits, other(frames)[0].logits
+    differs = [(a[:, t] - b[:, t]).abs().max() > 1e-6 for t in range(5)]
+    assert not differs[0]
+    assert any(differs[1:])
+    if changes_at is not None:
+        assert differs.index(True) >= changes_at
+
+
+@torch.no_grad()
+def test_renewed_queries_start_from_their_learned_content(tiny) -> None:
+    """Nothing is ever confident enough: every frame is then a first frame."""
+    network = tiny(free_queries="renew", min_confidence=0.999)
+    frames = torch.randn(1, 4, 3, 64, 96)
+    streamed, _ = network(frames)
+    for t in range(4):
+        alone, _ = network(frames[:, t : t + 1])
+        torch.testing.assert_close(streamed.logits[:, t], alone.logits[:, 0], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_masks_are_made_for_the_queries_asked_for(tiny) -> None:
+    network = tiny()
+    frames = torch.randn(2, 2, 3, 64, 96)
+    everything, _ = network(frames, segment="all")
+    some, _ = network(frames, segment=torch.tensor([7, 2]))
+    torch.testing.assert_close(some.masks, everything.masks[:, :, [7, 2]], rtol=0, atol=1e-5)
+    assert network(frames)[0].masks is None
+
+
+@torch.no_grad()
+def test_checkpoint_round_trip(tiny, tmp_path) -> None:
+    network = tiny(location="refined")
+    weights = {f"network.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"state_dict": weights, "network_options": network.options}, tmp_path / "a.ckpt")
+    loaded = InstanceFormer.from_checkpoint(tmp_path / "a.ckpt")
+    frames = torch.randn(1, 2, 3, 64, 96)
+    assert torch.equal(loaded(frames)[0].logits, network(frames)[0].logits)
+    torch.save({"model": {}}, tmp_path / "b.pth")
+    with pytest.raises(ValueError, match="network_options"):
+        InstanceFormer.from_checkpoint(tmp_path / "b.pth")
+
+
+def test_padding_must_be_a_margin(tiny) -> None:
+    padding = torch.zeros(1, 64, 96, dtype=torch.bool)
+    padding[0, 10, 10] = True
+    with pytest.raises(ValueError, match="right and at the bottom"):
+        tiny()(torch.randn(1, 1, 3, 64, 96), padding)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone": "resnet51"}, "resnet50"),
+        ({"memory_tokens": 301}, "num_queries=300"),
+        ({"num_levels": 2}, "3 to 5"),
+        ({"dim": 100}, "num_heads=8"),
+        ({"min_confidence": 1.5}, "min_confidence"),
+        ({"memory_frames": 0}, "at least 1"),
+    ],
+)
+def test_impossible_options_are_refused(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        InstanceFormer(4, **options)
+
+
+def test_a_swin_works_too(tiny) -> None:
+    network = tiny(backbone="swin_t")
+    with torch.no_grad():
+        prediction, _ = network(torch.randn(1, 2, 3, 70, 90), segment="all")
+    assert prediction.masks.shape == (1, 2, 12, 18, 23)

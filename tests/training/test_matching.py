@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from instanceformer.model.decoder import FramePrediction
+from instanceformer.training.matching import MatchCosts, match_cost, match_entering
+from instanceformer.training.targets import DenseTargets
+
+from tests.conftest import make_targets
+
+N, K = 6, 5
+
+
+def predict(targets: DenseTargets, t: int, placed: dict[tuple[int, int], int]) -> FramePrediction:
+    """Queries that are sure of nothing, but those in ``placed`` (clip, instance) -> query, which are exactly right."""
+    batch = targets.labels.shape[0]
+    logits, boxes = torch.full((1, batch, N, K), -5.0), torch.full((1, batch, N, 4), 0.9)
+    for (clip, instance), query in placed.items():
+        logits[0, clip, query, targets.labels[clip, instance]] = 5
+        boxes[0, clip, query] = targets.boxes[t, clip, instance]
+    empty = torch.zeros(0)
+    return FramePrediction(logits, boxes, empty, empty, empty, empty)
+
+
+def dense(*instances: int) -> DenseTargets:
+    return DenseTargets.from_clips([make_targets(4, n, 64, 96) for n in instances], (16, 24))
+
+
+def test_instances_are_matched_where_they_enter_and_keep_their_query() -> None:
+    targets = dense(3, 2)
+    assigned = torch.full((2, 3), -1)
+    assigned = match_entering(predict(targets, 0, {(0, 0): 4, (0, 2): 1, (1, 0): 2}), targets, 0, assigned, MatchCosts())
+    assert assigned.tolist() == [[4, -1, 1], [2, -1, -1]]
+    # in frame 1 instance 1 enters; what another query would now fit better does not matter to the others
+    assigned = match_entering(predict(targets, 1, {(0, 1): 0, (0, 0): 5, (1, 1): 3}), targets, 1, assigned, MatchCosts())
+    assert assigned.tolist() == [[4, 0, 1], [2, 3, -1]]
+    assert match_entering(predict(targets, 2, {}), targets, 2, assigned, MatchCosts()) is assigned
+
+
+def test_a_held_query_is_not_given_away() -> None:
+    targets = dense(2)
+    held = torch.tensor([[4, -1]])
+    assigned = match_entering(predict(targets, 1, {(0, 1): 4}), targets, 1, held, MatchCosts())
+    assert assigned[0, 0] == 4
+    assert assigned[0, 1] not in (-1, 4)
+
+
+def test_more_instances_than_free_queries_leaves_some_unmatched() -> None:
+    targets = dense(8)
+    assigned = match_entering(predict(targets, 0, {}), targets, 0, torch.full((1, 8), -1), MatchCosts())
+    found = assigned[assigned >= 0].tolist()
+    assert sorted(found) == list(range(N))
+
+
+def test_a_prediction_that_is_not_a_number_does_not_stop_the_run() -> None:
+    targets = dense(3)
+    broken = predict(targets, 0, {})
+    broken = replace(broken, logits=torch.full_like(broken.logits, torch.nan), boxes=torch.full_like(broken.boxes, torch.nan))
+    assigned = match_entering(broken, targets, 0, torch.full((1, 3), -1), MatchCosts())
+    assert (assigned >= 0).tolist() == [[True, False, True]]
+
+
+def test_cost_prefers_the_right_class_and_the_nearer_box() -> None:
+    labels, box = torch.tensor([1]), torch.tensor([[0.5, 0.5, 0.2, 0.2]])
+    logits = torch.tensor([[-3.0, 3.0], [3.0, -3.0], [-3.0, 3.0]])
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2], [0.7, 0.5, 0.2, 0.2]])
+    cost = match_cost(logits, boxes, labels, box, MatchCosts()).flatten()
+    assert cost.argmin() == 0
+    shifted = match_cost(logits, boxes, labels, box, MatchCosts(classification=0.0)).flatten()
+    assert shifted[0] == shifted[1] < shifted[2]
+    torch.testing.assert_close(shifted[2] - shifted[0], torch.tensor(5 * 0.2 + 2 * 1.0))  # touching boxes: giou 0

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from instanceformer import InstanceFormer
+from instanceformer.data.batch import ClipBatch
+from instanceformer.training.losses import LossWeights
+from instanceformer.training.module import InstanceFormerModule
+from instanceformer.training.optim import OptimizerOptions, build_optimizer, build_scheduler
+from torch import Tensor, nn
+
+from tests.conftest import make_batch, make_targets
+
+MECHANISMS = {
+    "paper": {},
+    "refined, renewed, filtered": {"location": "refined", "free_queries": "renew", "min_confidence": 0.3},
+    "query only": {"location": "none", "class_prior": False, "memory": False},
+    "nothing propagated": {"propagate_queries": False, "memory": False},
+    "fine masks": {"mask_stride": 4},
+}
+
+
+def gradients(network: InstanceFormer, batch: ClipBatch) -> dict[str, Tensor]:
+    module = InstanceFormerModule(network)
+    network.zero_grad()
+    module.compute_losses(batch).total(LossWeights()).backward()
+    return {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+@pytest.mark.parametrize("instances", [[3, 2], [0, 0], [0, 3]], ids=str)
+@pytest.mark.parametrize("options", MECHANISMS.values(), ids=MECHANISMS)
+def test_every_parameter_takes_part_whatever_the_clip_holds(tiny, options, instances, frames) -> None:
+    """DDP without a search for unused parameters needs this, also for single frames and for clips of nothing."""
+    found = gradients(tiny(**options), make_batch(instances, frames=frames))
+    assert [name for name, grad in found.items() if grad is None or not grad.isfinite().all()] == []
+
+
+@pytest.mark.parametrize("options", MECHANISMS.values(), ids=MECHANISMS)
+def test_every_parameter_learns_from_clips_with_instances(tiny, options) -> None:
+    found = gradients(tiny(**options), make_batch([3, 2]))
+    assert [name for name, grad in found.items() if grad.abs().max() == 0] == []
+
+
+def test_the_loss_falls_on_one_clip(tiny) -> None:
+    network = tiny(location="refined").train()
+    batch, module = make_batch([2], frames=3), InstanceFormerModule(network)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(25):
+        loss = module.compute_losses(batch).total(LossWeights())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_padded_batch_costs_what_its_clips_cost_alone(tiny) -> None:
+    network = tiny()
+    small, large = make_targets(3, 2, 56, 80), make_targets(3, 3, 64, 96)
+    frames, padding = torch.zeros(2, 3, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.bool)
+    frames[0, :, :, :56, :80], frames[1] = torch.randn(3, 3, 56, 80), torch.randn(3, 3, 64, 96)
+    padding[0, 56:], padding[0, :, 80:] = True, True
+    module = InstanceFormerModule(network)
+    both = module.compute_losses(ClipBatch(frames, padding, [small, large]))
+    alone = [
+        module.compute_losses(ClipBatch(frames[:1, :, :, :56, :80], None, [small])),
+        module.compute_losses(ClipBatch(frames[1:], None, [large])),
+    ]
+    # held instances over all frames: the normaliser of each clip (instance 1 enters in the second frame)
+    counts = torch.tensor([2.0 * 3 - 1, 3.0 * 3 - 1])
+    for name, value in vars(both).items():
+        expected = sum(getattr(a, name) * c for a, c in zip(alone, counts, strict=True)) / counts.sum()
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_mixed_precision_is_close_and_keeps_locations_and_losses_in_float32(tiny, dtype) -> None:
+    network = tiny(dropout=0.0)
+    batch, module = make_batch([3, 2]), InstanceFormerModule(network)
+    full = module.compute_losses(batch).total(LossWeights())
+    with torch.autocast("cpu", dtype):
+        features = network.encode(batch.frames)
+        prediction = network.decode(features[0], network.initial_state(2))
+        assert prediction.boxes.dtype == prediction.logits.dtype == prediction.references.dtype == torch.float32
+        indices = torch.zeros(2, 1, dtype=torch.int64)
+        assert network.segment(features[0], prediction, indices).dtype == torch.float32
+        mixed = module.compute_losses(batch).total(LossWeights())
+    assert mixed.dtype == torch.float32
+    assert mixed.item() == pytest.approx(full.item(), rel=0.05)
+
+
+def test_parameter_groups_cover_everything_that_learns_once() -> None:
+    network = InstanceFormer(4, dim=32, num_heads=4, num_queries=12, backbone="resnet18", encoder_layers=1, decoder_layers=1)
+    optimizer = build_optimizer(network, OptimizerOptions())
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert {name: group["lr"] for name, group in groups.items()} == {"network": 1e-4, "backbone": 1e-5, "slow": 1e-5}
+    names = {id(p): name for name, p in network.named_parameters()}
+    slow = {names[id(p)] for p in groups["slow"]["params"]}
+    assert slow == {n for n in names.values() if "sampling_offsets" in n or n.startswith("location.reference")}
+    assert all(names[id(p)].startswith("backbone.") for p in groups["backbone"]["params"])
+    grouped = [id(p) for group in groups.values() for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in network.parameters() if p.requires_grad}
+    assert not any(names[i].startswith(("backbone.body.conv1", "backbone.body.layer1")) for i in grouped)
+
+
+def test_schedules() -> None:
+    optimizer = build_optimizer(nn.Linear(2, 2), OptimizerOptions())
+    scheduler, interval = build_scheduler(optimizer, OptimizerOptions(), total_steps=1000)
+    rates = []
+    for _ in range(12):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert interval == "epoch"
+    assert rates == pytest.approx([1e-4] * 4 + [1e-5] * 6 + [1e-6] * 2)
+    cosine = OptimizerOptions(schedule="cosine", warmup_steps=10)
+    scheduler, interval = build_scheduler(build_optimizer(nn.Linear(2, 2), cosine), cosine, total_steps=110)
+    factors = [scheduler.lr_lambdas[0](step) for step in range(111)]
+    assert interval == "step"
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == 1
+    assert factors[60] == pytest.approx(0.5)
+    assert factors[110] == pytest.approx(0)
+
+
+def test_backbone_weights_that_cannot_be_had_say_what_to_do(tiny, monkeypatch) -> None:
+    network = tiny()
+    with pytest.raises(RuntimeError, match="backbone_norm batch"):
+        network.backbone.load_imagenet_weights()  # torchvision has none of a resnet10
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    with pytest.raises(RuntimeError, match="no route to host"):
+        InstanceFormer(4).backbone.load_imagenet_weights()
+
+
+def test_weights_of_another_training_are_taken_over_where_they_fit(tiny, tmp_path: Path) -> None:
+    source, network = tiny(num_classes=3), tiny(num_classes=5, location="refined")
+    weights = {f"network.{name}": value for name, value in source.state_dict().items()}
+    torch.save({"state_dict": weights, "network_options": source.options}, tmp_path / "coco.ckpt")
+    left_new = InstanceFormerModule(network)._take_over(tmp_path / "coco.ckpt")
+    assert torch.equal(network.query_content, source.query_content)
+    assert set(left_new) == {
+        *(f"decoder.class_heads.{i}.{p}" for i in range(2) for p in ("weight", "bias")),
+        *(f"class_prior.temporal.{p}" for p in ("weight", "bias")),
+        *(f"location.step.{p}" for p in ("weight", "bias")),
+        "memory.projection.weight",
+    }
