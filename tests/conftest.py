@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+
 from instanceformer import InstanceFormer
 from instanceformer.data.batch import ClipBatch, ClipTargets
 
 TINY: dict[str, Any] = {
-    "backbone": "resnet10",
+    "backbone": "small",
     "num_queries": 12,
     "dim": 32,
     "num_heads": 4,
@@ -53,7 +54,12 @@ def make_targets(frames: int, instances: int, height: int, width: int, classes: 
             bottom, right = min(top + 20, height), min(left + 24, width)
             masks[t, i, top:bottom, left:right] = True
             boxes[t, i] = torch.tensor(
-                [(left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width, (bottom - top) / height]
+                [
+                    (left + right) / 2 / width,
+                    (top + bottom) / 2 / height,
+                    (right - left) / width,
+                    (bottom - top) / height,
+                ]
             )
     visible = masks.flatten(2).any(-1)
     return ClipTargets(torch.arange(instances) % classes, boxes, masks, visible)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+
 from instanceformer.model.memory import Memory, MemoryAttention, MemoryTokens, remember
 from instanceformer.model.position import sine_position
 from instanceformer.model.state import TrackState
@@ -55,7 +56,9 @@ def test_equation_3_and_the_temporal_index() -> None:
     tokens = memory(state, position)
     for f in range(D):
         for j in range(TOKENS):
-            inputs = torch.cat((state.memory_queries[0, f, j], state.memory_scores[0, f, j], state.memory_boxes[0, f, j]))
+            inputs = torch.cat(
+                (state.memory_queries[0, f, j], state.memory_scores[0, f, j], state.memory_boxes[0, f, j])
+            )
             value = memory.projection(inputs)
             torch.testing.assert_close(tokens.values[0, f * TOKENS + j], value)
             index = position[state.memory_indices[0, f, j]] + sine_position(torch.tensor(f + 1), C)

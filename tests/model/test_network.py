@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from instanceformer import InstanceFormer
 from instanceformer.model.network import ClipPrediction
 from instanceformer.model.state import TrackState
-from torch import Tensor
 
 OUTPUTS = ("logits", "boxes", "queries", "masks")
 VARIANTS = {
@@ -27,7 +28,9 @@ ALL = [variant(name) for name in VARIANTS]
 
 def assert_close(a: ClipPrediction, b: ClipPrediction, tolerance: float) -> None:
     for name in OUTPUTS:
-        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            getattr(a, name), getattr(b, name), rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def in_chunks(network: InstanceFormer, frames: Tensor, length: int) -> ClipPrediction:

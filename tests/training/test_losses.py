@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.conftest import make_targets
+
 from instanceformer.training.contrastive import temporal_contrastive_loss
 from instanceformer.training.losses import ClipOutputs, LossTerms, LossWeights, class_targets, clip_losses, mask_losses
 from instanceformer.training.targets import DenseTargets, coverage
-
-from tests.conftest import make_targets
 
 T, D, B, N, K = 4, 2, 2, 6, 5
 

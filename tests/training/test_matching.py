@@ -3,11 +3,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from tests.conftest import make_targets
+
 from instanceformer.model.decoder import FramePrediction
 from instanceformer.training.matching import MatchCosts, match_cost, match_entering
 from instanceformer.training.targets import DenseTargets
-
-from tests.conftest import make_targets
 
 N, K = 6, 5
 
@@ -30,10 +30,14 @@ def dense(*instances: int) -> DenseTargets:
 def test_instances_are_matched_where_they_enter_and_keep_their_query() -> None:
     targets = dense(3, 2)
     assigned = torch.full((2, 3), -1)
-    assigned = match_entering(predict(targets, 0, {(0, 0): 4, (0, 2): 1, (1, 0): 2}), targets, 0, assigned, MatchCosts())
+    assigned = match_entering(
+        predict(targets, 0, {(0, 0): 4, (0, 2): 1, (1, 0): 2}), targets, 0, assigned, MatchCosts()
+    )
     assert assigned.tolist() == [[4, -1, 1], [2, -1, -1]]
     # in frame 1 instance 1 enters; what another query would now fit better does not matter to the others
-    assigned = match_entering(predict(targets, 1, {(0, 1): 0, (0, 0): 5, (1, 1): 3}), targets, 1, assigned, MatchCosts())
+    assigned = match_entering(
+        predict(targets, 1, {(0, 1): 0, (0, 0): 5, (1, 1): 3}), targets, 1, assigned, MatchCosts()
+    )
     assert assigned.tolist() == [[4, 0, 1], [2, 3, -1]]
     assert match_entering(predict(targets, 2, {}), targets, 2, assigned, MatchCosts()) is assigned
 
@@ -56,7 +60,9 @@ def test_more_instances_than_free_queries_leaves_some_unmatched() -> None:
 def test_a_prediction_that_is_not_a_number_does_not_stop_the_run() -> None:
     targets = dense(3)
     broken = predict(targets, 0, {})
-    broken = replace(broken, logits=torch.full_like(broken.logits, torch.nan), boxes=torch.full_like(broken.boxes, torch.nan))
+    broken = replace(
+        broken, logits=torch.full_like(broken.logits, torch.nan), boxes=torch.full_like(broken.boxes, torch.nan)
+    )
     assigned = match_entering(broken, targets, 0, torch.full((1, 3), -1), MatchCosts())
     assert (assigned >= 0).tolist() == [[True, False, True]]
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import make_batch, make_targets
+from torch import Tensor, nn
+
 from instanceformer import InstanceFormer
 from instanceformer.data.batch import ClipBatch
 from instanceformer.training.losses import LossWeights
 from instanceformer.training.module import InstanceFormerModule
 from instanceformer.training.optim import OptimizerOptions, build_optimizer, build_scheduler
-from torch import Tensor, nn
-
-from tests.conftest import make_batch, make_targets
 
 MECHANISMS = {
     "paper": {},
@@ -95,7 +95,9 @@ def test_mixed_precision_is_close_and_keeps_locations_and_losses_in_float32(tiny
 
 
 def test_parameter_groups_cover_everything_that_learns_once() -> None:
-    network = InstanceFormer(4, dim=32, num_heads=4, num_queries=12, backbone="resnet18", encoder_layers=1, decoder_layers=1)
+    network = InstanceFormer(
+        4, dim=32, num_heads=4, num_queries=12, backbone="resnet18", encoder_layers=1, decoder_layers=1
+    )
     optimizer = build_optimizer(network, OptimizerOptions())
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert {name: group["lr"] for name, group in groups.items()} == {"network": 1e-4, "backbone": 1e-5, "slow": 1e-5}
@@ -132,7 +134,7 @@ def test_schedules() -> None:
 def test_backbone_weights_that_cannot_be_had_say_what_to_do(tiny, monkeypatch) -> None:
     network = tiny()
     with pytest.raises(RuntimeError, match="backbone_norm batch"):
-        network.backbone.load_imagenet_weights()  # torchvision has none of a resnet10
+        network.backbone.load_imagenet_weights()  # torchvision has none of a small
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("no route to host")

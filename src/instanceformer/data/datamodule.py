@@ -115,6 +115,11 @@ class VideoDataModule(LightningDataModule):
         """Annotation file of a stage: fit, validate, test or predict."""
         return self._split(SPLIT_OF_STAGE[stage]).annotations
 
+    def videos(self, stage: str) -> tuple[VideoDataset, Path]:
+        """Annotations and folder of images of a stage: fit, validate, test or predict."""
+        name = SPLIT_OF_STAGE[stage]
+        return self._dataset(name), self._split(name).images
+
     def setup(self, stage: str) -> None:
         """Read and check what a stage needs: fit (which validates too if it can), validate, test or predict.
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from deform_attn import ms_deform_attn
 from torch import Tensor, nn
+
+from deform_attn import ms_deform_attn
 
 Shapes = tuple[tuple[int, int], ...]
 """Height and width of every feature level, finest first."""

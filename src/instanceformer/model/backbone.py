@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.resnet import BasicBlock, ResNet
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
 
 Norm = Literal["frozen", "batch"]
 
@@ -23,8 +23,8 @@ class Backbone(nn.Module):
     """Feature maps C2 to C5 at strides 4, 8, 16 and 32.
 
     Args:
-        name: a torchvision ResNet or Swin, for instance ``resnet50``, ``resnet101``, ``swin_t``; or ``resnet10``, one
-            basic block a stage, for small experiments from random weights.
+        name: a torchvision ResNet or Swin, for instance ``resnet50``, ``resnet101``, ``swin_t``; or ``small``, a narrow
+            ResNet for experiments from random weights (see SmallResNet).
         norm: of a ResNet: ``frozen`` as in DETR, for pretrained weights: batch norm is a fixed affine map and the stem
             and first stage do not learn; ``batch``: ordinary batch norm and everything learns, for random weights. A
             Swin has layer norm and learns throughout; it takes no notice.
@@ -40,23 +40,23 @@ class Backbone(nn.Module):
         super().__init__()
         self.name = name
         self._is_swin = name.startswith("swin")
+        norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
         if self._is_swin and name in models.list_models(models):
             self.body = create_feature_extractor(models.get_model(name, weights=None), SWIN_NODES)
-        elif name == "resnet10" or (name.startswith(("resnet", "resnext", "wide_resnet")) and _is_model(name)):
-            norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
-            build = (
-                partial(ResNet, BasicBlock, [1, 1, 1, 1])
-                if name == "resnet10"
-                else partial(models.get_model, name, weights=None)
-            )
-            resnet = build(norm_layer=norm_layer)
+        elif name == "small":
+            self.body = create_feature_extractor(SmallResNet(norm_layer), RESNET_NODES)
+        elif name.startswith(("resnet", "resnext", "wide_resnet")) and name in models.list_models(models):
+            resnet = models.get_model(name, weights=None, norm_layer=norm_layer)
             self.body = create_feature_extractor(resnet, RESNET_NODES)
             if norm == "frozen":
                 for stage in (self.body.conv1, self.body.layer1):
                     stage.requires_grad_(False)
         else:
-            known = [n for n in models.list_models(models) if n.startswith(("resnet", "resnext", "wide_resnet", "swin"))]
-            raise ValueError(f"backbone: found {name!r}, expected resnet10 or one of {', '.join(known)}")
+            known = [
+                n for n in models.list_models(models) if n.startswith(("resnet", "resnext", "wide_resnet", "swin"))
+            ]
+            raise ValueError(f"backbone: found {name!r}, expected small or one of {', '.join(known)}")
+        self.body.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPUs and on tensor cores
         self.channels = self._count_channels()
 
     @torch.no_grad()
@@ -96,6 +96,7 @@ class Backbone(nn.Module):
         Returns:
             C2 to C5: (X, channels[l], ceil(H / s), ceil(W / s)) for s in 4, 8, 16, 32.
         """
+        images = images.contiguous(memory_format=torch.channels_last)
         if not self._is_swin:
             return list(self.body(images).values())
         height, width = images.shape[-2:]
@@ -103,5 +104,33 @@ class Backbone(nn.Module):
         return [feature.permute(0, 3, 1, 2) for feature in self.body(images).values()]
 
 
-def _is_model(name: str) -> bool:
-    return name in models.list_models(models)
+class SmallResNet(nn.Module):
+    """A ResNet of four basic blocks (He et al.), 32 to 256 channels wide, under a stem of two 3x3 convolutions.
+
+    Args:
+        norm_layer: builds a normalisation from a number of channels.
+    """
+
+    def __init__(self, norm_layer: Callable[..., nn.Module], width: int = 32) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            Conv2dNormActivation(3, width, 3, stride=2, norm_layer=norm_layer),
+            Conv2dNormActivation(width, width, 3, stride=2, norm_layer=norm_layer),
+        )
+        self.layer1 = self._block(width, width, norm_layer)
+        self.layer2 = self._block(width, 2 * width, norm_layer)
+        self.layer3 = self._block(2 * width, 4 * width, norm_layer)
+        self.layer4 = self._block(4 * width, 8 * width, norm_layer)
+
+    @staticmethod
+    def _block(inputs: int, outputs: int, norm_layer: Callable[..., nn.Module]) -> nn.Module:
+        """A basic block; one that has more outputs than inputs halves the resolution."""
+        if inputs == outputs:
+            return cast("nn.Module", BasicBlock(inputs, outputs, norm_layer=norm_layer))
+        shortcut = Conv2dNormActivation(inputs, outputs, 1, stride=2, norm_layer=norm_layer, activation_layer=None)
+        return cast("nn.Module", BasicBlock(inputs, outputs, 2, shortcut, norm_layer=norm_layer))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(X, 3, H, W) images give C5; the stages on the way are read off by a feature extractor."""
+        x: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(images)))))
+        return x

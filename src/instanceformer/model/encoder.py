@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -62,16 +63,14 @@ class Projection(nn.Module):
     def __init__(self, channels: tuple[int, ...], dim: int, levels: int) -> None:
         super().__init__()
         inputs = [*channels, channels[-1], *[dim] * (levels - 4)][:levels]
-        self.levels = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(width, dim, 1) if i < 3 else nn.Conv2d(width, dim, 3, stride=2, padding=1),
-                nn.GroupNorm(32 if dim % 32 == 0 else 8, dim),
-            )
-            for i, width in enumerate(inputs)
-        )
-        for conv, _ in self.levels:
-            nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
+        self.levels = nn.ModuleList(self._level(width, dim, strided=i >= 3) for i, width in enumerate(inputs))
+
+    @staticmethod
+    def _level(width: int, dim: int, strided: bool) -> nn.Sequential:
+        conv = nn.Conv2d(width, dim, 3, stride=2, padding=1) if strided else nn.Conv2d(width, dim, 1)
+        nn.init.xavier_uniform_(conv.weight)
+        nn.init.zeros_(cast("Tensor", conv.bias))
+        return nn.Sequential(conv, nn.GroupNorm(32 if dim % 32 == 0 else 8, dim))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """(X, channels[l], H_l, W_l) of C3 to C5 give (X, C, H_l, W_l) of every level."""
@@ -86,9 +85,7 @@ class Projection(nn.Module):
 class EncoderLayer(nn.Module):
     """Deformable self-attention over all levels, then a feed-forward network; normalised after each."""
 
-    def __init__(
-        self, dim: int, heads: int, levels: int, points: int, feedforward_dim: int, dropout: float
-    ) -> None:
+    def __init__(self, dim: int, heads: int, levels: int, points: int, feedforward_dim: int, dropout: float) -> None:
         super().__init__()
         self.self_attention = DeformableAttention(dim, heads, levels, points)
         self.norm_attention = nn.LayerNorm(dim)
@@ -110,10 +107,11 @@ class FeedForward(nn.Sequential):
     """Linear, ReLU, dropout, linear: (..., C) to (..., C)."""
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
-        super().__init__(nn.Linear(dim, hidden), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(hidden, dim))
-        for layer in (self[0], self[3]):
+        expand, contract = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        for layer in (expand, contract):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+        super().__init__(expand, nn.ReLU(inplace=True), nn.Dropout(dropout), contract)
 
 
 class Encoder(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +39,11 @@ def class_head(dim: int, num_classes: int, prior: float = 0.01) -> nn.Linear:
 def box_head(dim: int, first: bool) -> MLP:
     """(..., C) to (..., 4) changes of a box in logit space, zero at first; the first layer starts with small boxes."""
     head = MLP(dim, 4)
-    nn.init.zeros_(head[-1].weight)
-    nn.init.zeros_(head[-1].bias)
+    last = cast("nn.Linear", head[-1])
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
     if first:
-        nn.init.constant_(head[-1].bias[2:], -2.0)
+        nn.init.constant_(last.bias[2:], -2.0)
     return head
 
 
@@ -70,7 +72,7 @@ class MaskHead(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(cast("Tensor", module.bias))
 
     def encode(self, levels: list[Tensor], finest: Tensor, valid: list[Tensor] | None) -> Tensor:
         """The pixels' side.

@@ -73,9 +73,7 @@ class MemoryAttention(nn.Module):
         return torch.where(anything[..., None], updated, queries)
 
 
-def remember(
-    state: TrackState, queries: Tensor, scores: Tensor, boxes: Tensor, admitted: Tensor
-) -> TrackState:
+def remember(state: TrackState, queries: Tensor, scores: Tensor, boxes: Tensor, admitted: Tensor) -> TrackState:
     """Put the admitted queries of a frame into the queue, the most confident ones if they are more than k.
 
     Args:

@@ -48,7 +48,7 @@ class InstanceFormer(nn.Module):
 
     Args:
         num_classes: classes K; every class has a sigmoid of its own, there is no background class.
-        backbone: a torchvision ResNet or Swin by name, or ``resnet10``.
+        backbone: a torchvision ResNet or Swin by name, or ``small``, a narrow ResNet.
         backbone_norm: of a ResNet: ``frozen`` for pretrained weights, ``batch`` for random ones.
         num_queries: queries N, the most instances a video can have.
         dim: channels C.
@@ -138,7 +138,9 @@ class InstanceFormer(nn.Module):
         """
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or "network_options" not in checkpoint:
-            raise ValueError(f"{path}: found no 'network_options', expected a checkpoint that `instanceformer fit` wrote")
+            raise ValueError(
+                f"{path}: found no 'network_options', expected a checkpoint that `instanceformer fit` wrote"
+            )
         network = cls(**checkpoint["network_options"])
         prefix = "network."
         weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
@@ -228,7 +230,9 @@ class InstanceFormer(nn.Module):
             channels = [self.backbone.channels[0], *[self.dim] * (len(shapes) - 1)]
             levels = [frames.new_zeros(batch, count, c, h, w) for c, (h, w) in zip(channels, shapes, strict=True)]
             for (h, w), clips in groups.items():
-                for level, extracted in zip(levels, self._extract(frames[clips, :, :, :h, :w].flatten(0, 1)), strict=True):
+                for level, extracted in zip(
+                    levels, self._extract(frames[clips, :, :, :h, :w].flatten(0, 1)), strict=True
+                ):
                     fh, fw = extracted.shape[-2:]
                     level[clips, :, :, :fh, :fw] = extracted.unflatten(0, (len(clips), count)).to(level.dtype)
             levels = [level.flatten(0, 1) for level in levels]
@@ -308,13 +312,11 @@ class InstanceFormer(nn.Module):
             kept = x.gather(2, queries[None, :, :, None].expand(layers, -1, -1, x.shape[-1]))
             return kept.transpose(0, 1).flatten(1, 2)
 
-        masks = self.mask_head(features, chosen(contents), chosen(centres))
+        masks: Tensor = self.mask_head(features, chosen(contents), chosen(centres))
         masks = masks.view(batch, layers, n, *masks.shape[-2:]).transpose(0, 1)
         return masks if all_layers else masks[0]
 
-    def advance(
-        self, state: TrackState, prediction: FramePrediction, remembered: Tensor | None = None
-    ) -> TrackState:
+    def advance(self, state: TrackState, prediction: FramePrediction, remembered: Tensor | None = None) -> TrackState:
         """The state for the next frame.
 
         Args:

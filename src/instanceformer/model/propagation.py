@@ -44,7 +44,7 @@ class LocationPropagation(nn.Module):
         Returns:
             (B, N, 2) float32 (x, y) in (0, 1).
         """
-        start = self.reference(queries).float().sigmoid()
+        start: Tensor = self.reference(queries).float().sigmoid()
         if self.rule == "none":
             return start
         if self.rule == "paper":
@@ -80,7 +80,8 @@ class ClassPrior(nn.Module):
         scores = self.temporal(frames).float().sigmoid()
         present = torch.cat((torch.ones_like(filled[:, :1]), filled), dim=1)
         weights = scores.masked_fill(~present[..., None], -torch.inf).softmax(dim=1)
-        return (weights * frames).sum(dim=1)
+        smoothed: Tensor = (weights * frames).sum(dim=1)
+        return smoothed
 
 
 def logit(fraction: Tensor, eps: float = 1e-5) -> Tensor:

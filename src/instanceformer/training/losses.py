@@ -86,7 +86,8 @@ def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normaliser: Tensor,
     with torch.autocast(outputs.logits.device.type, enabled=False):
         held = outputs.held[:, None].float()
         visible = held * targets.visible[:, None]
-        boxes, target_boxes = torch.broadcast_tensors(outputs.boxes.float(), targets.boxes[:, None])
+        boxes = outputs.boxes.float()
+        target_boxes = targets.boxes[:, None].expand_as(boxes)
         giou = generalized_box_iou_loss(
             box_convert(boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy")
         )

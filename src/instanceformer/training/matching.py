@@ -84,15 +84,11 @@ def match_cost(logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tens
     Returns:
         (N, m) float32.
     """
-    probability = logits.float().sigmoid()[:, labels]
+    probability: Tensor = logits.float().sigmoid()[:, labels]
     positive = 0.25 * (1 - probability) ** 2 * -(probability + 1e-8).log()
     negative = 0.75 * probability**2 * -(1 - probability + 1e-8).log()
     boxes, target_boxes = boxes.float(), target_boxes.float()
-    overlap = generalized_box_iou(
-        box_convert(boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy")
-    )
-    return (
-        costs.classification * (positive - negative)
-        + costs.box_l1 * torch.cdist(boxes, target_boxes, p=1)
-        - costs.box_giou * overlap
-    )
+    overlap = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy"))
+    distance = torch.cdist(boxes, target_boxes, p=1)
+    cost: Tensor = costs.classification * (positive - negative) + costs.box_l1 * distance - costs.box_giou * overlap
+    return cost

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from lightning import LightningModule
@@ -24,6 +24,16 @@ from instanceformer.training.optim import OptimizerOptions, build_optimizer, bui
 from instanceformer.training.targets import DenseTargets
 
 
+class VideoOutput(TypedDict):
+    """What an evaluation step returns with the last chunk of a video.
+
+    Attributes:
+        tracks: of the whole video, best first.
+    """
+
+    tracks: list[Track]
+
+
 class InstanceFormerModule(LightningModule):
     """Trains the network on clips and runs it over streams of whole videos.
 
@@ -35,7 +45,7 @@ class InstanceFormerModule(LightningModule):
         inference: protocol of validation, test and prediction.
         backbone_weights: ``imagenet`` loads torchvision's weights into the backbone before training.
         init_from: checkpoint of an earlier training, for instance on COCO, whose weights are taken over before this one
-            starts, as far as their shapes agree; what differs, such as the class heads of other categories, starts anew.
+            starts, as far as their shapes agree; what differs, such as the class heads of other categories, is new.
     """
 
     def __init__(
@@ -67,8 +77,8 @@ class InstanceFormerModule(LightningModule):
         found = self.data.num_classes
         if found != self.network.num_classes:
             raise ValueError(
-                f"model.network.num_classes: found {self.network.num_classes}, expected {found}, the number of categories "
-                f"of the data ({', '.join(self.data.category_names[:5])}, ...)"
+                f"model.network.num_classes: found {self.network.num_classes}, expected {found}, the number of "
+                f"categories of the data ({', '.join(self.data.category_names[:5])}, ...)"
             )
         if stage != "fit":
             return
@@ -160,7 +170,7 @@ class InstanceFormerModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with the schedule of the options."""
-        optimizer = build_optimizer(self.network, self.optimizer_options)
+        optimizer = build_optimizer(self.network, self.optimizer_options, fused=self.trainer.precision != "16-mixed")
         scheduler, interval = build_scheduler(
             optimizer, self.optimizer_options, int(self.trainer.estimated_stepping_batches)
         )
@@ -168,9 +178,8 @@ class InstanceFormerModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradient before it is clipped."""
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
-            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-            self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
     # Evaluation ------------------------------------------------------------------------------------------------------
 
@@ -182,15 +191,15 @@ class InstanceFormerModule(LightningModule):
         """Start with an empty metric."""
         self._start_evaluation("test")
 
-    def validation_step(self, batch: VideoChunk, batch_idx: int) -> list[Track] | None:
+    def validation_step(self, batch: VideoChunk, batch_idx: int) -> VideoOutput | None:
         """Take in a chunk; the video's tracks with its last one."""
         return self._evaluate(batch)
 
-    def test_step(self, batch: VideoChunk, batch_idx: int) -> list[Track] | None:
+    def test_step(self, batch: VideoChunk, batch_idx: int) -> VideoOutput | None:
         """Take in a chunk; the video's tracks with its last one."""
         return self._evaluate(batch)
 
-    def predict_step(self, batch: VideoChunk, batch_idx: int) -> list[Track] | None:
+    def predict_step(self, batch: VideoChunk, batch_idx: int) -> VideoOutput | None:
         """Take in a chunk; the video's tracks with its last one."""
         return self._run_video(batch)
 
@@ -206,14 +215,14 @@ class InstanceFormerModule(LightningModule):
         self._videos.clear()
         self.metric = VideoAveragePrecision(self.data.annotations_path(stage), only_updated=True).to(self.device)
 
-    def _evaluate(self, chunk: VideoChunk) -> list[Track] | None:
-        tracks = self._run_video(chunk)
-        if tracks is not None and self.metric is not None:
-            self.metric.update(chunk.video_id, tracks)
-        return tracks
+    def _evaluate(self, chunk: VideoChunk) -> VideoOutput | None:
+        output = self._run_video(chunk)
+        if output is not None and self.metric is not None:
+            self.metric.update(chunk.video_id, output["tracks"])
+        return output
 
-    def _run_video(self, chunk: VideoChunk) -> list[Track] | None:
-        """State starts anew with a video's first chunk; loader processes may interleave the chunks of several videos."""
+    def _run_video(self, chunk: VideoChunk) -> VideoOutput | None:
+        """Take in a chunk; state starts anew with the first one of a video."""
         if chunk.start == 0:
             self._videos[chunk.video_id] = VideoInference(self.network, self.inference, chunk.size)
         video = self._videos[chunk.video_id]
@@ -221,7 +230,7 @@ class InstanceFormerModule(LightningModule):
         if not chunk.is_last:
             return None
         del self._videos[chunk.video_id]
-        return video.tracks(chunk.video_id, [category.id for category in self.data.categories])
+        return {"tracks": video.tracks(chunk.video_id, [category.id for category in self.data.categories])}
 
     def _log_metric(self, stage: str) -> None:
         assert self.metric is not None

@@ -23,22 +23,28 @@ class OptimizerOptions:
         backbone_lr: learning rate of the backbone.
         slow_factor: of ``lr`` for sampling offsets and reference points.
         weight_decay: of AdamW, for every parameter.
-        schedule: ``multistep``, by epochs, or ``cosine`` to zero, by steps.
+        schedule: ``multistep``, by epochs, the paper's; ``cosine`` to zero or ``constant``, by steps after a warm-up.
         milestones: epochs after which ``multistep`` divides by ten.
-        warmup_steps: of ``cosine``: steps of linear growth from zero.
+        warmup_steps: steps of linear growth from zero, before ``cosine`` and ``constant``.
     """
 
     lr: float = 1e-4
     backbone_lr: float = 1e-5
     slow_factor: float = 0.1
     weight_decay: float = 1e-4
-    schedule: Literal["multistep", "cosine"] = "multistep"
+    schedule: Literal["multistep", "cosine", "constant"] = "multistep"
     milestones: tuple[int, ...] = (4, 10)
     warmup_steps: int = 0
 
 
-def build_optimizer(network: nn.Module, options: OptimizerOptions) -> Optimizer:
-    """AdamW over three groups, named ``network``, ``backbone`` and ``slow``; frozen parameters are left out."""
+def build_optimizer(network: nn.Module, options: OptimizerOptions, fused: bool = True) -> Optimizer:
+    """AdamW over three groups, named ``network``, ``backbone`` and ``slow``; frozen parameters are left out.
+
+    Args:
+        network: whose ``named_parameters`` are grouped.
+        options: rates.
+        fused: one kernel for all parameters; Lightning cannot clip gradients with it under fp16 loss scaling.
+    """
     groups: dict[str, list[nn.Parameter]] = {"network": [], "backbone": [], "slow": []}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
@@ -48,6 +54,7 @@ def build_optimizer(network: nn.Module, options: OptimizerOptions) -> Optimizer:
     return AdamW(
         [{"params": parameters, "lr": rates[name], "name": name} for name, parameters in groups.items() if parameters],
         weight_decay=options.weight_decay,
+        fused=fused,
     )
 
 
@@ -59,6 +66,8 @@ def build_scheduler(optimizer: Optimizer, options: OptimizerOptions, total_steps
     def factor(step: int) -> float:
         if step < options.warmup_steps:
             return (step + 1) / options.warmup_steps
+        if options.schedule == "constant":
+            return 1.0
         done = (step - options.warmup_steps) / max(1, total_steps - options.warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from instanceformer.data.batch import VideoChunk
+from instanceformer.evaluation.postprocess import InferenceOptions, VideoInference, resize_masks
+from instanceformer.evaluation.results import Track, decode_mask
+
+SIZE, IDS = (50, 70), [3, 5, 8, 13, 21]
+
+
+def run(network, frames: torch.Tensor, chunk: int, **options) -> list[Track]:
+    video = VideoInference(network, InferenceOptions(**options), SIZE)
+    for start in range(0, frames.shape[1], chunk):
+        video.add(VideoChunk(frames[:, start : start + chunk], 7, start, frames.shape[1], SIZE))
+    return video.tracks(7, IDS)
+
+
+@pytest.fixture
+def frames() -> torch.Tensor:
+    return torch.randn(1, 8, 3, 64, 96)
+
+
+@pytest.mark.parametrize("candidates", ["first_frames", "any_frame"])
+def test_chunks_do_not_matter(tiny, frames, candidates) -> None:
+    network = tiny(min_confidence=0.02)
+    whole = run(network, frames, 8, candidates=candidates, max_tracks=9)
+    assert len(whole) == 9
+    for chunk in (1, 3):
+        parts = run(network, frames, chunk, candidates=candidates, max_tracks=9)
+        assert [t.category_id for t in parts] == [t.category_id for t in whole]
+        assert [t.score for t in parts] == pytest.approx([t.score for t in whole], abs=1e-5)
+        assert [t.segmentations for t in parts] == [t.segmentations for t in whole]
+
+
+def test_first_frames_is_the_papers_protocol(tiny, frames) -> None:
+    network = tiny()
+    with torch.no_grad():
+        prediction, _ = network(frames, segment="all")
+    probability = prediction.logits[0].sigmoid()
+    best = probability[:3].mean(0).flatten().topk(4).indices
+    expected = {(int(i) // 5, int(i) % 5): float(probability.mean(0).flatten()[i]) for i in best}
+    tracks = run(network, frames, 4, candidates="first_frames", max_tracks=4)
+    assert sorted((t.category_id, round(t.score, 5)) for t in tracks) == sorted(
+        (IDS[label], round(score, 5)) for (_, label), score in expected.items()
+    )
+    assert [t.score for t in tracks] == sorted((t.score for t in tracks), reverse=True)
+    query = next(q for (q, label), s in expected.items() if IDS[label] == tracks[0].category_id and abs(s - tracks[0].score) < 1e-5)
+    masks = resize_masks(prediction.masks[0, :, query], (64, 96), SIZE) > 0
+    for mask, rle in zip(masks, tracks[0].segmentations, strict=True):
+        assert (rle is None) == (not mask.any())
+        if rle is not None:
+            assert torch.equal(torch.from_numpy(decode_mask(rle)), mask)
+
+
+def test_a_track_begins_where_its_query_is_first_confident(tiny, frames) -> None:
+    network = tiny(free_queries="renew", min_confidence=0.05)
+    with torch.no_grad():
+        # queries become confident one after the other as this threshold lies within the range of their scores
+        scores = network(frames)[0].logits[0].sigmoid().amax(-1)
+        network.min_confidence = float(scores.max(0).values.median())
+        scores = network(frames)[0].logits[0].sigmoid().amax(-1)
+    confident = scores >= network.min_confidence
+    late = [int(q) for q in range(12) if confident[:, q].any() and not confident[0, q]]
+    assert late, "the example should have a query that becomes confident late"
+    tracks = run(network, frames, 8, candidates="any_frame", max_tracks=60)
+    begins = {next((t for t, s in enumerate(track.segmentations) if s is not None), None) for track in tracks}
+    births = {int(confident[:, q].int().argmax()) for q in range(12)}
+    assert begins - {None} <= {t for birth in births for t in range(birth, 8)}
+    assert min(b for b in begins if b is not None) == min(births)
+    assert len(begins - {None}) > 1
+
+
+def test_a_video_shorter_than_the_first_frames(tiny) -> None:
+    tracks = run(tiny(), torch.randn(1, 2, 3, 64, 96), 2, candidates="first_frames")
+    assert all(len(track.segmentations) == 2 for track in tracks)
+
+
+def test_a_gap_between_chunks_is_refused(tiny, frames) -> None:
+    video = VideoInference(tiny(), InferenceOptions(), SIZE)
+    with pytest.raises(ValueError, match="expected frame 0"):
+        video.add(VideoChunk(frames[:, 2:4], 7, 2, 8, SIZE))
+
+
+def test_masks_keep_their_place_when_resized() -> None:
+    logits = torch.full((1, 16, 24), -1.0)
+    logits[0, 4:8, 6:12] = 1.0
+    found = resize_masks(logits, (64, 96), (128, 192)) > 0
+    rows, columns = found[0].any(1).nonzero().flatten(), found[0].any(0).nonzero().flatten()
+    assert (rows.min(), rows.max() + 1) == (32, 64)
+    assert (columns.min(), columns.max() + 1) == (48, 96)

@@ -1,0 +1,135 @@
+"""The command line as users call it, on a tiny synthetic dataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from instanceformer import InstanceFormer
+from instanceformer.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NETWORK = """
+    num_classes: 4
+    backbone: small
+    backbone_norm: batch
+    num_queries: 10
+    dim: 32
+    num_heads: 4
+    encoder_layers: 1
+    decoder_layers: 2
+    feedforward_dim: 48
+    memory_tokens: 4
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    main(["synthesize", str(folder), "--train_videos=4", "--valid_videos=2", "--length=8", "--workers=1", "--overwrite"])
+    return folder
+
+
+@pytest.fixture
+def config(data: Path, tmp_path: Path) -> Path:
+    split = f"{{annotations: {data}/%s.json, images: {data}/JPEGImages}}"
+    path = tmp_path / "config.yaml"
+    path.write_text(f"""
+seed_everything: 0
+trainer:
+  accelerator: cpu
+  max_steps: 2
+  limit_train_batches: 2
+  log_every_n_steps: 1
+  default_root_dir: {tmp_path}
+  enable_progress_bar: false
+  logger:
+    class_path: lightning.pytorch.loggers.WandbLogger
+    init_args: {{project: test, save_dir: {tmp_path}, offline: true}}
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {{dirpath: {tmp_path}, filename: best, monitor: val/AP, mode: max}}
+    - class_path: lightning.pytorch.callbacks.LearningRateMonitor
+    - class_path: instanceformer.training.callbacks.VideoLogger
+      init_args: {{videos: 1, threshold: 0.0}}
+model:
+  network: {NETWORK}
+  inference: {{candidates: any_frame, max_tracks: 8}}
+data:
+  train: {split % "train"}
+  valid: {split % "valid"}
+  test: {split % "valid"}
+  predict: {split % "valid"}
+  augmentation: {{sizes: [], crop: 0.0}}
+  batch_size: 2
+  clip_frames: 3
+  clips_per_video: 1
+  eval_size: 96
+  num_workers: 0
+""")
+    return path
+
+
+def test_fit_then_validate_test_predict_and_evaluate(
+    config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", str(config)])
+    checkpoint = tmp_path / "best.ckpt"
+    assert checkpoint.exists()
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/videos/val/videos/*.mp4"))
+    for command in ("validate", "test", "predict"):
+        main([command, "--config", str(config), "--ckpt_path", str(checkpoint), f"--results.path={command}.json"])
+    assert not (tmp_path / "validate.json").exists()
+    tested, predicted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("test", "predict"))
+    assert tested == predicted
+    assert {track["video_id"] for track in tested} == {1, 2}
+    assert all(len(track["segmentations"]) == 8 for track in tested)
+
+    capsys.readouterr()
+    main(["evaluate", str(data / "valid.json"), str(tmp_path / "test.json"), "--json"])
+    summary = json.loads(capsys.readouterr().out)
+    assert {"AP", "AP50", "AR1", "ARl", "per_category"} <= set(summary)
+    assert 0 <= summary["AP"] <= summary["AP50"] <= 1
+
+    network = InstanceFormer.from_checkpoint(checkpoint)
+    assert network.options["num_queries"] == 10
+    with torch.no_grad():
+        assert network(torch.randn(1, 1, 3, 96, 160))[0].logits.shape == (1, 1, 10, 4)
+
+
+def test_every_shipped_config_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the sweep, which is W&B's, describe a run that the command line accepts."""
+    monkeypatch.chdir(tmp_path)
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        if path.stem.startswith("sweep"):
+            continue
+        arguments = ["fit", "--config", str(CONFIGS / "demo.yaml")] if path.stem == "demo_frames" else ["fit"]
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, "--config", str(path), "--print_config"])
+        assert stop.value.code == 0, path.name
+
+
+def test_the_wrong_number_of_classes_is_found_before_anything_runs(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"found 7, expected 4.*circle"):
+        main(["fit", "--config", str(config), "--model.network.num_classes=7", "--trainer.logger=false"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "nowhere.json", "nothing.json"], "nowhere.json"),
+        (["synthesize", "out", "--min_instances=9"], "max_instances"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    shown = f"{stop.value.code}{capsys.readouterr().err}"
+    assert stop.value.code != 0
+    assert message in shown
+    assert "Traceback" not in shown
