@@ -1,0 +1,124 @@
+"""Sprites and the background, painted into a frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from instanceformer.data.synthetic.motion import frame_times
+from instanceformer.data.synthetic.options import SyntheticOptions
+from instanceformer.data.synthetic.outlines import OUTLINES, REACH, Array
+
+BACKGROUND_OCTAVES = 4
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """One thing to draw: outline, paint and, in each of T frames, centre (T, 2) as (x, y), radius (T,), angle (T,)."""
+
+    shape: str
+    pattern: str
+    colours: Array  # (2, 3) float32, RGB in [0, 1]
+    frequency: float  # of the pattern, in radians per radius
+    phase: float
+    centres: Array
+    radii: Array
+    angles: Array
+
+
+def rgb(hue: float, saturation: float, value: float) -> Array:
+    """RGB, (3,) float32 in [0, 1], of a hue in turns (any number) and a saturation and value in [0, 1]."""
+    k = (np.array([5.0, 3.0, 1.0]) + 6 * hue) % 6
+    return np.asarray(value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1), dtype=np.float32)
+
+
+def make_background(rng: Generator, options: SyntheticOptions) -> tuple[Callable[[int], Array], Array]:
+    """Make a background of smooth noise that moves steadily.
+
+    Returns:
+        A function from the frame's number to its (3, H, W) float32 picture, RGB with 1 as full brightness, and the
+        view's shift (T, 2) in pixels as (x, y).
+    """
+    heading = rng.uniform(0, 2 * np.pi)
+    pace = options.background_speed * options.height * rng.uniform(0.5, 1.5)
+    shift = frame_times(options)[:, None] * pace * np.array([np.cos(heading), np.sin(heading)])
+    shift -= shift.min(axis=0)
+    extent = np.array([options.width, options.height]) + shift.max(axis=0)
+    cells = [options.height / 2 / 2**octave for octave in range(BACKGROUND_OCTAVES)]
+    grids = [rng.normal(size=(2, *(np.ceil(extent[::-1] / cell).astype(int) + 3))).astype(np.float32) for cell in cells]
+    hue = rng.uniform()
+    base = rgb(hue, rng.uniform(0.15, 0.4), rng.uniform(0.3, 0.55))
+    tints = np.stack([rgb(hue + rng.uniform(0.2, 0.8), 0.4, 0.5) - 0.35, np.full(3, 0.25, dtype=np.float32)])
+
+    def picture(t: int) -> Array:
+        field = np.zeros((2, options.height, options.width), dtype=np.float32)
+        for octave, (cell, grid) in enumerate(zip(cells, grids, strict=True)):
+            x = _spline_weights((np.arange(options.width) + shift[t, 0]) / cell, grid.shape[2])
+            y = _spline_weights((np.arange(options.height) + shift[t, 1]) / cell, grid.shape[1])
+            field += 0.7**octave * (y @ grid @ x.T)
+        return np.asarray(base[:, None, None] + np.tensordot(options.background_texture * tints.T, field, axes=1))
+
+    return picture, shift
+
+
+def _spline_weights(x: Array, count: int) -> Array:
+    """Weights (n, count) of the cubic B-splines at knots -1, 0, ... for the points ``x`` (n,), 0 <= x <= count - 3."""
+    distance = np.abs(x[:, None] + 1 - np.arange(count)).astype(np.float32)
+    outer, inner = np.maximum(2 - distance, 0), np.maximum(1 - distance, 0)
+    return np.asarray((outer * outer * outer - 4 * inner * inner * inner) / 6)
+
+
+def draw(canvas: Array, sprite: Sprite, t: int, texture: float) -> tuple[slice, slice, NDArray[np.bool_]]:
+    """Paint a sprite into ``canvas`` in place, with a soft shadow around it.
+
+    Args:
+        canvas: (3, H, W) float32 picture, RGB with 1 as full brightness.
+        sprite: What to paint.
+        t: Number of the frame.
+        texture: Contrast of the sprite's pattern in [0, 1].
+
+    Returns:
+        The rows and columns that it may touch, and which pixels of these it covers by half or more.
+    """
+    _, height, width = canvas.shape
+    (cx, cy), radius, angle = sprite.centres[t], sprite.radii[t], sprite.angles[t]
+    halo = 0.04 * height
+    reach = REACH * radius + halo + 1
+    rows = slice(max(0, int(cy - reach)), max(0, min(height, int(cy + reach) + 1)))
+    columns = slice(max(0, int(cx - reach)), max(0, min(width, int(cx + reach) + 1)))
+    y = ((np.arange(rows.start, rows.stop) - cy) / radius).astype(np.float32)[:, None]
+    x = ((np.arange(columns.start, columns.stop) - cx) / radius).astype(np.float32)[None, :]
+    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    u, v = cos * x + sin * y, cos * y - sin * x
+    distance = OUTLINES[sprite.shape](u, v) * np.float32(radius)  # pixels to the outline, negative inside
+
+    shadow = 1 - 0.4 * np.clip(1 - distance / halo, 0, 1) ** 2
+    mix = np.float32(texture) * PATTERNS[sprite.pattern](u * sprite.frequency, v * sprite.frequency, sprite.phase)
+    light = (1 - 0.12 * (x + y)) * (1 - 0.35 * np.clip(1 + distance / 1.5, 0, 1))  # from the top left; a dark rim
+    first, second = sprite.colours[..., None, None]
+    cover = np.clip(0.5 - distance, 0, 1)
+    patch = canvas[:, rows, columns]
+    patch *= shadow * (1 - cover)
+    patch += (first + mix * (second - first)) * (cover * light)
+    return rows, columns, distance <= 0
+
+
+def _soft(wave: Array) -> Array:
+    """A wave in [-1, 1] to bands in [0, 1] with soft edges."""
+    return 0.5 + 0.5 * np.tanh(3 * wave)
+
+
+# Where a sprite wears its second colour, in [0, 1], from coordinates in radians and a phase.
+PATTERNS: dict[str, Callable[[Array, Array, float], Array]] = {
+    "stripes": lambda u, v, phase: _soft(np.sin(u + phase) + 0 * v),
+    "checks": lambda u, v, phase: _soft(np.sin(0.8 * u + phase) * np.sin(0.8 * v + phase)),
+    "dots": lambda u, v, phase: _soft(np.cos(u) + np.cos(v) - 0.8),
+    "noise": lambda u, v, phase: _soft(
+        0.5 * (np.sin(0.9 * u + 1.3 * np.sin(0.7 * v + phase)) + np.sin(0.8 * v + 1.7 * np.sin(0.5 * u - phase)))
+    ),
+    "gradient": lambda u, v, phase: 0.5 + 0.5 * np.sin(0.3 * (u + v)),
+}
