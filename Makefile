@@ -10,6 +10,7 @@ export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 8000000000
 export MALLOC_TOP_PAD_ := 268435456
 
+.DELETE_ON_ERROR:
 .PHONY: help install demo test format clean
 
 help: ## show this list

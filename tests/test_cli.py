@@ -29,7 +29,9 @@ NETWORK = """
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    main(["synthesize", str(folder), "--train_videos=4", "--valid_videos=2", "--length=8", "--workers=1", "--overwrite"])
+    main(
+        ["synthesize", str(folder), "--train_videos=4", "--valid_videos=2", "--length=8", "--workers=1", "--overwrite"]
+    )
     return folder
 
 

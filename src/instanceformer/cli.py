@@ -9,13 +9,23 @@ from dataclasses import fields
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.data.synthetic import SyntheticOptions, synthesize
 from instanceformer.evaluation.video_ap import evaluate_files
 from instanceformer.training.callbacks import ResultsWriter
 from instanceformer.training.module import InstanceFormerModule
+
+
+class SaveTrainingConfig(SaveConfigCallback):
+    """Keeps the configuration of a training beside it; a later test does not replace it with its own."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save at the start of ``fit``."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 class InstanceFormerCLI(LightningCLI):
@@ -73,5 +83,6 @@ def main(args: Sequence[str] | None = None) -> None:
         VideoDataModule,
         args=list(args),
         parser_kwargs={"epilog": f"Besides these: {others}"},
+        save_config_callback=SaveTrainingConfig,
         save_config_kwargs={"overwrite": True},
     )

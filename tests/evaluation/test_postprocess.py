@@ -46,7 +46,11 @@ def test_first_frames_is_the_papers_protocol(tiny, frames) -> None:
         (IDS[label], round(score, 5)) for (_, label), score in expected.items()
     )
     assert [t.score for t in tracks] == sorted((t.score for t in tracks), reverse=True)
-    query = next(q for (q, label), s in expected.items() if IDS[label] == tracks[0].category_id and abs(s - tracks[0].score) < 1e-5)
+    query = next(
+        q
+        for (q, label), s in expected.items()
+        if IDS[label] == tracks[0].category_id and abs(s - tracks[0].score) < 1e-5
+    )
     masks = resize_masks(prediction.masks[0, :, query], (64, 96), SIZE) > 0
     for mask, rle in zip(masks, tracks[0].segmentations, strict=True):
         assert (rle is None) == (not mask.any())
@@ -70,6 +74,36 @@ def test_a_track_begins_where_its_query_is_first_confident(tiny, frames) -> None
     assert begins - {None} <= {t for birth in births for t in range(birth, 8)}
     assert min(b for b in begins if b is not None) == min(births)
     assert len(begins - {None}) > 1
+
+
+@pytest.mark.parametrize("candidates", ["first_frames", "any_frame"])
+def test_fewer_tracks_than_queries_are_the_best_of_them(tiny, frames, candidates) -> None:
+    network = tiny()
+    many = run(network, frames, 3, candidates=candidates, max_tracks=60)
+    few = run(network, frames, 3, candidates=candidates, max_tracks=2)
+    assert len(many) == 60
+    assert len(few) == 2
+    assert few[0].score <= many[0].score + 1e-6
+    assert [t.score for t in few] == sorted((t.score for t in few), reverse=True)
+
+
+def test_a_steady_query_that_was_never_among_the_best_makes_no_track(tiny, frames, monkeypatch) -> None:
+    """Query 0 has the best mean, but the only place belongs to query 1, which spiked once."""
+    network = tiny()
+    video = VideoInference(network, InferenceOptions(candidates="any_frame", max_tracks=1), SIZE)
+    spike = iter([True] + [False] * 7)
+    count = video._count
+
+    def scripted(probabilities: torch.Tensor) -> None:
+        scores = torch.zeros_like(probabilities)
+        scores[0, 0], scores[1, 1] = 0.4, 0.9 if next(spike) else 0.01
+        count(scores)
+
+    monkeypatch.setattr(video, "_count", scripted)
+    video.add(VideoChunk(frames, 7, 0, 8, SIZE))
+    (track,) = video.tracks(7, IDS)
+    assert track.category_id == IDS[1]
+    assert track.score == pytest.approx((0.9 + 7 * 0.01) / 8)
 
 
 def test_a_video_shorter_than_the_first_frames(tiny) -> None:

@@ -170,7 +170,7 @@ def test_renewed_queries_start_from_their_learned_content(tiny) -> None:
     streamed, _ = network(frames)
     for t in range(4):
         alone, _ = network(frames[:, t : t + 1])
-        torch.testing.assert_close(streamed.logits[:, t], alone.logits[:, 0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(streamed.logits[:, t], alone.logits[:, 0], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -95,7 +95,9 @@ class VideoDataModule(LightningDataModule):
 
     @property
     def categories(self) -> tuple[Category, ...]:
-        """The categories in the order of their class indices, from the first split that is given."""
+        """The categories in the order of their class indices, from a split in use or else the first that is given."""
+        for dataset in self._datasets.values():
+            return dataset.categories
         for name, split in self.splits.items():
             if split is not None:
                 return self._dataset(name).categories

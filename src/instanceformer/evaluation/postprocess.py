@@ -25,8 +25,9 @@ class InferenceOptions:
 
     Attributes:
         candidates: ``first_frames``, the paper: the most confident pairs of the first frames, and nothing that enters
-            later. ``any_frame``: the pairs with the best score over the whole video; a query's track begins, and the
-            mean over frames with it, when its confidence first reaches the network's ``min_confidence``.
+            later. ``any_frame``: the pairs with the best score at the end, among the ``max_tracks`` queries that were
+            the most confident at any frame; a query's track, and the mean over frames, begin when its confidence first
+            reaches the network's ``min_confidence``, and its masks when it is among those queries.
         candidate_frames: how many frames count as the first ones.
         max_tracks: most tracks of a video.
     """
@@ -42,7 +43,9 @@ class InferenceOptions:
 
 
 class VideoInference:
-    """One video on its way through the network; memory grows by the compressed masks only.
+    """One video on its way through the network.
+
+    Memory grows with the video's length by the compressed masks only.
 
     Args:
         network: in evaluation mode.
@@ -53,8 +56,15 @@ class VideoInference:
     def __init__(self, network: InstanceFormer, options: InferenceOptions, size: tuple[int, int]) -> None:
         self.network, self.options, self.size = network, options, size
         self.state = network.initial_state(1)
-        self.probabilities: list[Tensor] = []
+        self.frames = 0
         self.masks: list[dict[int, RLE | None]] = []
+        device = self.state.queries.device
+        queries = network.num_queries
+        self._total = torch.zeros(queries, network.num_classes, device=device)  # of probabilities since the birth
+        self._alive = torch.zeros(queries, device=device)  # frames since the birth
+        self._born = torch.zeros(queries, dtype=torch.bool, device=device)
+        self._best = torch.zeros(queries, device=device)  # confidence so far
+        self._first_pairs: list[tuple[int, int]] = []
         self._waiting: list[tuple[FrameFeatures, FramePrediction, tuple[int, int]]] = []
 
     @torch.no_grad()
@@ -64,19 +74,22 @@ class VideoInference:
         Raises:
             ValueError: frames are missing between the last chunk and this one.
         """
-        if chunk.start != len(self.probabilities):
+        if chunk.start != self.frames:
             raise ValueError(
                 f"video {chunk.video_id}: found a chunk that starts at frame {chunk.start}, expected frame "
-                f"{len(self.probabilities)}; the chunks of a video must arrive in order and complete"
+                f"{self.frames}; the chunks of a video must arrive in order and complete"
             )
         features = self.network.encode(chunk.frames)
         for t in range(chunk.frames.shape[1]):
             prediction = self.network.decode(features[t], self.state)
             self.state = self.network.advance(self.state, prediction)
-            self.probabilities.append(prediction.scores[0])
+            self.frames += 1
+            self._count(prediction.scores[0])
             self._waiting.append((features[t], prediction, (chunk.frames.shape[-2], chunk.frames.shape[-1])))
-            seen = len(self.probabilities)
-            if self.options.candidates == "any_frame" or seen >= self.options.candidate_frames or seen == chunk.length:
+            first_frames = self.options.candidates == "first_frames"
+            if first_frames and self.frames == min(self.options.candidate_frames, chunk.length):
+                self._first_pairs = _best_pairs(self._total, self.options.max_tracks)
+            if not first_frames or self._first_pairs:
                 self._segment_waiting()
 
     def tracks(self, video_id: int, category_ids: Sequence[int]) -> list[Track]:
@@ -86,19 +99,13 @@ class VideoInference:
             video_id: the video's id in its annotation file.
             category_ids: id of every class.
         """
-        probabilities = torch.stack(self.probabilities)
-        queries = self._candidates()
+        scores = self._total / self._alive[:, None]
+        pairs = self._first_pairs
         if self.options.candidates == "any_frame":
-            born = self._births(probabilities)
-            alive = torch.arange(len(probabilities), device=born.device)[:, None] >= born
-            scores = (probabilities * alive[..., None]).sum(dim=0) / alive.sum(dim=0)[:, None]
-            pairs = _best_pairs(scores, self.options.max_tracks)
-        else:
-            born = torch.zeros(probabilities.shape[1], dtype=torch.int64)
-            scores = probabilities.mean(dim=0)
-            pairs = _best_pairs(self._first_scores(), self.options.max_tracks)
-        assert {query for query, _ in pairs} <= set(queries)
-        births = born.tolist()
+            chosen = torch.zeros_like(self._born)
+            chosen[self._candidates()] = True
+            pairs = _best_pairs(scores.masked_fill(~chosen[:, None], -1.0), self.options.max_tracks)
+        births = (self.frames - self._alive).long().tolist()
         tracks = [
             Track(
                 video_id=video_id,
@@ -107,23 +114,28 @@ class VideoInference:
                 segmentations=[masks.get(query) if t >= births[query] else None for t, masks in enumerate(self.masks)],
             )
             for query, label in pairs
+            if scores[query, label] >= 0
         ]
         return sorted(tracks, key=lambda track: -track.score)
 
-    def _first_scores(self) -> Tensor:
-        """(N, K) mean probability over the first frames."""
-        return torch.stack(self.probabilities[: self.options.candidate_frames]).mean(dim=0)
-
-    def _births(self, probabilities: Tensor) -> Tensor:
-        """(N,) first frame in which each query is confident; 0 for one that never is."""
-        return (probabilities.amax(dim=-1) >= self.network.min_confidence).int().argmax(dim=0)
+    def _count(self, probabilities: Tensor) -> None:
+        """Add the (N, K) probabilities of a frame; under ``any_frame`` the count starts anew where a query is born."""
+        confidence = probabilities.amax(dim=-1)
+        if self.options.candidates == "any_frame":
+            entering = ~self._born & (confidence >= self.network.min_confidence)
+            self._born |= entering
+            self._total.masked_fill_(entering[:, None], 0.0)
+            self._alive.masked_fill_(entering, 0.0)
+        self._total += probabilities
+        self._alive += 1
+        self._best = torch.maximum(self._best, confidence)
 
     def _candidates(self) -> list[int]:
-        """Queries whose masks are wanted at the frame that was decoded last."""
-        if self.options.candidates == "any_frame":
-            best = torch.stack(self.probabilities).amax(dim=(0, 2))
-            return sorted(best.topk(min(self.options.max_tracks, len(best))).indices.tolist())
-        return sorted({query for query, _ in _best_pairs(self._first_scores(), self.options.max_tracks)})
+        """Queries whose masks are wanted, as far as is known by now."""
+        if self.options.candidates == "first_frames":
+            return sorted({query for query, _ in self._first_pairs})
+        count = min(self.options.max_tracks, len(self._best))
+        return sorted(self._best.topk(count).indices.tolist())
 
     def _segment_waiting(self) -> None:
         """Make the masks of the frames that had to wait until the candidates were known."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,21 @@ from deform_attn import ms_deform_attn
 
 Shapes = tuple[tuple[int, int], ...]
 """Height and width of every feature level, finest first."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The grids of a feature pyramid, as deformable attention has to know them.
+
+    Attributes:
+        shapes: (height, width) of the L levels, finest first; S is the sum of their products.
+        cells: (L, 2) float32, the same as (width, height), on the device of the features.
+        padded: (B, S) bool, true where a token is padding; None when nothing is.
+    """
+
+    shapes: Shapes
+    cells: Tensor
+    padded: Tensor | None
 
 
 class DeformableAttention(nn.Module):
@@ -50,42 +66,38 @@ class DeformableAttention(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
-    def forward(
-        self, query: Tensor, reference: Tensor, tokens: Tensor, shapes: Shapes, padded: Tensor | None
-    ) -> Tensor:
-        """Attend.
+    def forward(self, query: Tensor, reference: Tensor, tokens: Tensor, levels: Levels) -> Tensor:
+        """Attend; weights and locations are float32 whatever the precision of the rest.
 
         Args:
             query: (B, Q, C) content plus position.
             reference: (B, Q, L, 2) points (x, y) or (B, Q, L, 4) boxes cxcywh, as fractions of each padded level.
-            tokens: (B, S, C) flattened feature levels.
-            shapes: their heights and widths, with S = sum of products.
-            padded: (B, S) bool, true where padded, or None; padded tokens contribute nothing.
+            tokens: (B, S, C) flattened feature levels; padded ones contribute nothing.
+            levels: their grids.
 
         Returns:
             (B, Q, C)
         """
         batch, queries, _ = query.shape
         value = self.value_proj(tokens)
-        if padded is not None:
-            value = value.masked_fill(padded[..., None], 0.0)
+        if levels.padded is not None:
+            value = value.masked_fill(levels.padded[..., None], 0.0)
         value = value.unflatten(-1, (self.heads, -1))
         offsets = self.sampling_offsets(query).view(batch, queries, self.heads, self.levels, self.points, 2)
         weights = self.attention_weights(query).view(batch, queries, self.heads, self.levels * self.points)
         weights = weights.float().softmax(-1).view(batch, queries, self.heads, self.levels, self.points)
-        locations = sampling_locations(reference.float(), offsets.float(), shapes)
-        output: Tensor = ms_deform_attn(value, shapes, locations, weights.to(value.dtype))
-        result: Tensor = self.output_proj(output)
+        locations = sampling_locations(reference.float(), offsets.float(), levels.cells)
+        result: Tensor = self.output_proj(ms_deform_attn(value, levels.shapes, locations, weights))
         return result
 
 
-def sampling_locations(reference: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:
+def sampling_locations(reference: Tensor, offsets: Tensor, cells: Tensor) -> Tensor:
     """Where to look: offsets count cells from a point, or fractions of half a box from its centre.
 
     Args:
         reference: (B, Q, L, 2) or (B, Q, L, 4) float32, fractions of each level.
         offsets: (B, Q, M, L, P, 2) float32.
-        shapes: (height, width) of every level.
+        cells: (L, 2) float32, (width, height) of every level.
 
     Returns:
         (B, Q, M, L, P, 2) float32, (x, y) as fractions of each level.
@@ -94,5 +106,4 @@ def sampling_locations(reference: Tensor, offsets: Tensor, shapes: Shapes) -> Te
     centre = reference[:, :, None, :, None, :2]
     if reference.shape[-1] == 4:
         return centre + offsets * (reference[:, :, None, :, None, 2:] * (0.5 / points))
-    cells = offsets.new_tensor([(width, height) for height, width in shapes])
     return centre + offsets / cells[:, None, :]

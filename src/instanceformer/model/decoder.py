@@ -68,9 +68,7 @@ class DecoderLayer(nn.Module):
         located = queries + position
         attended, _ = self.self_attention(located, located, queries, need_weights=False)
         queries = self.norm_self(queries + self.dropout(attended))
-        attended = self.cross_attention(
-            queries + position, reference, features.tokens, features.shapes, features.padded
-        )
+        attended = self.cross_attention(queries + position, reference, features.tokens, features.levels)
         queries = self.norm_cross(queries + self.dropout(attended))
         if self.memory_attention is not None and memory is not None:
             queries = self.memory_attention(queries, position, memory)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from instanceformer.model.attention import DeformableAttention, Shapes
+from instanceformer.model.attention import DeformableAttention, Levels, Shapes
 from instanceformer.model.position import pixel_position
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -24,8 +24,7 @@ class FrameFeatures:
     Attributes:
         tokens: (B, T, S, C) encoder output, all levels flattened.
         mask_features: (B, T, F, h, w) features of the mask head at its stride.
-        shapes: (height, width) of every level, S = sum of products.
-        padded: (B, S) bool, true where a token is padding; None when nothing is.
+        levels: grids of the L levels of the tokens.
         valid_ratios: (B, L, 2) float32, fraction (x, y) of each level that is not padding.
         sizes: (B, 2) float32, (width, height) in pixels of the clips without padding.
         grid: (height, width) of the mask logits: a quarter of the padded frames' size, rounded up.
@@ -33,8 +32,7 @@ class FrameFeatures:
 
     tokens: Tensor
     mask_features: Tensor
-    shapes: Shapes
-    padded: Tensor | None
+    levels: Levels
     valid_ratios: Tensor
     sizes: Tensor
     grid: tuple[int, int]
@@ -43,8 +41,7 @@ class FrameFeatures:
         return FrameFeatures(
             self.tokens[:, t],
             self.mask_features[:, t],
-            self.shapes,
-            self.padded,
+            self.levels,
             self.valid_ratios,
             self.sizes,
             self.grid,
@@ -93,11 +90,9 @@ class EncoderLayer(nn.Module):
         self.norm_feedforward = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: Shapes, padded: Tensor | None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, levels: Levels) -> Tensor:
         """Refine (X, S, C) tokens; arguments as in DeformableAttention."""
-        attended = self.self_attention(tokens + position, reference, tokens, shapes, padded)
+        attended = self.self_attention(tokens + position, reference, tokens, levels)
         tokens = self.norm_attention(tokens + self.dropout(attended))
         result: Tensor = self.norm_feedforward(tokens + self.dropout(self.feedforward(tokens)))
         return result
@@ -126,22 +121,19 @@ class Encoder(nn.Module):
             EncoderLayer(dim, heads, levels, points, feedforward_dim, dropout) for _ in range(layers)
         )
 
-    def forward(
-        self, levels: list[Tensor], valid: list[Tensor], padded: Tensor | None, valid_ratios: Tensor
-    ) -> tuple[Tensor, Shapes]:
+    def forward(self, features: list[Tensor], valid: list[Tensor], levels: Levels, valid_ratios: Tensor) -> Tensor:
         """Encode frames.
 
         Args:
-            levels: (X, C, H_l, W_l) projected features of X = B T frames, a clip's frames next to each other.
+            features: (X, C, H_l, W_l) projected, of X = B T frames, a clip's frames next to each other.
             valid: (B, H_l, W_l) bool of each level.
-            padded: (B, S) bool or None.
+            levels: grids, of B clips.
             valid_ratios: (B, L, 2) float32.
 
         Returns:
-            tokens (X, S, C) and the levels' shapes.
+            (X, S, C) tokens.
         """
-        shapes: Shapes = tuple((level.shape[-2], level.shape[-1]) for level in levels)
-        tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
+        tokens = torch.cat([feature.flatten(2).transpose(1, 2) for feature in features], dim=1)
         frames, dim = tokens.shape[0] // valid_ratios.shape[0], tokens.shape[-1]
         position = torch.cat(
             [
@@ -150,13 +142,13 @@ class Encoder(nn.Module):
             ],
             dim=1,
         )
-        reference = cell_centres(shapes, valid_ratios)
+        reference = cell_centres(levels.shapes, valid_ratios)
         position, reference = (x.repeat_interleave(frames, dim=0) for x in (position, reference))
-        if padded is not None:
-            padded = padded.repeat_interleave(frames, dim=0)
+        if levels.padded is not None:
+            levels = replace(levels, padded=levels.padded.repeat_interleave(frames, dim=0))
         for layer in self.layers:
-            tokens = layer(tokens, position, reference, shapes, padded)
-        return tokens, shapes
+            tokens = layer(tokens, position, reference, levels)
+        return tokens
 
 
 def cell_centres(shapes: Shapes, valid_ratios: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class MaskHead(nn.Module):
             masks = dynamic_layers(features.mask_features.float(), parameters.float(), pixels, self.stride)
             if self.stride == 4:
                 return masks
-            if features.padded is not None:
+            if features.levels.padded is not None:
                 masks = repeat_border(masks, features.sizes, self.stride)
             masks = F.interpolate(masks, scale_factor=2.0, mode="bilinear", align_corners=False)
             return masks[..., : features.grid[0], : features.grid[1]]
@@ -167,9 +167,9 @@ def upsample_nearest(x: Tensor, size: torch.Size) -> Tensor:
 
 def repeat_border(masks: Tensor, sizes: Tensor, stride: int) -> Tensor:
     """Continue the last valid row and column of (B, n, h, w) into the padding, as interpolation does at a border."""
-    extended = []
-    for mask, (width, height) in zip(masks, sizes.tolist(), strict=True):
-        rows = torch.arange(mask.shape[-2], device=mask.device).clamp(max=math.ceil(height / stride) - 1)
-        columns = torch.arange(mask.shape[-1], device=mask.device).clamp(max=math.ceil(width / stride) - 1)
-        extended.append(mask[:, rows][..., columns])
-    return torch.stack(extended)
+    for dim, size in ((-1, sizes[:, 0]), (-2, sizes[:, 1])):
+        last = (size / stride).ceil().long() - 1
+        index = torch.minimum(torch.arange(masks.shape[dim], device=masks.device), last[:, None])[:, None]
+        index = index[:, :, None, :] if dim == -1 else index[..., None]
+        masks = masks.gather(dim, index.expand_as(masks))
+    return masks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
+from instanceformer.model.attention import Levels
 from instanceformer.model.backbone import Backbone, Norm
 from instanceformer.model.decoder import Decoder, FramePrediction
 from instanceformer.model.encoder import STRIDES, Encoder, FrameFeatures, Projection
@@ -105,11 +105,10 @@ class InstanceFormer(nn.Module):
         min_confidence: float = 0.0,
         free_queries: FreeQueries = "propagate",
     ) -> None:
-        arguments = locals()
+        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        names = list(inspect.signature(InstanceFormer.__init__).parameters)[1:]
-        self.options: dict[str, Any] = {name: arguments[name] for name in names}
-        _check_options(self.options)
+        _check_options(options)
+        self.options: dict[str, Any] = options
 
         self.num_classes, self.num_queries, self.dim = num_classes, num_queries, dim
         self.memory_frames, self.memory_tokens = memory_frames, memory_tokens
@@ -173,6 +172,8 @@ class InstanceFormer(nn.Module):
         if state is None:
             state = self.initial_state(batch, frames.device)
         if isinstance(segment, str):
+            if segment != "all":
+                raise ValueError(f'segment: found {segment!r}, expected indices of queries, "all" or None')
             segment = torch.arange(self.num_queries, device=frames.device)
         predictions, masks = [], []
         for t in range(frames.shape[1]):
@@ -246,10 +247,15 @@ class InstanceFormer(nn.Module):
         padded = None if padding is None else ~torch.cat([v.flatten(1) for v in valid[1:]], dim=1)
         valid_ratios = torch.stack(ratios[1:], dim=1)
 
-        tokens, token_shapes = self.encoder(levels[1:], valid[1:], padded, valid_ratios)
+        pyramid = Levels(
+            shapes=tuple(shapes[1:]),
+            cells=torch.tensor([(float(w), float(h)) for h, w in shapes[1:]], device=frames.device),
+            padded=padded,
+        )
+        tokens = self.encoder(levels[1:], valid[1:], pyramid, valid_ratios)
         encoded = [
             x.transpose(1, 2).unflatten(2, shape)
-            for x, shape in zip(tokens.split([h * w for h, w in token_shapes], dim=1), token_shapes, strict=True)
+            for x, shape in zip(tokens.split([h * w for h, w in pyramid.shapes], dim=1), pyramid.shapes, strict=True)
         ]
         masks = None
         if padding is not None:
@@ -258,8 +264,7 @@ class InstanceFormer(nn.Module):
         return FrameFeatures(
             tokens=tokens.unflatten(0, (batch, count)),
             mask_features=mask_features.unflatten(0, (batch, count)),
-            shapes=token_shapes,
-            padded=padded,
+            levels=pyramid,
             valid_ratios=valid_ratios,
             sizes=torch.tensor([(float(w), float(h)) for h, w in sizes], device=frames.device),
             grid=shapes[0],
@@ -276,6 +281,9 @@ class InstanceFormer(nn.Module):
         Args:
             features: of one frame, ``encode(...)[t]``.
             state: after the frame before.
+
+        Returns:
+            The prediction, with the class prior in the last layer's logits.
         """
         queries = self.query_content.expand(state.carried.shape[0], -1, -1)
         if self.propagate_queries:
@@ -362,7 +370,8 @@ def valid_sizes(padding: Tensor) -> list[tuple[int, int]]:
 
 def _check_options(options: dict[str, Any]) -> None:
     """Refuse options that no network can have."""
-    for name in ("num_classes", "num_queries", "num_points", "decoder_layers", "memory_frames", "memory_tokens"):
+    counts = ("num_classes", "num_queries", "num_heads", "num_points", "encoder_layers", "decoder_layers")
+    for name in (*counts, "feedforward_dim", "memory_frames", "memory_tokens"):
         if options[name] < 1:
             raise ValueError(f"{name}: found {options[name]}, expected at least 1")
     if options["memory_tokens"] > options["num_queries"]:
@@ -379,3 +388,8 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"mask_stride: found {options['mask_stride']}, expected 4 or 8")
     if not 0 <= options["min_confidence"] < 1:
         raise ValueError(f"min_confidence: found {options['min_confidence']}, expected a score in [0, 1)")
+    if options["free_queries"] == "renew" and options["min_confidence"] == 0:
+        raise ValueError(
+            "free_queries: found renew with min_confidence=0, by which every query holds an instance at inference and "
+            "none is renewed, expected a min_confidence above 0, for instance 0.3"
+        )

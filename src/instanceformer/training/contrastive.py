@@ -12,8 +12,9 @@ def temporal_contrastive_loss(queries: Tensor, held: Tensor, window: int, temper
 
     An anchor is an instance at frame t. Its positives are itself in the frames t - window to t - 1; its negatives every
     other instance of the clip in any earlier frame. For every positive the loss is minus the logarithm of its share in
-    the softmax over all of them; an anchor's loss is the mean over its positives, as in supervised contrastive
-    learning (Khosla et al.). Anchors without a positive or without a negative give zero.
+    the softmax over all of them. An anchor's loss is the mean over its positives, as in supervised contrastive learning
+    (Khosla et al.), where equation 5 has the sum, so that its weight does not depend on the window; the softmax leaves
+    out the anchor's own past beyond the window. Anchors without a positive or without a negative give zero.
 
     Args:
         queries: (T, B, n, C) final content of the instances' queries.

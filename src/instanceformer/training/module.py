@@ -82,9 +82,17 @@ class InstanceFormerModule(LightningModule):
             )
         if stage != "fit":
             return
+        options = self.network.options
+        initialised = self._starts_from_imagenet or self.init_from is not None or self.trainer.ckpt_path is not None
+        if options["backbone_norm"] == "frozen" and options["backbone"].startswith("res") and not initialised:
+            raise ValueError(
+                "model.network.backbone_norm: found frozen on a backbone with random weights, whose first stage would "
+                "never learn; expected --model.backbone_weights imagenet, --model.init_from or --ckpt_path, or "
+                "--model.network.backbone_norm batch to train from random weights"
+            )
         if self._starts_from_imagenet:
             self.network.backbone.load_imagenet_weights(progress=False)
-        if self.init_from is not None:
+        if self.init_from is not None and self.trainer.ckpt_path is None:
             left_new = self._take_over(self.init_from)
             if left_new:
                 print(f"{self.init_from}: not taken over, since shapes or names differ: {', '.join(left_new)}")
@@ -136,16 +144,14 @@ class InstanceFormerModule(LightningModule):
         targets = DenseTargets.from_clips(batch.targets, features.grid)
         state = network.initial_state(len(batch.targets), batch.frames.device)
         assigned = torch.full_like(targets.labels, -1)
+        every_query = torch.arange(network.num_queries, device=assigned.device)
         predictions, held = [], []
         for t in range(batch.frames.shape[1]):
             prediction = network.decode(features[t], state)
             assigned = match_entering(prediction, targets, t, assigned, self.costs)
-            holding = assigned >= 0
-            remembered = torch.zeros_like(state.carried)
-            remembered[holding.nonzero()[:, 0], assigned[holding]] = True
-            state = network.advance(state, prediction, remembered)
+            state = network.advance(state, prediction, (assigned[..., None] == every_query).any(dim=1))
             predictions.append(prediction)
-            held.append(holding)
+            held.append(assigned >= 0)
 
         chosen = assigned.clamp(min=0)
         outputs = ClipOutputs(
@@ -172,7 +178,7 @@ class InstanceFormerModule(LightningModule):
         """AdamW with the schedule of the options."""
         optimizer = build_optimizer(self.network, self.optimizer_options, fused=self.trainer.precision != "16-mixed")
         scheduler, interval = build_scheduler(
-            optimizer, self.optimizer_options, int(self.trainer.estimated_stepping_batches)
+            optimizer, self.optimizer_options, self.trainer.estimated_stepping_batches
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
@@ -190,6 +196,10 @@ class InstanceFormerModule(LightningModule):
     def on_test_epoch_start(self) -> None:
         """Start with an empty metric."""
         self._start_evaluation("test")
+
+    def on_predict_epoch_start(self) -> None:
+        """Forget what an interrupted run may have left."""
+        self._videos.clear()
 
     def validation_step(self, batch: VideoChunk, batch_idx: int) -> VideoOutput | None:
         """Take in a chunk; the video's tracks with its last one."""
@@ -237,6 +247,7 @@ class InstanceFormerModule(LightningModule):
         for name, value in self.metric.compute().items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "AP", sync_dist=True)
         self.metric = None
+        self._videos.clear()
 
 
 def _of_queries(x: Tensor, queries: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR
 
-SLOW = ("sampling_offsets", "location.reference")
+SLOW = ("sampling_offsets", "location.")
 """Layers that place sampling points; like the backbone they learn at a tenth of the rate."""
 
 
@@ -25,7 +25,10 @@ class OptimizerOptions:
         weight_decay: of AdamW, for every parameter.
         schedule: ``multistep``, by epochs, the paper's; ``cosine`` to zero or ``constant``, by steps after a warm-up.
         milestones: epochs after which ``multistep`` divides by ten.
-        warmup_steps: steps of linear growth from zero, before ``cosine`` and ``constant``.
+        warmup_steps: steps of linear growth, before ``cosine`` and ``constant``.
+
+    Raises:
+        ValueError: a warm-up is asked of ``multistep``.
     """
 
     lr: float = 1e-4
@@ -35,6 +38,13 @@ class OptimizerOptions:
     schedule: Literal["multistep", "cosine", "constant"] = "multistep"
     milestones: tuple[int, ...] = (4, 10)
     warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps and self.schedule == "multistep":
+            raise ValueError(
+                f"optimizer.warmup_steps: found {self.warmup_steps} with schedule multistep, which has no warm-up; "
+                "expected 0, or the schedule cosine or constant"
+            )
 
 
 def build_optimizer(network: nn.Module, options: OptimizerOptions, fused: bool = True) -> Optimizer:
@@ -58,8 +68,10 @@ def build_optimizer(network: nn.Module, options: OptimizerOptions, fused: bool =
     )
 
 
-def build_scheduler(optimizer: Optimizer, options: OptimizerOptions, total_steps: int) -> tuple[LRScheduler, str]:
+def build_scheduler(optimizer: Optimizer, options: OptimizerOptions, total_steps: float) -> tuple[LRScheduler, str]:
     """The schedule and the interval, ``epoch`` or ``step``, at which Lightning advances it."""
+    if options.schedule == "cosine" and not math.isfinite(total_steps):
+        raise ValueError("optimizer.schedule: found cosine without an end, expected trainer.max_steps or max_epochs")
     if options.schedule == "multistep":
         return MultiStepLR(optimizer, list(options.milestones)), "epoch"
 
