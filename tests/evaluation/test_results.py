@@ -6,7 +6,7 @@ import pytest
 from instanceformer.evaluation.results import (
     RLE,
     Track,
-    compress_segmentation,
+    compress_track,
     decode_mask,
     encode_mask,
     read_results,
@@ -34,30 +34,10 @@ def test_masks_survive_encoding():
     assert encode_mask(np.zeros((5, 7), dtype=bool)) is None
 
 
-def test_every_form_of_an_annotated_mask_becomes_the_same_mask():
-    # column-major runs of the rectangle: 2 columns of 5 and one pixel, then 3 on and 2 off, four times
-    runs = [11, 3, 2, 3, 2, 3, 2, 3, 6]
-    polygon = [2, 1, 6, 1, 6, 4, 2, 4]
-    expected = encode_mask(make_mask())
-    assert compress_segmentation({"size": [5, 7], "counts": runs}, 5, 7) == expected
-    assert compress_segmentation({"size": [5.0, 7.0], "counts": expected["counts"]}, 5, 7) == expected
-    assert compress_segmentation([polygon], 5, 7) == expected
-    assert compress_segmentation(None, 5, 7) is None
-    assert compress_segmentation([], 5, 7) is None
-
-
-@pytest.mark.parametrize(
-    ("segmentation", "message"),
-    [
-        ({"size": [7, 5], "counts": "abc"}, "7x5 pixels, expected the video's 5x7"),
-        ({"size": [5, 7], "counts": [30, 3]}, "cover 33 pixels, expected height x width = 35"),
-        ({"counts": [30, 5]}, "unknown form"),
-        ("abc", "unknown form"),
-    ],
-)
-def test_a_wrong_mask_is_refused(segmentation, message):
-    with pytest.raises(ValueError, match=message):
-        compress_segmentation(segmentation, 5, 7)
+def test_a_track_is_compressed_with_empty_masks_as_absent():
+    rle = encode_mask(make_mask())
+    runs = {"size": [5, 7], "counts": [11, 3, 2, 3, 2, 3, 2, 3, 6]}  # column by column, of make_mask's rectangle
+    assert compress_track([runs, None, {"size": [5, 7], "counts": "S1"}, rle], 5, 7) == [rle, None, None, rle]
 
 
 def test_written_results_are_read_back_exactly(tmp_path):
@@ -111,10 +91,31 @@ GOOD = {"video_id": 1, "category_id": 2, "score": 0.5, "segmentations": [None, R
             json.dumps([GOOD | {"segmentations": [None, {"size": [5, 7], "counts": [3, 32]}]}]),
             "entry 0: frame 1 is .*, expected null or compressed run lengths",
         ),
+        (
+            json.dumps([GOOD, GOOD | {"segmentations": [*GOOD["segmentations"], RLE(size=[7, 5], counts="S1")]}]),
+            r"entry 1: segmentations\[2\]\.size: expected \[5, 7\], .*, found \[7, 5\]",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_place(tmp_path, content, message):
     path = tmp_path / "results.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=f"results.json: {message}"):
+        read_results(path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "unfinished", "more runs", "more digits", "not ASCII"])
+def test_damaged_counts_are_refused_with_their_place(tmp_path, damage):
+    rle = encode_mask(make_mask())
+    damaged = {
+        "cut": rle["counts"][:-1],
+        "unfinished": rle["counts"][:-1] + "o",
+        "more runs": rle["counts"] + "1",
+        "more digits": "S" + "P" * 20 + "1",
+        "not ASCII": rle["counts"][:-1] + "é",
+    }[damage]
+    bad = GOOD | {"segmentations": [rle, None, rle | {"counts": damaged}]}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([GOOD, bad]))
+    with pytest.raises(ValueError, match=r"results.json: entry 1: segmentations\[2\]\.counts: expected .*, found "):
         read_results(path)

@@ -318,7 +318,7 @@ def test_two_processes_equal_one(tmp_path):
         ({"segmentations": [None]}, "track 0 of video 0 has 1 frames, expected the video's 3"),
         (
             {"segmentations": [None, None, {"size": [WIDTH, HEIGHT], "counts": "1"}]},
-            r"track 0 of video 0, frame 2: a mask of size \[320, 300\], expected the video's .* \[300, 320\]",
+            r"track 0 of video 0: segmentations\[2\]\.size: expected \[300, 320\], .*, found \[320, 300\]",
         ),
     ],
 )
@@ -345,7 +345,11 @@ def test_an_unknown_video_is_refused_with_the_name_of_the_file(tmp_path):
         (["annotations", 2, "category_id"], 8, r"gt\.json: annotation 2: category 8 is not among the categories"),
         (["annotations", 2, "segmentations"], [None], r"gt\.json: annotation 2: 1 segmentations, expected .* 3 frames"),
         (["annotations", 2, "areas"], [1, 2], r"gt\.json: annotation 2: 2 areas, expected .* 3 frames"),
-        (["annotations", 2, "segmentations", 1], {"size": [2, 2], "counts": "4"}, "annotation 2: a mask of 2x2 pixels"),
+        (
+            ["annotations", 2, "segmentations", 1],
+            {"size": [2, 2], "counts": "4"},
+            r"gt\.json: annotation 2: segmentations\[1\]\.size: expected \[300, 320\], .*, found \[2, 2\]",
+        ),
         (["videos", 1, "id"], 9, r"gt\.json: video 9: this id occurs twice"),
         (["videos", 1], {"id": 1, "height": 3, "width": 3}, r"gt\.json: video 1: 'length' is missing"),
     ],
@@ -360,3 +364,46 @@ def test_wrong_ground_truth_is_refused_with_its_place(tmp_path, path, value, mes
     (tmp_path / "gt.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         VideoAveragePrecision(tmp_path / "gt.json")
+
+
+DAMAGES = {
+    "cut": lambda counts: counts[:-1],
+    "unfinished": lambda counts: counts[:-1] + "o",
+    "more runs": lambda counts: counts + "1",
+    "more digits": lambda counts: "S" + "P" * 20 + "1",
+    "not ASCII": lambda counts: counts[:-1] + "é",
+}
+
+
+def damaged_mask(damage: str) -> dict:
+    rle = encode_mask(random_mask(np.random.default_rng(5)))
+    return rle | {"counts": DAMAGES[damage](rle["counts"])}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_ground_truth_is_refused_with_its_place(tmp_path, damage):
+    content = copy.deepcopy(random_case(0)[0])
+    content["annotations"][2]["segmentations"][1] = damaged_mask(damage)
+    (tmp_path / "gt.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"gt\.json: annotation 2: segmentations\[1\]\.counts: expected .*, found "):
+        VideoAveragePrecision(tmp_path / "gt.json")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_track_is_refused_with_its_place(damage):
+    content, tracks = random_case(0)
+    good = next(track for track in tracks if track.video_id == 3)
+    bad = Track(3, 1, 0.5, [None, None, damaged_mask(damage)])
+    metric = VideoAveragePrecision(content)
+    with pytest.raises(ValueError, match=r"track 1 of video 3: segmentations\[2\]\.counts: expected .*, found "):
+        metric.update(3, [good, bad])
+    assert metric.evaluate() == VideoAveragePrecision(content).evaluate()  # nothing of the update counts
+
+
+def test_a_damaged_result_file_is_refused_by_name(tmp_path):
+    content, tracks = random_case(0)
+    (tmp_path / "gt.json").write_text(json.dumps(content))
+    write_results(tmp_path / "results.json", [*tracks, Track(0, 1, 0.5, [damaged_mask("cut"), None, None])])
+    place = rf"results\.json: entry {len(tracks)}: segmentations\[0\]\.counts: "
+    with pytest.raises(ValueError, match=place):
+        evaluate_files(tmp_path / "gt.json", tmp_path / "results.json")

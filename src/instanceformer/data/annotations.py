@@ -15,6 +15,8 @@ import torch
 from pycocotools import mask as mask_utils
 from torch import Tensor
 
+from instanceformer.data.run_lengths import compress_masks, show
+
 
 @dataclass(frozen=True)
 class Category:
@@ -193,7 +195,7 @@ class _Reader:
         file_names = record.get("file_names")
         if not isinstance(file_names, list) or not file_names or not all(isinstance(n, str) for n in file_names):
             expected = "a list of the video's frames (a file with a list of `images` instead must be converted first)"
-            self.fail(f"{where}.file_names", _show(file_names), expected)
+            self.fail(f"{where}.file_names", show(file_names), expected)
         height, width = (self.integer(record, key, where) for key in ("height", "width"))
         if height <= 0 or width <= 0:
             self.fail(where, f"height {height} and width {width}", "positive sizes in pixels")
@@ -202,22 +204,14 @@ class _Reader:
     def instance(self, record: dict[str, Any], video: Video, where: str) -> Instance:
         segmentations = record.get("segmentations")
         if not isinstance(segmentations, list):
-            self.fail(f"{where}.segmentations", _show(segmentations), "a list with one entry for each frame")
+            self.fail(f"{where}.segmentations", show(segmentations), "a list with one entry for each frame")
         if len(segmentations) != video.length:
             expected = f"{video.length}, one for each of the file_names of video {video.id}"
             self.fail(f"{where}.segmentations", f"{len(segmentations)} entries", expected)
-        masks = [
-            self.run_lengths(segmentation, video, f"{where}.segmentations[{frame}]")
-            for frame, segmentation in enumerate(segmentations)
-        ]
-        present = [frame for frame, counts in enumerate(masks) if counts is not None]
-        areas = _mask_areas([counts for counts in masks if counts is not None], video.height * video.width)
-        for frame, area in zip(present, areas, strict=True):
-            if area < 0:
-                expected = f"run lengths of a mask of {video.height}x{video.width} pixels"
-                self.fail(f"{where}.segmentations[{frame}].counts", "a damaged string", expected)
-            if area == 0:
-                masks[frame] = None
+        try:
+            masks = compress_masks(segmentations, video.height, video.width)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {where}.{error}") from error
         return Instance(
             id=self.integer(record, "id", where),
             category_id=self.integer(record, "category_id", where),
@@ -225,55 +219,23 @@ class _Reader:
             segmentations=tuple(masks),
         )
 
-    def run_lengths(self, segmentation: object, video: Video, where: str) -> bytes | None:
-        """Bring any way of writing a mask to pycocotools' compressed counts; None where there is no mask."""
-        height, width = video.height, video.width
-        code: dict[str, Any]
-        if not segmentation:
-            return None
-        if isinstance(segmentation, list):
-            for polygon in segmentation:
-                numbers = len(polygon) if isinstance(polygon, list) and all(map(_is_number, polygon)) else 0
-                if numbers < 6 or numbers % 2:
-                    self.fail(where, _show(polygon), "polygons [x1, y1, x2, y2, ...] of three points or more")
-            code = mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))
-            return bytes(code["counts"])
-        if not isinstance(segmentation, dict):
-            self.fail(where, _show(segmentation), "a run-length mask, a list of polygons or null")
-        counts = segmentation.get("counts")
-        if counts in ("", []):
-            return None
-        size = segmentation.get("size")
-        if size != [height, width]:
-            self.fail(f"{where}.size", _show(size), f"the size of video {video.id}, [{height}, {width}]")
-        if isinstance(counts, str) and counts.isascii():
-            return counts.encode()
-        if not isinstance(counts, list) or not all(isinstance(count, int) and count >= 0 for count in counts):
-            self.fail(f"{where}.counts", _show(counts), "a compressed string or a list of run lengths")
-        if sum(counts) != height * width:
-            self.fail(
-                f"{where}.counts", f"runs of {sum(counts)} pixels in all", f"{height} * {width} = {height * width}"
-            )
-        code = mask_utils.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-        return bytes(code["counts"])
-
     def records(self, root: object, key: str) -> list[tuple[str, dict[str, Any]]]:
         """The objects of one of the file's lists, each with its place."""
         found = root.get(key) if isinstance(root, dict) else root
         if not isinstance(found, list) or not found or not all(isinstance(record, dict) for record in found):
-            self.fail(key, _show(found), "a list of objects with at least one entry, as in YouTube-VIS files")
+            self.fail(key, show(found), "a list of objects with at least one entry, as in YouTube-VIS files")
         return [(f"{key}[{index}]", record) for index, record in enumerate(found)]
 
     def integer(self, record: dict[str, Any], key: str, where: str) -> int:
         value = record.get(key)
         if not isinstance(value, (int, float)) or value != int(value):
-            self.fail(f"{where}.{key}", _show(value), "a whole number")
+            self.fail(f"{where}.{key}", show(value), "a whole number")
         return int(value)
 
     def text(self, record: dict[str, Any], key: str, where: str) -> str:
         value = record.get(key)
         if not isinstance(value, str):
-            self.fail(f"{where}.{key}", _show(value), "a string")
+            self.fail(f"{where}.{key}", show(value), "a string")
         return value
 
     def check_unique(self, key: str, ids: Iterable[int]) -> None:
@@ -285,46 +247,3 @@ class _Reader:
 
     def fail(self, where: str, found: str, expected: str) -> NoReturn:
         raise ValueError(f"{self.path}: {where}: expected {expected}, found {found}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _show(value: object) -> str:
-    text = "nothing" if value is None else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _mask_areas(masks: Sequence[bytes], pixels: int) -> list[int]:
-    """The area of each mask, given its compressed counts; -1 where they do not describe a mask of ``pixels`` pixels.
-
-    pycocotools does not notice runs that end too early: its decode returns arbitrary pixels, and its iou does not
-    return. A run is written in 5-bit digits, the least first, each as the character 48 + digit, + 32 on all but the
-    last; the top bit of the last is the sign. From the fourth run on, it is the difference from the run two before.
-    """
-    if not masks:
-        return []
-    text = np.frombuffer(b"".join(masks), dtype=np.uint8).astype(np.int64) - 48
-    ends = np.cumsum([len(counts) for counts in masks])
-    valid = text[ends - 1] & 32 == 0
-    valid &= np.minimum.reduceat(text, ends - np.diff(ends, prepend=0)) >= 0
-    valid &= np.maximum.reduceat(text, ends - np.diff(ends, prepend=0)) < 64
-
-    text[ends - 1] &= 31  # every mask ends its last run, so that a damaged one does not disturb the next
-    is_last = text & 32 == 0
-    run_ends = np.flatnonzero(is_last) + 1
-    digits = np.diff(run_ends, prepend=0)
-    place = np.arange(len(text)) - np.repeat(run_ends - digits, digits)
-    values = np.add.reduceat((text & 31) << (5 * place), run_ends - digits)
-    values -= np.where(text[is_last] & 16, 1 << (5 * digits), 0)
-
-    last_run = np.searchsorted(run_ends, ends)  # of each mask
-    runs = np.diff(last_run, prepend=-1)
-    index = np.arange(len(values)) - np.repeat(last_run + 1 - runs, runs)
-    # What is written for a run counts in it and in every second run after it; for the first run, in it alone.
-    totals = values * np.where(index == 0, 1, (np.repeat(runs, runs) - index + 1) // 2)
-    first_run = last_run + 1 - runs
-    valid &= np.add.reduceat(totals, first_run) == pixels
-    areas = np.add.reduceat(totals * (index % 2), first_run)
-    return [int(area) for area in np.where(valid, areas, -1)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -13,6 +13,8 @@ from typing import Any, TypedDict, cast
 import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
+
+from instanceformer.data.run_lengths import compress_masks
 
 
 class RLE(TypedDict):
@@ -27,7 +29,7 @@ class RLE(TypedDict):
     counts: str
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning's predict copies what it collects field by field
 class Track:
     """One predicted instance of one video.
 
@@ -55,7 +57,8 @@ def encode_mask(mask: npt.NDArray[np.bool_]) -> RLE | None:
     """Compress an (H, W) bool mask; None if it is empty."""
     if not mask.any():
         return None
-    return _as_text(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
+    code = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return RLE(size=[int(side) for side in code["size"]], counts=code["counts"].decode("ascii"))
 
 
 def decode_mask(rle: RLE) -> npt.NDArray[np.bool_]:
@@ -63,47 +66,21 @@ def decode_mask(rle: RLE) -> npt.NDArray[np.bool_]:
     return cast("npt.NDArray[np.bool_]", coco_mask.decode(rle).astype(bool))
 
 
-def compress_segmentation(segmentation: Any, height: int, width: int) -> RLE | None:
-    """Turn any of the forms in which annotation files hold one mask into the compressed one.
+def compress_track(segmentations: Sequence[object], height: int, width: int) -> list[RLE | None]:
+    """The masks of one track in any form that annotation files have; see ``compress_masks``, also for its errors.
 
     Args:
-        segmentation: None (absent), a run-length mask whose ``counts`` are text or a list of integers, or a list of
-            polygons (flat lists x, y, x, y, ... in pixels).
+        segmentations: for each frame the mask or null.
         height: of the video, in pixels.
         width: of the video, in pixels.
 
     Returns:
-        The compressed mask, None where the instance is absent.
-
-    Raises:
-        ValueError: if it is of no such form, if its size is not height x width, or if its runs do not fill it.
+        For each frame the compressed mask, sound and with at least one pixel; None where the track is absent.
     """
-    match segmentation:
-        case None | []:
-            return None
-        case {
-            "size": [int() | float() as mask_height, int() | float() as mask_width],
-            "counts": str() | list() as counts,
-        }:
-            if (mask_height, mask_width) != (height, width):
-                raise ValueError(f"a mask of {mask_height}x{mask_width} pixels, expected the video's {height}x{width}")
-            if isinstance(counts, str):
-                return RLE(size=[height, width], counts=counts)
-            if sum(counts) != height * width:
-                raise ValueError(
-                    f"run lengths that cover {sum(counts)} pixels, expected height x width = {height * width}"
-                )
-            return _as_text(coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width))
-        case [list(), *_]:
-            return _as_text(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
-    raise ValueError(
-        f"a mask of an unknown form ({str(segmentation)[:80]}), expected null, run lengths {{size, counts}} or polygons"
-    )
-
-
-def _as_text(rle: Mapping[str, Any]) -> RLE:
-    """What pycocotools returns, with text in the place of bytes."""
-    return RLE(size=[int(side) for side in rle["size"]], counts=rle["counts"].decode("ascii"))
+    return [
+        None if counts is None else RLE(size=[height, width], counts=counts.decode("ascii"))
+        for counts in compress_masks(segmentations, height, width)
+    ]
 
 
 def write_results(path: str | Path, tracks: Iterable[Track]) -> None:
@@ -129,7 +106,8 @@ def read_results(path: str | Path) -> list[Track]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not a result file; the message names the file, the entry and the field.
+        ValueError: if it is not a result file, or if a mask is damaged or differs in size from the first of its track;
+            the message names the file, the entry and the field.
     """
     try:
         entries = json.loads(Path(path).read_bytes())
@@ -173,4 +151,7 @@ def _parse_track(entry: Any) -> Track:
                     f"frame {frame} is {str(segmentation)[:80]}, expected null or compressed run lengths "
                     '{"size": [height, width], "counts": "..."}'
                 )
+    visible = [segmentation for segmentation in entry["segmentations"] if segmentation is not None]
+    if visible:
+        compress_masks(entry["segmentations"], *visible[0]["size"])  # refuses damaged counts and a change of size
     return Track(**{field: entry[field] for field in types})

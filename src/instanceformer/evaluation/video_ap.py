@@ -7,7 +7,7 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchmetrics import Metric
 
-from instanceformer.evaluation.results import RLE, Track, compress_segmentation, read_results
+from instanceformer.evaluation.results import RLE, Track, compress_track, read_results
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -91,7 +91,7 @@ class VideoAveragePrecision(Metric):
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the ground truth has no annotations, refers to videos or categories it does not list, or has
-            tracks that do not fit their video.
+            tracks that do not fit their video or damaged masks.
     """
 
     is_differentiable = False
@@ -115,8 +115,8 @@ class VideoAveragePrecision(Metric):
             tracks: its tracks; equal scores rank in the order given.
 
         Raises:
-            ValueError: if the ground truth has no such video or category, or if a track is of another video or differs
-                from the video in its number of frames or mask size.
+            ValueError: if the ground truth has no such video or category, or if a track is of another video, differs
+                from the video in its number of frames or mask size, or has a damaged mask.
         """
         if video_id not in self._ground_truth.videos:
             raise ValueError(
@@ -125,8 +125,9 @@ class VideoAveragePrecision(Metric):
         video = self._ground_truth.videos[video_id]
         by_category: dict[int, list[Track]] = defaultdict(list)
         for index, track in enumerate(tracks):
-            _check_track(track, f"track {index} of video {video_id}", video_id, video, self._ground_truth.category_ids)
-            by_category[track.category_id].append(track)
+            name = f"track {index} of video {video_id}"
+            masks = _check_track(track, name, video_id, video, self._ground_truth.category_ids)
+            by_category[track.category_id].append(replace(track, segmentations=masks))
         categories = {}
         for category_id, candidates in by_category.items():
             best = sorted(candidates, key=lambda track: -track.score)[: MAX_TRACKS[-1]]
@@ -309,19 +310,18 @@ def _summarize(precision: FloatArray, recall: FloatArray) -> dict[str, float]:
     return dict(zip(NAMES, values, strict=True))
 
 
-def _check_track(track: Track, name: str, video_id: int, video: _Video, category_ids: set[int]) -> None:
+def _check_track(track: Track, name: str, video_id: int, video: _Video, category_ids: set[int]) -> list[RLE | None]:
+    """The track's masks, once it is known to fit the video."""
     if track.video_id != video_id:
         raise ValueError(f"{name} says that it is of video {track.video_id}")
     if track.category_id not in category_ids:
         raise ValueError(f"{name} has category {track.category_id}, which is not in the ground truth's categories")
     if len(track.segmentations) != video.length:
         raise ValueError(f"{name} has {len(track.segmentations)} frames, expected the video's {video.length}")
-    for frame, mask in enumerate(track.segmentations):
-        if mask is not None and tuple(mask["size"]) != (video.height, video.width):
-            raise ValueError(
-                f"{name}, frame {frame}: a mask of size {mask['size']}, expected the video's "
-                f"[height, width] = {[video.height, video.width]}"
-            )
+    try:
+        return compress_track(track.segmentations, video.height, video.width)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _read_ground_truth(source: str | Path | Mapping[str, Any]) -> _GroundTruth:
@@ -367,7 +367,7 @@ def _parse_ground_truth(content: Mapping[str, Any], name: str) -> _GroundTruth:
 
 
 def _parse_instance(annotation: Mapping[str, Any], video: _Video) -> _Instance:
-    segmentations = [compress_segmentation(mask, video.height, video.width) for mask in annotation["segmentations"]]
+    segmentations = compress_track(annotation["segmentations"], video.height, video.width)
     areas = annotation["areas"] if "areas" in annotation else _areas([segmentations])[0]
     for field, length in (("segmentations", len(segmentations)), ("areas", len(areas))):
         if length != video.length:
