@@ -2,7 +2,7 @@
 
     python scripts/measure_training_step.py [demo | paper] [--steps 5]
 
-``demo`` is the network of configs/demo.yaml on 3 clips of 4 frames at 96x160; ``paper`` is the default network on one
+``demo`` is the network of configs/demo.yaml on 2 clips of 4 frames at 96x160; ``paper`` is the default network on one
 clip of 4 frames at 360x640, with 5 instances. Without a name each is measured in a process of its own, so that the peak
 memory is its own. On a GPU the peak is that of the allocator, on a CPU that of the process.
 """
@@ -46,7 +46,7 @@ def measure(name: str, steps: int) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "demo":
         network = InstanceFormer(**yaml.safe_load(DEMO.read_text())["model"]["network"])
-        batch = make_clips(3, 4, 96, 160, 5, 4)
+        batch = make_clips(2, 4, 96, 160, 5, 4)
     else:
         network = InstanceFormer()
         batch = make_clips(1, 4, 360, 640, 5, 40)

@@ -48,7 +48,7 @@ class SyntheticOptions:
 
     train_videos: int = 240
     valid_videos: int = 24
-    length: int = 24
+    length: int = 20
     height: int = 96
     width: int = 160
     min_instances: int = 3
@@ -64,7 +64,7 @@ class SyntheticOptions:
     background_texture: float = 0.6
     distractors: int = 2
     background_speed: float = 0.01
-    occlusion: float = 0.5
+    occlusion: float = 0.35
     look_alikes: float = 0.35
     late_entry: float = 0.1
     absence: float = 0.08
