@@ -70,18 +70,18 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: without the program's name; None takes the process's own.
     """
-    args = sys.argv[1:] if args is None else list(args)
-    if args and args[0] in COMMANDS:
+    given = sys.argv[1:] if args is None else list(args)
+    if given and given[0] in COMMANDS:
         try:
-            COMMANDS[args[0]](args[1:])
+            COMMANDS[given[0]](given[1:])
         except (ValueError, OSError) as error:
-            sys.exit(f"instanceformer {args[0]}: {error}")
+            sys.exit(f"instanceformer {given[0]}: {error}")
         return
     others = "; ".join(f"{name}: {run.__doc__}" for name, run in COMMANDS.items())
     InstanceFormerCLI(
         InstanceFormerModule,
         VideoDataModule,
-        args=list(args),
+        args=None if args is None else given,
         parser_kwargs={"epilog": f"Besides these: {others}"},
         save_config_callback=SaveTrainingConfig,
         save_config_kwargs={"overwrite": True},
