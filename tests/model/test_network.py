@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from instanceformer import InstanceFormer
-from instanceformer.model.network import ClipPrediction
+from instanceformer.model.network import ClipPrediction, duplicates
 from instanceformer.model.state import TrackState
 
 OUTPUTS = ("logits", "boxes", "queries", "masks")
@@ -224,3 +224,28 @@ def test_a_swin_works_too(tiny) -> None:
     with torch.no_grad():
         prediction, _ = network(torch.randn(1, 2, 3, 70, 90), segment="all")
     assert prediction.masks.shape == (1, 2, 12, 18, 23)
+
+
+def test_a_second_query_on_an_instance_is_a_duplicate_unless_it_was_there_first() -> None:
+    box, elsewhere = [0.4, 0.4, 0.2, 0.2], [0.8, 0.8, 0.2, 0.2]
+    boxes = torch.tensor([[box, box, [0.42, 0.4, 0.2, 0.2], elsewhere, box]])
+    confidence = torch.tensor([[0.5, 0.9, 0.6, 0.4, 0.1]])
+    candidates = confidence >= 0.3
+    nobody = torch.zeros(1, 5, dtype=torch.bool)
+    found = duplicates(boxes, confidence, candidates, nobody, 0.6)
+    assert found.tolist() == [[True, False, True, False, True]]
+    first = torch.tensor([[True, False, False, False, False]])  # query 0 holds the instance, whatever its confidence
+    assert duplicates(boxes, confidence, candidates, first, 0.6).tolist() == [[False, True, True, False, True]]
+    assert not duplicates(boxes, confidence, candidates, nobody, 1.0).any()
+
+
+@torch.no_grad()
+def test_duplicates_are_not_carried(tiny) -> None:
+    network = tiny(free_queries="renew", min_confidence=0.01, max_overlap=0.3)
+    frames = torch.randn(1, 1, 3, 64, 96)
+    prediction = network.decode(network.encode(frames)[0], network.initial_state(1))
+    state = network.advance(network.initial_state(1), prediction)
+    admitted = prediction.scores.amax(-1) >= 0.01
+    repeated = duplicates(prediction.boxes[-1], prediction.scores.amax(-1), admitted, torch.zeros_like(admitted), 0.3)
+    assert repeated.any()
+    assert torch.equal(state.carried, admitted & ~repeated)

@@ -26,8 +26,9 @@ class InferenceOptions:
     Attributes:
         candidates: ``first_frames``, the paper: the most confident pairs of the first frames, and nothing that enters
             later. ``any_frame``: the pairs with the best score at the end, among the ``max_tracks`` queries that were
-            the most confident at any frame; a query's track, and the mean over frames, begin when its confidence first
-            reaches the network's ``min_confidence``, and its masks when it is among those queries.
+            the most confident at any frame; a query's track, and the mean over frames, begin when the network first
+            takes it for an instance, by its ``min_confidence`` and ``max_overlap``, and its masks when it is among
+            those queries. A query that the network takes for a duplicate of another makes no track.
         candidate_frames: how many frames count as the first ones.
         max_tracks: most tracks of a video.
     """
@@ -84,7 +85,7 @@ class VideoInference:
             prediction = self.network.decode(features[t], self.state)
             self.state = self.network.advance(self.state, prediction)
             self.frames += 1
-            self._count(prediction.scores[0])
+            self._count(prediction.scores[0], self.state.carried[0])
             self._waiting.append((features[t], prediction, (chunk.frames.shape[-2], chunk.frames.shape[-1])))
             first_frames = self.options.candidates == "first_frames"
             if first_frames and self.frames == min(self.options.candidate_frames, chunk.length):
@@ -104,6 +105,7 @@ class VideoInference:
         if self.options.candidates == "any_frame":
             chosen = torch.zeros_like(self._born)
             chosen[self._candidates()] = True
+            chosen &= self._born | (self._best < self.network.min_confidence)  # the others are duplicates
             pairs = _best_pairs(scores.masked_fill(~chosen[:, None], -1.0), self.options.max_tracks)
         births = (self.frames - self._alive).long().tolist()
         tracks = [
@@ -118,11 +120,16 @@ class VideoInference:
         ]
         return sorted(tracks, key=lambda track: -track.score)
 
-    def _count(self, probabilities: Tensor) -> None:
-        """Add the (N, K) probabilities of a frame; under ``any_frame`` the count starts anew where a query is born."""
+    def _count(self, probabilities: Tensor, carried: Tensor) -> None:
+        """Add the (N, K) probabilities of a frame; under ``any_frame`` the count starts anew where a query is born.
+
+        Args:
+            probabilities: of the frame.
+            carried: (N,) bool, whether the network takes the query for an instance from this frame on.
+        """
         confidence = probabilities.amax(dim=-1)
         if self.options.candidates == "any_frame":
-            entering = ~self._born & (confidence >= self.network.min_confidence)
+            entering = ~self._born & carried
             self._born |= entering
             self._total.masked_fill_(entering[:, None], 0.0)
             self._alive.masked_fill_(entering, 0.0)

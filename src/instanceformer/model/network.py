@@ -9,6 +9,7 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 from instanceformer.model.attention import Levels
 from instanceformer.model.backbone import Backbone, Norm
@@ -69,6 +70,9 @@ class InstanceFormer(nn.Module):
         memory_tokens: k, the most instances remembered of each frame.
         min_confidence: score in [0, 1] below which inference does not take a query for an instance: it does not
             enter the memory. 0, the paper: the k best do, whatever their score.
+        max_overlap: box IoU in (0, 1] above which inference takes a query that has held no instance for a duplicate of
+            a more confident one, or of one that holds an instance, and does not admit it; training matches one query
+            to an instance, too. 1, the paper: duplicates are admitted.
         free_queries: what happens at the next frame to a query that has held no instance so far in the video
             (training: unmatched; inference: never reached ``min_confidence``): ``propagate``, the paper, treats it as
             any other; ``renew`` starts it again from its learned content and reference, for what may enter late.
@@ -103,6 +107,7 @@ class InstanceFormer(nn.Module):
         memory_frames: int = 4,
         memory_tokens: int = 10,
         min_confidence: float = 0.0,
+        max_overlap: float = 1.0,
         free_queries: FreeQueries = "propagate",
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -112,7 +117,7 @@ class InstanceFormer(nn.Module):
 
         self.num_classes, self.num_queries, self.dim = num_classes, num_queries, dim
         self.memory_frames, self.memory_tokens = memory_frames, memory_tokens
-        self.min_confidence, self.free_queries = min_confidence, free_queries
+        self.min_confidence, self.max_overlap, self.free_queries = min_confidence, max_overlap, free_queries
         self.propagate_queries = propagate_queries
 
         self.backbone = Backbone(backbone, backbone_norm)
@@ -331,11 +336,15 @@ class InstanceFormer(nn.Module):
             state: that the prediction was decoded with.
             prediction: of the current frame.
             remembered: (B, N) bool, queries that hold an instance, as training knows them; None as in inference: those
-                whose score reaches ``min_confidence``. At most k of them, the most confident, enter the memory.
+                whose score reaches ``min_confidence`` and that are no duplicates. At most k of them, the most
+                confident, enter the memory.
         """
         scores, boxes, queries = prediction.scores, prediction.boxes[-1], prediction.queries[-1]
         if remembered is None:
-            remembered = scores.amax(dim=-1) >= self.min_confidence
+            confidence = scores.amax(dim=-1)
+            remembered = confidence >= self.min_confidence
+            if self.max_overlap < 1:
+                remembered &= ~duplicates(boxes, confidence, remembered, state.carried, self.max_overlap)
         carried = remembered | state.carried if self.free_queries == "renew" else torch.ones_like(state.carried)
         filled = push(state.class_filled, torch.ones_like(carried)) & carried[:, None]
         state = replace(
@@ -347,6 +356,30 @@ class InstanceFormer(nn.Module):
             class_filled=filled,
         )
         return state if self.memory is None else remember(state, queries, scores, boxes, remembered)
+
+
+def duplicates(boxes: Tensor, confidence: Tensor, candidates: Tensor, carried: Tensor, max_overlap: float) -> Tensor:
+    """Candidates that would be a second query for an instance that has one.
+
+    Args:
+        boxes: (B, N, 4) cxcywh.
+        confidence: (B, N) in [0, 1].
+        candidates: (B, N) bool, confident queries.
+        carried: (B, N) bool, queries that hold an instance already: they come first, and are never duplicates.
+        max_overlap: box IoU.
+
+    Returns:
+        (B, N) bool, queries that overlap by more with a candidate that comes before them.
+    """
+    corners = box_convert(boxes, "cxcywh", "xyxy")
+    low = torch.maximum(corners[:, :, None, :2], corners[:, None, :, :2])
+    high = torch.minimum(corners[:, :, None, 2:], corners[:, None, :, 2:])
+    shared = (high - low).clamp(min=0).prod(dim=-1)
+    area = boxes[..., 2] * boxes[..., 3]
+    overlap = shared / (area[:, :, None] + area[:, None, :] - shared).clamp(min=1e-9)
+    priority = confidence + carried
+    before = candidates[:, None, :] & (priority[:, None, :] > priority[:, :, None])
+    return (before & (overlap > max_overlap)).any(dim=-1) & ~carried
 
 
 def valid_sizes(padding: Tensor) -> list[tuple[int, int]]:
@@ -388,6 +421,8 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"mask_stride: found {options['mask_stride']}, expected 4 or 8")
     if not 0 <= options["min_confidence"] < 1:
         raise ValueError(f"min_confidence: found {options['min_confidence']}, expected a score in [0, 1)")
+    if not 0 < options["max_overlap"] <= 1:
+        raise ValueError(f"max_overlap: found {options['max_overlap']}, expected an IoU in (0, 1]")
     if options["free_queries"] == "renew" and options["min_confidence"] == 0:
         raise ValueError(
             "free_queries: found renew with min_confidence=0, by which every query holds an instance at inference and "
