@@ -39,25 +39,13 @@ class ResultsWriter(Callback):
         """Keep the tracks of a finished video."""
         self._tracks += outputs["tracks"] if outputs else []
 
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the tracks of a finished video."""
-        self._tracks += outputs["tracks"] if outputs else []
+    on_predict_batch_end = on_test_batch_end
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file."""
         self._write(trainer)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file."""
-        self._write(trainer)
+    on_predict_end = on_test_end
 
     def _write(self, trainer: Trainer) -> None:
         shares: list[list[Track]] = [self._tracks]
