@@ -143,3 +143,8 @@ class Decoder(nn.Module):
             class_logits=all_logits[-1],
             references=references,
         )
+
+
+def of_queries(x: Tensor, queries: Tensor) -> Tensor:
+    """What belongs to the chosen queries: (D, B, N, C) and (B, n) int64 indices give (D, B, n, C)."""
+    return x.gather(2, queries[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[-1]))

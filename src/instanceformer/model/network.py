@@ -13,7 +13,7 @@ from torchvision.ops import box_convert
 
 from instanceformer.model.attention import Levels
 from instanceformer.model.backbone import Backbone, Norm
-from instanceformer.model.decoder import Decoder, FramePrediction
+from instanceformer.model.decoder import Decoder, FramePrediction, of_queries
 from instanceformer.model.encoder import STRIDES, Encoder, FrameFeatures, Projection
 from instanceformer.model.heads import MaskHead
 from instanceformer.model.memory import Memory, remember
@@ -322,8 +322,7 @@ class InstanceFormer(nn.Module):
 
         def chosen(x: Tensor) -> Tensor:
             """(D, B, N, C) to (B, D n, C)."""
-            kept = x.gather(2, queries[None, :, :, None].expand(layers, -1, -1, x.shape[-1]))
-            return kept.transpose(0, 1).flatten(1, 2)
+            return of_queries(x, queries).transpose(0, 1).flatten(1, 2)
 
         masks: Tensor = self.mask_head(features, chosen(contents), chosen(centres))
         masks = masks.view(batch, layers, n, *masks.shape[-2:]).transpose(0, 1)

@@ -17,6 +17,7 @@ from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.evaluation.postprocess import InferenceOptions, VideoInference
 from instanceformer.evaluation.results import Track
 from instanceformer.evaluation.video_ap import VideoAveragePrecision
+from instanceformer.model.decoder import of_queries
 from instanceformer.model.network import InstanceFormer
 from instanceformer.training.losses import ClipOutputs, LossTerms, LossWeights, clip_losses
 from instanceformer.training.matching import MatchCosts, match_entering
@@ -156,11 +157,11 @@ class InstanceFormerModule(LightningModule):
         chosen = assigned.clamp(min=0)
         outputs = ClipOutputs(
             logits=torch.stack([p.logits for p in predictions]),
-            boxes=torch.stack([_of_queries(p.boxes, chosen) for p in predictions]),
+            boxes=torch.stack([of_queries(p.boxes, chosen) for p in predictions]),
             masks=torch.stack(
                 [network.segment(features[t], p, chosen, all_layers=True) for t, p in enumerate(predictions)]
             ),
-            queries=torch.stack([_of_queries(p.queries[-1:], chosen)[0] for p in predictions]),
+            queries=torch.stack([of_queries(p.queries[-1:], chosen)[0] for p in predictions]),
             assigned=assigned,
             held=torch.stack(held),
         )
@@ -248,8 +249,3 @@ class InstanceFormerModule(LightningModule):
             self.log(f"{stage}/{name}", value, prog_bar=name == "AP", sync_dist=True)
         self.metric = None
         self._videos.clear()
-
-
-def _of_queries(x: Tensor, queries: Tensor) -> Tensor:
-    """(D, B, N, C) and (B, n) indices give (D, B, n, C)."""
-    return x.gather(2, queries[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[-1]))
