@@ -1,9 +1,14 @@
 """Multi-scale deformable attention on the CPU, as products with a sparse matrix.
 
-The levels of one image and head are laid one below the other on a *canvas* with a border of zeros. A sampling point
+The levels of one image and head are laid one behind the other on a *canvas* with borders of zeros. A sampling point
 then is four cells of the canvas, each with a coefficient, and the output of a query and head is the sum of its
 4 * L * P cells times their coefficients: one row of a sparse matrix A times the canvas. A point outside a level moves
 into the border, so that no bounds are checked, and what it and its gradients read is zero.
+
+A head is one block of the canvas and of the rows of A, so that the block stays in the cache while it is in use. Heads
+are worked on several at a time, as many as a bound on the temporaries allows.
+
+Shapes here: heads of a chunk m <= M, points of all levels K = L * P. All coordinates come as planes, x before y.
 """
 
 from __future__ import annotations
@@ -11,12 +16,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import scipy.sparse
 import torch
 from torch import Tensor
 
 _BORDER = 2  # cells: the four neighbours of a point moved into it are all zero
+_CHUNK = 2**20  # points worked on at once; their indices and coefficients take 32 MB
 
 with warnings.catch_warnings():
     # torch says once per process that its CSR tensors are in beta; that is of no use to whoever calls this op.
@@ -26,163 +33,329 @@ with warnings.catch_warnings():
 
 @dataclass(frozen=True)
 class _Canvas:
-    """Where each level lies on the canvas: ``tops`` are the rows at which the levels' borders begin."""
+    """Where each level lies on the canvas.
 
-    shapes: Sequence[tuple[int, int]]
-    tops: list[int]
-    height: int
-    width: int
+    A row of a level is preceded by two cells of zeros, which end the row before it, too; two rows of zeros lie above
+    and below the level.
+
+    Attributes:
+        length: Number of cells.
+        cells: (S,) int64, the cell of each position of ``value``.
+        sizes: (2, 1, 1, 1, K), width and height of the level of each point.
+        stride: (K,) int32, cells from one row to the next.
+        start: (K,) int32, the cell at which the level of each point begins.
+        corners: (4, K) int32, from a cell to itself, to the right, below, and below to the right.
+    """
+
+    length: int
+    cells: Tensor
+    sizes: Tensor
+    stride: Tensor
+    start: Tensor
+    corners: Tensor
 
     @classmethod
-    def of(cls, shapes: Sequence[tuple[int, int]]) -> _Canvas:
-        tops = [0]
-        for height, _ in shapes:
-            tops.append(tops[-1] + height + _BORDER)  # the border below one level is the border above the next
-        return cls(shapes, tops[:-1], tops[-1] + _BORDER, max(width for _, width in shapes) + 2 * _BORDER)
+    def of(cls, shapes: Sequence[tuple[int, int]], points: int, dtype: torch.dtype) -> _Canvas:
+        # A cache would hand tensors of one trace on to another.
+        build = _build_canvas if torch.compiler.is_compiling() else _cached_canvas
+        return build(tuple((height, width) for height, width in shapes), points, dtype)
 
     def paint(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """Lay (B, S, M, D) out as (B * M * height * width, D)."""
+        """Lay (B, S, m, D) out as (B * m * length, D)."""
         batch, _, heads, channels = value.shape
-        cells = value.new_zeros(batch, heads, self.height, self.width, channels, dtype=dtype)
-        for target, source in zip(self._levels(cells), self._split(value), strict=True):
-            target.copy_(source)
-        return cells.view(-1, channels)
+        canvas = value.new_zeros(batch, heads, self.length, channels, dtype=dtype)
+        canvas[:, :, self.cells] = value.transpose(1, 2).to(dtype)
+        return canvas.view(-1, channels)
 
-    def read(self, cells: Tensor, value: Tensor) -> Tensor:
-        """Take the levels from a canvas, the inverse of ``paint``; shape and dtype as ``value``."""
-        result = torch.empty_like(value, memory_format=torch.contiguous_format)
-        batch, _, heads, channels = value.shape
-        cells = cells.view(batch, heads, self.height, self.width, channels)
-        for source, target in zip(self._levels(cells), self._split(result), strict=True):
-            target.copy_(source)
-        return result
 
-    def _levels(self, cells: Tensor) -> list[Tensor]:
-        return [
-            cells[:, :, top + _BORDER : top + _BORDER + height, _BORDER : _BORDER + width]
-            for top, (height, width) in zip(self.tops, self.shapes, strict=True)
-        ]
+def _build_canvas(shapes: tuple[tuple[int, int], ...], points: int, dtype: torch.dtype) -> _Canvas:
+    cells, starts, strides, length = [], [], [], 0
+    for height, width in shapes:
+        stride = width + _BORDER
+        rows = length + torch.arange(_BORDER, _BORDER + height).unsqueeze(1) * stride
+        cells.append((rows + torch.arange(_BORDER, _BORDER + width)).flatten())
+        starts += [length] * points
+        strides += [stride] * points
+        length += (height + 2 * _BORDER) * stride + _BORDER
+    # Written out and not repeated by torch: the compiler vectorises reads of a plain tensor.
+    widths, heights = ([shape[axis] for shape in shapes for _ in range(points)] for axis in (1, 0))
+    sizes = torch.tensor([widths, heights], dtype=dtype)
+    stride_of, start_of = torch.tensor([strides, starts], dtype=torch.int32)
+    corners = torch.stack((0 * stride_of, 0 * stride_of + 1, stride_of, stride_of + 1))
+    return _Canvas(length, torch.cat(cells), sizes.view(2, 1, 1, 1, -1), stride_of, start_of, corners)
 
-    def _split(self, value: Tensor) -> list[Tensor]:
-        levels = torch.split(value, [height * width for height, width in self.shapes], dim=1)
-        return [
-            torch.unflatten(level, 1, shape).movedim(3, 1) for level, shape in zip(levels, self.shapes, strict=True)
-        ]
+
+_cached_canvas = lru_cache(maxsize=64)(_build_canvas)
 
 
 @dataclass(frozen=True)
-class _Points:
-    """Sampling points on the canvas; n = B * Q * M.
+class _Places:
+    """Sampling points in cells: ``origin + scale * steps``, whose last factor alone is as large as it gets.
 
     Attributes:
-        index: (n, 4, L * P) int32, the cells above left, above right, below left and below right of each point.
-        right: (n, L * P), how far the point lies to the right of the left cells, in [0, 1).
-        below: (n, L * P), how far it lies below the upper cells, in [0, 1).
+        origin: () or (2, B, 1, Q, K).
+        scale: () or (2, 1, 1, 1, K) or (2, B, 1, Q, K).
+        steps: (B, Q, M, L, P, 2), the locations or offsets that the caller gave.
+    """
+
+    origin: Tensor
+    scale: Tensor
+    steps: Tensor
+
+    @classmethod
+    def at(cls, canvas: _Canvas, locations: Tensor) -> _Places:
+        return cls(canvas.sizes.new_full((), _BORDER - 0.5), canvas.sizes, locations)
+
+    @classmethod
+    def around(cls, canvas: _Canvas, reference: Tensor, offsets: Tensor) -> _Places:
+        points = offsets.shape[4]
+        planes = reference.to(canvas.sizes.dtype).repeat_interleave(points, dim=2).movedim(-1, 0).unsqueeze(2)
+        # The centre of pixel i, at i + 0.5, is cell _BORDER + i.
+        origin = torch.addcmul(canvas.sizes.new_full((), _BORDER - 0.5), planes[:2], canvas.sizes)
+        scale = planes[2:] * canvas.sizes * (0.5 / points) if len(planes) == 4 else canvas.sizes.new_ones(())
+        return cls(origin, scale, offsets)
+
+    def planes(self, heads: slice) -> Tensor:
+        """The steps of some heads, (2, B, m, Q, K) and contiguous."""
+        steps = self.steps[:, :, heads].to(self.scale.dtype).flatten(3, 4)
+        return steps.movedim(-1, 0).transpose(2, 3).contiguous()
+
+
+def _inside(position: Tensor, limit: Tensor) -> Tensor:
+    """Clamp to [0, limit] and move NaN into the border, to 0; may overwrite its argument."""
+    if torch.compiler.is_compiling():  # which does not vectorise nan_to_num
+        return torch.where(position > 0, position, 0).minimum(limit)  # NaN is not > 0
+    return position.clamp_(limit.new_zeros(()), limit).nan_to_num_(nan=0.0)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """The rows of the sparse matrix A for some heads; n = B * m * Q.
+
+    Attributes:
+        index: (n * 4 * K) int32, columns of A.
+        coefficients: (n * 4 * K), its entries there.
+        starts: (n + 1,) int32, where each row begins in the two above.
+        right: (B, m, Q, K), how far a point lies to the right of the left cells, in [0, 1).
+        below: (B, m, Q, K), how far it lies below the upper cells, in [0, 1).
     """
 
     index: Tensor
+    coefficients: Tensor
+    starts: Tensor
     right: Tensor
     below: Tensor
 
     @classmethod
-    def on(cls, canvas: _Canvas, locations: Tensor, dtype: torch.dtype) -> _Points:
-        batch, queries, heads, levels, points, _ = locations.shape
-        entries = max(4 * locations[..., 0].numel(), batch * heads * canvas.height * canvas.width)
-        if entries > torch.iinfo(torch.int32).max:
-            raise ValueError(f"the CPU path got {entries} cells to index with 32 bits; pass fewer images at once")
-        planes = locations.reshape(-1, levels * points, 2).movedim(-1, 0).to(dtype)  # x and y
-        sizes = torch.tensor(canvas.shapes, dtype=dtype).fliplr().t().repeat_interleave(points, dim=1).unsqueeze(1)
-        offset = torch.full((), _BORDER - 0.5, dtype=dtype)  # the centre of pixel i, at i + 0.5, is cell _BORDER + i
-        position = torch.addcmul(offset, planes, sizes, out=torch.empty(planes.shape, dtype=dtype))
-        position.clamp_(torch.zeros((), dtype=dtype), sizes + _BORDER)
-        if position.sum().isnan():  # rare, and a look is cheaper than another pass
-            position.nan_to_num_(nan=0.0)
-        cell = position.to(torch.int32)
-        position.frac_()
+    def of(cls, canvas: _Canvas, places: _Places, weights: Tensor, heads: slice) -> _Matrix:
+        """``weights`` (B, m, Q, K) are those of the ``heads`` already."""
+        batch, count, queries, points = weights.shape
+        position = torch.addcmul(places.origin, places.planes(heads), places.scale)
+        position = _inside(position, canvas.sizes + _BORDER)
+        column, row = position.to(torch.int32)
+        right, below = position.frac_()
 
-        index = torch.add(cell[0], cell[1], alpha=canvas.width)
-        corner = torch.tensor([0, 1, canvas.width, canvas.width + 1], dtype=torch.int32)
-        top = torch.tensor(canvas.tops, dtype=torch.int32).repeat_interleave(points) * canvas.width
-        image = torch.arange(batch * heads, dtype=torch.int32) * (canvas.height * canvas.width)
-        start = image.view(batch, 1, heads, 1, 1) + corner.view(4, 1) + top
-        index = index.view(batch, queries, heads, 1, levels * points) + start
-        return cls(index.view(-1, 4, levels * points), position[0], position[1])
+        image = torch.arange(batch * count, dtype=torch.int32).view(batch, count, 1, 1) * canvas.length
+        first = torch.addcmul(column, row, canvas.stride) + (canvas.start + image)
+        lower = weights * below
+        upper = weights - lower
+        if torch.compiler.is_compiling():
+            # A stack of all four is written in one loop over the points.
+            upper_right, lower_right = upper * right, lower * right
+            index = torch.stack((first, first + 1, first + canvas.stride, first + (canvas.stride + 1)), dim=3)
+            coefficients = torch.stack((upper - upper_right, upper_right, lower - lower_right, lower_right), dim=3)
+        else:
+            index = first.unsqueeze(3) + canvas.corners
+            coefficients = weights.new_empty(batch, count, queries, 4, points)
+            above_left, above_right, below_left, below_right = coefficients.unbind(3)
+            torch.mul(upper, right, out=above_right)
+            torch.sub(upper, above_right, out=above_left)
+            torch.mul(lower, right, out=below_right)
+            torch.sub(lower, below_right, out=below_left)
+        starts = torch.arange(batch * count * queries + 1, dtype=torch.int32) * (4 * points)
+        return cls(index.view(-1), coefficients.view(-1), starts, right, below)
 
-    def coefficients(self, weights: Tensor) -> Tensor:
-        """Share each point's weight (n, L * P) out among its four cells: (n, 4, L * P)."""
-        result = weights.new_empty(self.index.shape)
-        above_left, above_right, below_left, below_right = result.unbind(1)
-        below = weights * self.below
-        above = weights - below
-        torch.mul(above, self.right, out=above_right)
-        torch.sub(above, above_right, out=above_left)
-        torch.mul(below, self.right, out=below_right)
-        torch.sub(below, below_right, out=below_left)
-        return result
+
+def _chunks(weights: Tensor) -> list[slice]:
+    """Split the heads of ``weights`` (B, Q, M, L, P)."""
+    if torch.compiler.is_compiling():
+        return [slice(None)]  # one loop; and a split by the number of queries would compile anew for each
+    heads = weights.shape[2]
+    step = max(1, _CHUNK * heads // weights.numel())
+    return [slice(start, start + step) for start in range(0, heads, step)]
+
+
+def _prepare(value: Tensor, shapes: Sequence[tuple[int, int]], weights: Tensor) -> _Canvas:
+    canvas = _Canvas.of(shapes, weights.shape[4], torch.promote_types(value.dtype, torch.float32))
+    entries = max(4 * weights.numel(), value.shape[0] * value.shape[2] * canvas.length)
+    if entries > torch.iinfo(torch.int32).max:
+        raise ValueError(f"the CPU path got {entries} cells to index with 32 bits; pass fewer images at once")
+    return canvas
+
+
+def _by_head(tensor: Tensor, heads: slice, dtype: torch.dtype) -> Tensor:
+    """(B, Q, M, ...) to (B, m, Q, rest)."""
+    return tensor[:, :, heads].flatten(3).transpose(1, 2).to(dtype)
+
+
+def _sample(value: Tensor, canvas: _Canvas, places: _Places, weights: Tensor) -> Tensor:
+    batch, queries, heads_total = weights.shape[:3]
+    channels = value.shape[3]
+    dtype = canvas.sizes.dtype
+    output = value.new_empty(batch, queries, heads_total, channels)
+    for heads in _chunks(weights):
+        matrix = _Matrix.of(canvas, places, _by_head(weights, heads, dtype), heads)
+        rows = torch.embedding_bag(
+            canvas.paint(value[:, :, heads], dtype),
+            matrix.index,
+            matrix.starts,
+            mode=0,  # sum
+            per_sample_weights=matrix.coefficients,
+            include_last_offset=True,
+        )[0]
+        output[:, :, heads] = rows.view(batch, -1, queries, channels).transpose(1, 2)
+    return output.flatten(2)
+
+
+def _is_empty(value: Tensor, weights: Tensor) -> bool:
+    return not (weights.numel() and value.numel())
 
 
 def forward(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
     """Compute ``ms_deform_attn``; arguments and result are its own, unchecked."""
-    batch, queries, heads = weights.shape[:3]
+    if _is_empty(value, weights):
+        return value.new_zeros(*weights.shape[:2], value.shape[2] * value.shape[3])
+    canvas = _prepare(value, spatial_shapes, weights)
+    return _sample(value, canvas, _Places.at(canvas, locations), weights)
+
+
+def fused_forward(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], reference: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """Compute ``forward`` at offsets around reference points or boxes, with the softmax of ``logits`` as weights.
+
+    Args:
+        value: (B, S, M, D).
+        spatial_shapes: (height, width) of each of the L levels.
+        reference: (B, Q, L, 2) points (x, y) or (B, Q, L, 4) boxes (x, y of the centre, width, height), as fractions
+            of each level's width and height.
+        offsets: (B, Q, M, L, P, 2), from points in cells of the level, from a box's centre in units of its half width
+            and half height divided by P.
+        logits: (B, Q, M, L, P); their softmax over L and P is taken in float32, or in float64 if ``value`` is.
+
+    Returns:
+        (B, Q, M * D), dtype of ``value``.
+    """
+    if _is_empty(value, logits):
+        return value.new_zeros(*logits.shape[:2], value.shape[2] * value.shape[3])
+    canvas = _prepare(value, spatial_shapes, logits)
+    return _sample(value, canvas, _Places.around(canvas, reference, offsets), _softmax(logits, canvas.sizes.dtype))
+
+
+def _softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    return logits.flatten(3).softmax(-1, dtype=dtype).view(logits.shape)
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Of the arguments of ``_sample``; those of a constant origin or scale are zero and not computed."""
+
+    value: Tensor
+    steps: Tensor
+    weights: Tensor
+    origin: Tensor
+    scale: Tensor
+
+
+def _sample_backward(grad: Tensor, value: Tensor, canvas: _Canvas, places: _Places, weights: Tensor) -> _Gradients:
+    batch, queries = weights.shape[:2]
     channels = value.shape[3]
-    if not weights.numel() or not value.numel():
-        return value.new_zeros(batch, queries, heads * channels)
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    canvas = _Canvas.of(spatial_shapes)
-    points = _Points.on(canvas, locations, dtype)
-    coefficients = points.coefficients(weights.reshape(points.right.shape).to(dtype))
-    starts = torch.arange(0, points.index.numel(), points.index[0].numel(), dtype=torch.int32)
-    output = torch.embedding_bag(
-        canvas.paint(value, dtype),
-        points.index.view(-1),
-        starts,
-        mode=0,  # sum
-        per_sample_weights=coefficients.view(-1),
-    )[0]
-    return output.view(batch, queries, heads * channels).to(value.dtype)
+    dtype = canvas.sizes.dtype
+    result = _Gradients(
+        value.new_empty(value.shape),
+        places.steps.new_empty(places.steps.shape),
+        weights.new_empty(weights.shape),
+        torch.zeros_like(places.origin),
+        torch.zeros_like(places.scale),
+    )
+    # A point that is not finite has no gradient, whatever the factor that made it so.
+    scale = places.scale.nan_to_num(0.0, 0.0, 0.0)
+    grad = grad.unflatten(2, value.shape[2:])
+    for heads in _chunks(weights):
+        head_weights = _by_head(weights, heads, dtype)
+        matrix = _Matrix.of(canvas, places, head_weights, heads)
+        cells = canvas.paint(value[:, :, heads], dtype)
+        rows = _by_head(grad, heads, dtype).reshape(-1, channels)
+        # The gradient of the canvas is A^T rows. torch would sort to transpose A; SciPy multiplies by it as it is.
+        transposed = scipy.sparse.csc_matrix(
+            (matrix.coefficients.numpy(), matrix.index.numpy(), matrix.starts.numpy()),
+            shape=(len(cells), len(rows)),
+            copy=False,
+        )
+        cells_grad = torch.from_numpy(transposed @ rows.numpy()).view(batch, -1, canvas.length, channels)
+        result.value[:, :, heads] = cells_grad.transpose(1, 2)[:, canvas.cells]
+
+        # The gradient of a coefficient is the dot product of its cell and its row of grad, and takes its place.
+        csr = torch.sparse_csr_tensor(matrix.starts, matrix.index, matrix.coefficients, (len(rows), len(cells)))
+        dots = torch.sparse.sampled_addmm(csr, rows, cells.t(), beta=0.0, out=csr).values()
+        above, above_step, below, below_step = dots.view(batch, -1, queries, 4, head_weights.shape[3]).unbind(3)
+        above_step -= above  # from left to right
+        below_step -= below
+        above.addcmul_(matrix.right, above_step)
+        below.addcmul_(matrix.right, below_step)
+        result.weights[:, :, heads] = (
+            torch.lerp(above, below, matrix.below).transpose(1, 2).view_as(result.weights[:, :, heads])
+        )
+        steps_grad = torch.stack((above_step.lerp_(below_step, matrix.below), below.sub_(above)))
+        steps_grad *= head_weights
+        if places.origin.ndim:
+            result.origin.add_(steps_grad.sum(2, keepdim=True))
+            if places.scale.ndim:
+                steps = places.planes(heads).nan_to_num_(0.0, 0.0, 0.0)
+                result.scale.add_(torch.einsum("cbmqk,cbmqk->cbqk", steps_grad, steps).unsqueeze(2))
+        steps_grad *= scale
+        result.steps[:, :, heads] = steps_grad.permute(1, 3, 2, 4, 0).unflatten(3, weights.shape[3:])
+    return result
 
 
 def backward(
     grad: Tensor, value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of ``forward``'s value, locations and weights from its output's ``grad``."""
-    if not weights.numel() or not value.numel():
+    if _is_empty(value, weights):
         return value.new_zeros(value.shape), locations.new_zeros(locations.shape), weights.new_zeros(weights.shape)
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    canvas = _Canvas.of(spatial_shapes)
-    points = _Points.on(canvas, locations, dtype)
-    flat_weights = weights.reshape(points.right.shape).to(dtype)
-    coefficients = points.coefficients(flat_weights)
-    cells = canvas.paint(value, dtype)
-    grad = grad.reshape(-1, value.shape[3]).to(dtype)
+    canvas = _prepare(value, spatial_shapes, weights)
+    result = _sample_backward(grad, value, canvas, _Places.at(canvas, locations), weights)
+    return result.value, result.steps, result.weights
 
-    rows, columns = len(grad), len(cells)
-    starts = torch.arange(0, points.index.numel() + 1, points.index[0].numel(), dtype=torch.int32)
-    # The gradient of the canvas is A^T grad. torch would sort to transpose A; SciPy multiplies by it as it is.
-    transposed = scipy.sparse.csc_matrix(
-        (coefficients.view(-1).numpy(), points.index.view(-1).numpy(), starts.numpy()),
-        shape=(columns, rows),
-        copy=False,
-    )
-    value_grad = canvas.read(torch.from_numpy(transposed @ grad.numpy()), value)
 
-    # The gradient of a coefficient is the dot product of its cell and its row of grad, and takes its place.
-    matrix = torch.sparse_csr_tensor(starts, points.index.view(-1), coefficients.view(-1), (rows, columns))
-    dots = torch.sparse.sampled_addmm(matrix, grad, cells.t(), beta=0.0, out=matrix).values().view(points.index.shape)
-    above, above_step, below, below_step = dots.unbind(1)
-    above_step -= above  # from left to right
-    below_step -= below
-    above.addcmul_(points.right, above_step)
-    below.addcmul_(points.right, below_step)
-    weights_grad = torch.lerp(above, below, points.below)
-    down_step = below.sub_(above)
-    # One step to the right or down is 1 / width or 1 / height of the level.
-    heights, widths = torch.tensor(spatial_shapes, dtype=dtype).repeat_interleave(weights.shape[4], dim=0).unbind(1)
-    locations_grad = grad.new_empty(*points.right.shape, 2)
-    torch.mul(down_step.mul_(heights), flat_weights, out=locations_grad[..., 1])
-    torch.mul(above_step.lerp_(below_step, points.below).mul_(widths), flat_weights, out=locations_grad[..., 0])
+def fused_backward(
+    grad: Tensor,
+    output: Tensor,
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of ``fused_forward``'s value, reference, offsets and logits; its output is not needed."""
+    if _is_empty(value, logits):
+        inputs = value, reference, offsets, logits
+        zeros = [tensor.new_zeros(tensor.shape) for tensor in inputs]
+        return zeros[0], zeros[1], zeros[2], zeros[3]
+    canvas = _prepare(value, spatial_shapes, logits)
+    weights = _softmax(logits, canvas.sizes.dtype)
+    result = _sample_backward(grad, value, canvas, _Places.around(canvas, reference, offsets), weights)
+    # Of a sum of origin or scale over the heads, sum over the points of a level, from cells to fractions.
+    planes = [result.origin * canvas.sizes]
+    if reference.shape[3] == 4:
+        planes.append(result.scale * canvas.sizes * (0.5 / logits.shape[4]))
+    reference_grad = torch.cat(planes).squeeze(2).unflatten(3, logits.shape[3:]).sum(-1).movedim(0, -1)
+    product = result.weights.mul_(weights).flatten(3)
+    logits_grad = torch.addcmul(product, weights.flatten(3), product.sum(-1, keepdim=True), value=-1)
     return (
-        value_grad,
-        locations_grad.view(locations.shape).to(locations.dtype),
-        weights_grad.view(weights.shape).to(weights.dtype),
+        result.value,
+        reference_grad.to(reference.dtype).contiguous(),
+        result.steps,
+        logits_grad.view(logits.shape).to(logits.dtype),
     )

@@ -1,17 +1,21 @@
-"""The public function: input checks, choice of backend, and the registration with torch.library."""
+"""The public functions: input checks, choice of backend, and the registration with torch.library."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from deform_attn import cpu
-from deform_attn.reference import ms_deform_attn_reference
+from deform_attn.reference import fused_ms_deform_attn_reference, ms_deform_attn_reference
 
-Backend = Literal["auto", "cpu", "reference"]
+Backend = Literal["auto", "triton", "cpu", "reference"]
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def ms_deform_attn(
@@ -27,41 +31,99 @@ def ms_deform_attn(
     The core of multi-scale deformable attention: Deformable DETR (Zhu et al., 2021), equation 3, without its linear
     maps. Sampling is bilinear with ``align_corners=False``; what lies outside a map is zero, and so is a point whose
     location is NaN or infinite. The output and all gradients are computed in float32, or in float64 if ``value`` is
-    float64: under autocast, pass locations and weights in float32 beside a half-precision ``value``. The "cpu" backend
-    is differentiable once.
+    float64: under autocast, pass locations and weights in float32 beside a half-precision ``value``. All backends but
+    "reference" are differentiable once.
 
     Args:
         value: (B, S, M, D) floating point; the maps of all levels, each flattened row by row, one after the other.
         spatial_shapes: (height, width) of each of the L levels, as integers; S is the sum of their products.
         sampling_locations: (B, Q, M, L, P, 2) floating point, (x, y) as fractions of each level's width and height.
         attention_weights: (B, Q, M, L, P) floating point.
-        backend: "cpu" is the fast path for tensors on the CPU; "reference" is the plain definition by ``grid_sample``,
-            on any device; "auto" takes the fastest that the device of ``value`` has.
+        backend: "triton" is the kernel for GPUs, of float32, float16 and bfloat16 values with 8 to 128 channels D;
+            "cpu" the fast path for tensors on the CPU; "reference" the plain definition by ``grid_sample``, on any
+            device; "auto" takes the fastest that the device and dtype of ``value`` have.
 
     Returns:
         (B, Q, M * D), dtype of ``value``.
 
     Raises:
-        TypeError: If a tensor is not floating point, or ``spatial_shapes`` holds anything but integers.
-        ValueError: If shapes or devices do not fit together, or the backend is unknown or does not support the device.
+        TypeError: If a tensor is not floating point, or ``spatial_shapes`` holds anything but integers, or the backend
+            does not support the dtype of ``value``.
+        ValueError: If shapes or devices do not fit together, or the backend is unknown or does not support the device
+            or the number of channels.
     """
-    _check(value, spatial_shapes, sampling_locations, attention_weights)
-    if backend not in ("auto", "cpu", "reference"):
-        raise ValueError(f"backend is {backend!r}; expected 'auto', 'cpu' or 'reference'")
-    on_cpu = value.device.type == "cpu"
-    if backend == "cpu" and not on_cpu:
-        raise ValueError(f"backend 'cpu' got tensors on {value.device}; move them to the CPU or use backend 'auto'")
-    if backend == "reference" or not on_cpu:
+    tensors = {"value": value, "sampling_locations": sampling_locations, "attention_weights": attention_weights}
+    _check(tensors, spatial_shapes, "sampling_locations", "attention_weights")
+    chosen = _choose(backend, value)
+    if chosen == "reference":
         return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
-    sizes = [size for shape in spatial_shapes for size in shape]
-    output: Tensor = _ms_deform_attn(value, sizes, sampling_locations, attention_weights)
+    if _inlines(chosen, tensors):
+        return cpu.forward(value, spatial_shapes, sampling_locations, attention_weights)
+    output: Tensor = _ms_deform_attn(value, _flat(spatial_shapes), sampling_locations, attention_weights, chosen)
+    return output
+
+
+def fused_ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Do as ``ms_deform_attn``, with what a network's linear maps give: offsets and logits.
+
+    Locations are reference + offset / (width, height) of the level around points, and reference + offset * (width,
+    height) of the box * 0.5 / P around boxes (Deformable DETR, section 4.1 and appendix A.4); weights are the softmax
+    of the logits over all L * P points of a query and head. The kernels compute both where they use them, so that
+    neither is ever in memory. Offsets and logits may be in half precision; the arithmetic is that of
+    ``ms_deform_attn``.
+
+    Args:
+        value: (B, S, M, D) floating point; the maps of all levels, each flattened row by row, one after the other.
+        spatial_shapes: (height, width) of each of the L levels, as integers; S is the sum of their products.
+        reference_points: (B, Q, L, 2) points (x, y) or (B, Q, L, 4) boxes (x, y of the centre, width, height),
+            floating point, as fractions of each level's width and height. May be expanded, also over L.
+        sampling_offsets: (B, Q, M, L, P, 2) floating point, (x, y) in cells around points, in shares of half a box
+            around boxes.
+        attention_logits: (B, Q, M, L, P) floating point.
+        backend: as in ``ms_deform_attn``.
+
+    Returns:
+        (B, Q, M * D), dtype of ``value``.
+
+    Raises:
+        TypeError, ValueError: As ``ms_deform_attn``.
+    """
+    tensors = {
+        "value": value,
+        "reference_points": reference_points,
+        "sampling_offsets": sampling_offsets,
+        "attention_logits": attention_logits,
+    }
+    _check(tensors, spatial_shapes, "sampling_offsets", "attention_logits")
+    places = (*sampling_offsets.shape[:2], len(spatial_shapes))
+    if reference_points.shape not in ((*places, 2), (*places, 4)):
+        raise ValueError(
+            f"reference_points has shape {tuple(reference_points.shape)}; expected {(*places, 2)} for points or "
+            f"{(*places, 4)} for boxes, with B and Q as in sampling_offsets"
+        )
+    chosen = _choose(backend, value)
+    if chosen == "reference":
+        return fused_ms_deform_attn_reference(
+            value, spatial_shapes, reference_points, sampling_offsets, attention_logits
+        )
+    if _inlines(chosen, tensors):
+        return cpu.fused_forward(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
+    output: Tensor = _fused(value, _flat(spatial_shapes), reference_points, sampling_offsets, attention_logits, chosen)
     return output
 
 
 def _check(
-    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
+    tensors: dict[str, Tensor], spatial_shapes: Sequence[tuple[int, int]], where_name: str, weights_name: str
 ) -> None:
-    tensors = {"value": value, "sampling_locations": sampling_locations, "attention_weights": attention_weights}
+    value, where, weights = (tensors[name] for name in ("value", where_name, weights_name))
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise TypeError(f"{name} is {tensor.dtype}; expected a floating-point dtype")
@@ -81,58 +143,174 @@ def _check(
         raise ValueError(
             f"value has S = {length} positions, but the maps of spatial_shapes {spatial_shapes} have {total}"
         )
-    locations = sampling_locations.shape
-    if len(locations) != 6 or (locations[0], *locations[2:4], locations[5]) != (batch, heads, len(spatial_shapes), 2):
+    places = where.shape
+    if len(places) != 6 or (places[0], *places[2:4], places[5]) != (batch, heads, len(spatial_shapes), 2):
         raise ValueError(
-            f"sampling_locations has shape {tuple(locations)}; expected (B, Q, M, L, P, 2) "
+            f"{where_name} has shape {tuple(places)}; expected (B, Q, M, L, P, 2) "
             f"with B = {batch}, M = {heads} as in value and L = {len(spatial_shapes)} as in spatial_shapes"
         )
-    if attention_weights.shape != locations[:-1]:
+    if weights.shape != places[:-1]:
         raise ValueError(
-            f"attention_weights has shape {tuple(attention_weights.shape)}; "
-            f"expected {tuple(locations[:-1])}, as sampling_locations without its last axis"
+            f"{weights_name} has shape {tuple(weights.shape)}; "
+            f"expected {tuple(places[:-1])}, as {where_name} without its last axis"
         )
+
+
+def _choose(backend: Backend, value: Tensor) -> Literal["triton", "cpu", "reference"]:
+    """The backend to use: the one asked for, if it supports the value, or the fastest that does."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(map(repr, get_args(Backend)))}")
+    device, channels = value.device, value.shape[3]
+    on_gpu = device.type == "cuda"  # as PyTorch calls both CUDA and ROCm
+    if backend == "auto":
+        if device.type == "cpu":
+            return "cpu"
+        fits = on_gpu and _HAS_TRITON and value.dtype != torch.float64 and 8 <= channels <= 128
+        return "triton" if fits else "reference"
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' got tensors on {device}; move them to the CPU or use backend 'auto'")
+    if backend == "triton":
+        if not _HAS_TRITON:
+            raise ValueError("backend 'triton' needs the package triton; install it or use backend 'auto'")
+        interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        if not (on_gpu or interpreted):
+            raise ValueError(f"backend 'triton' got tensors on {device}; move them to a GPU or use backend 'auto'")
+        if value.dtype == torch.float64:
+            raise TypeError("backend 'triton' got a float64 value; use float32 or half precision, or backend 'auto'")
+        if not 8 <= channels <= 128:
+            raise ValueError(f"backend 'triton' got D = {channels} channels; expected 8 to 128, or backend 'auto'")
+    return backend
+
+
+def _inlines(backend: str, tensors: dict[str, Tensor]) -> bool:
+    """Whether torch.compile should see into the CPU path, to make few loops of its many small steps.
+
+    Not where gradients are wanted, since those of ``embedding_bag`` are slower than the operator's own; and not in an
+    exported program, which should run anywhere.
+    """
+    if backend != "cpu" or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()))
 
 
 # The sizes of the levels cross torch.library as one flat list (H_1, W_1, H_2, ...), for it knows no list of pairs.
-# A kernel for another device is added with `register_kernel` on both operators; the rest is shared.
-@torch.library.custom_op("deform_attn::ms_deform_attn", mutates_args=(), device_types="cpu")
-def _ms_deform_attn(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
-    return cpu.forward(value, _pairs(sizes), locations, weights)
+# The backend is an argument, so that a kernel for GPUs can be asked for on the CPU, where Triton interprets it.
+@torch.library.custom_op("deform_attn::ms_deform_attn", mutates_args=())
+def _ms_deform_attn(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor, backend: str) -> Tensor:
+    output: Tensor = _implementation(backend).forward(value, _pairs(sizes), locations, weights)
+    return output
 
 
-@torch.library.custom_op("deform_attn::ms_deform_attn_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("deform_attn::ms_deform_attn_backward", mutates_args=())
 def _ms_deform_attn_backward(
-    grad: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor
+    grad: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return cpu.backward(grad, value, _pairs(sizes), locations, weights)
+    grads: tuple[Tensor, Tensor, Tensor] = _implementation(backend).backward(
+        grad, value, _pairs(sizes), locations, weights
+    )
+    return grads
 
 
-@_ms_deform_attn.register_fake
-def _fake_forward(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
-    return value.new_empty(weights.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
+@torch.library.custom_op("deform_attn::fused", mutates_args=())
+def _fused(value: Tensor, sizes: list[int], reference: Tensor, offsets: Tensor, logits: Tensor, backend: str) -> Tensor:
+    output: Tensor = _implementation(backend).fused_forward(value, _pairs(sizes), reference, offsets, logits)
+    return output
 
 
-@_ms_deform_attn_backward.register_fake
-def _fake_backward(
-    grad: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return value.new_empty(value.shape), locations.new_empty(locations.shape), weights.new_empty(weights.shape)
+@torch.library.custom_op("deform_attn::fused_backward", mutates_args=())
+def _fused_backward(
+    grad: Tensor,
+    output: Tensor,
+    value: Tensor,
+    sizes: list[int],
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] = _implementation(backend).fused_backward(
+        grad, output, value, _pairs(sizes), reference, offsets, logits
+    )
+    return grads
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, list[int], Tensor, Tensor], output: Tensor) -> None:
-    value, ctx.sizes, locations, weights = inputs
-    ctx.save_for_backward(value, locations, weights)
+def _implementation(backend: str) -> Any:
+    if backend == "cpu":
+        return cpu
+    from deform_attn import triton  # not everywhere installed
+
+    return triton
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-    value, locations, weights = ctx.saved_tensors
-    value_grad, locations_grad, weights_grad = _ms_deform_attn_backward(grad, value, ctx.sizes, locations, weights)
-    return value_grad, None, locations_grad, weights_grad
-
-
-_ms_deform_attn.register_autograd(_backward, setup_context=_setup_context)
+def _flat(shapes: Sequence[tuple[int, int]]) -> list[int]:
+    return [size for shape in shapes for size in shape]
 
 
 def _pairs(sizes: list[int]) -> list[tuple[int, int]]:
     return list(zip(sizes[0::2], sizes[1::2], strict=True))
+
+
+@_ms_deform_attn.register_fake
+def _(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor, backend: str) -> Tensor:
+    return value.new_empty(weights.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
+
+
+@_fused.register_fake
+def _(value: Tensor, sizes: list[int], reference: Tensor, offsets: Tensor, logits: Tensor, backend: str) -> Tensor:
+    return value.new_empty(logits.shape[0], logits.shape[1], value.shape[2] * value.shape[3])
+
+
+@_ms_deform_attn_backward.register_fake
+def _(
+    grad: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor, backend: str
+) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (value, locations, weights))
+
+
+@_fused_backward.register_fake
+def _(
+    grad: Tensor,
+    output: Tensor,
+    value: Tensor,
+    sizes: list[int],
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (value, reference, offsets, logits))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    value, ctx.sizes, locations, weights, ctx.backend = inputs
+    ctx.save_for_backward(value, locations, weights)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    value, locations, weights = ctx.saved_tensors
+    grads = _ms_deform_attn_backward(grad, value, ctx.sizes, locations, weights, ctx.backend)
+    return grads[0], None, *grads[1:], None
+
+
+def _setup_fused_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    value, ctx.sizes, reference, offsets, logits, ctx.backend = inputs
+    ctx.save_for_backward(output, value, reference, offsets, logits)
+
+
+def _backward_of_fused(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    output, value, reference, offsets, logits = ctx.saved_tensors
+    grads = _fused_backward(grad, output, value, ctx.sizes, reference, offsets, logits, ctx.backend)
+    return grads[0], None, *grads[1:], None
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "ms_deform_attn and fused_ms_deform_attn can be differentiated once; for second derivatives use "
+        "backend='reference' in the forward pass"
+    )
+
+
+_ms_deform_attn.register_autograd(_backward, setup_context=_setup_context)
+_fused.register_autograd(_backward_of_fused, setup_context=_setup_fused_context)
+_ms_deform_attn_backward.register_autograd(_refuse)
+_fused_backward.register_autograd(_refuse)

@@ -1,4 +1,4 @@
-"""The plain definition of multi-scale deformable attention, which every faster path is tested against."""
+"""The plain definition of both operators, which every faster path is tested against."""
 
 from __future__ import annotations
 
@@ -36,3 +36,22 @@ def ms_deform_attn_reference(
             sampled * weights[:, :, :, level].transpose(1, 2).reshape(batch * heads, 1, queries, -1)
         ).sum(-1)
     return output.view(batch, heads * channels, queries).transpose(1, 2).to(value.dtype).contiguous()
+
+
+def fused_ms_deform_attn_reference(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], reference: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """Compute ``fused_ms_deform_attn`` with ``ms_deform_attn_reference``.
+
+    Arguments and result are those of ``fused_ms_deform_attn``, unchecked.
+    """
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    reference, offsets = reference.to(dtype), offsets.to(dtype)
+    centre = reference[:, :, None, :, None, :2]
+    if reference.shape[-1] == 4:
+        locations = centre + offsets * (reference[:, :, None, :, None, 2:] * (0.5 / offsets.shape[4]))
+    else:
+        sizes = torch.tensor([(width, height) for height, width in spatial_shapes], dtype=dtype, device=offsets.device)
+        locations = centre + offsets / sizes[:, None, :]
+    weights = logits.flatten(3).softmax(-1, dtype=dtype).view(logits.shape)
+    return ms_deform_attn_reference(value, spatial_shapes, locations, weights)

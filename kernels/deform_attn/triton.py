@@ -1,0 +1,513 @@
+"""Multi-scale deformable attention on GPUs: the forward and the backward kernel, in Triton.
+
+A program is one warp and owns a block of queries of one head. For each level it places the block's points, one point
+a lane, hands every lane the cells and coefficients of its queries through shared memory, and then gathers: a row of
+channels is read by as many lanes as it takes at 16 bytes each. ``kernels/README.md`` tells why.
+
+Both kernels compute plain and fused attention. They differ only in where a point's position and weight come from.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LANES = 32
+_INT32_ELEMENTS = 2**31  # so many elements of value in one image need offsets of 64 bits
+
+# Elements of a program's block of queries times channels. Larger blocks take fewer instructions and more registers.
+FORWARD_TILE = 256
+BACKWARD_TILE = 128
+# Fits without spills on sm_80, where left to itself the compiler takes 72; on later GPUs it would spill.
+FORWARD_REGISTERS_A100 = 64
+
+
+@triton.jit
+def _size(sizes, level, L: tl.constexpr):
+    """Height and width of a level, as floats. An index into ``sizes`` would have to be constant."""
+    height = sizes[0]
+    width = sizes[1]
+    for other in tl.static_range(1, L):
+        height = tl.where(level == other, sizes[2 * other], height)
+        width = tl.where(level == other, sizes[2 * other + 1], width)
+    return height, width
+
+
+@triton.jit
+def _position(where_ptr, reference_ptr, stride_r, point, mask, height, width, R: tl.constexpr, P: tl.constexpr):
+    """Place points on their level.
+
+    Returns (x, y) in cells from the centre of the first one, how far they move with their coordinates in ``where``,
+    and those coordinates.
+    """
+    move_x = tl.load(where_ptr + 2 * point, mask=mask, other=0.0).to(tl.float32)
+    move_y = tl.load(where_ptr + (2 * point + 1), mask=mask, other=0.0).to(tl.float32)
+    if R == 0:  # sampling locations
+        scale_x = width
+        scale_y = height
+        x = move_x * width - 0.5
+        y = move_y * height - 0.5
+    else:
+        centre_x = tl.load(reference_ptr).to(tl.float32)
+        centre_y = tl.load(reference_ptr + stride_r).to(tl.float32)
+        scale_x = 1.0
+        scale_y = 1.0
+        if R == 4:  # offsets count half boxes, divided by the number of points
+            scale_x = tl.load(reference_ptr + 2 * stride_r).to(tl.float32) * width * (0.5 / P)
+            scale_y = tl.load(reference_ptr + 3 * stride_r).to(tl.float32) * height * (0.5 / P)
+        x = centre_x * width + move_x * scale_x - 0.5
+        y = centre_y * height + move_y * scale_y - 0.5
+    return x, y, scale_x, scale_y, move_x, move_y
+
+
+@triton.jit
+def _first_cell(position, size):
+    """The lower of the two cells that a point may lie between, moved so that both exist; NaN goes to cell 0."""
+    return tl.maximum(tl.minimum(tl.floor(position), size - 2), 0.0)
+
+
+@triton.jit
+def _hat(distance):
+    """Linear interpolation: 1 at a cell's centre, 0 from one cell on; 0 for NaN, too."""
+    return tl.maximum(1 - tl.abs(distance), 0.0)
+
+
+@triton.jit
+def _slope(distance):
+    """Derivative of ``_hat``, from the right where it has a kink."""
+    return tl.where((distance >= -1) & (distance < 0), 1.0, tl.where((distance >= 0) & (distance < 1), -1.0, 0.0))
+
+
+@triton.jit
+def _column(table, k: tl.constexpr):
+    """Column k of a (queries, points) table; the number of points is a power of two."""
+    if table.shape[1] == 1:
+        return tl.reshape(table, [table.shape[0]])
+    else:
+        even, odd = tl.split(tl.reshape(table, [table.shape[0], table.shape[1] // 2, 2]))
+        if k % 2 == 0:
+            return _column(even, k // 2)
+        else:
+            return _column(odd, k // 2)
+
+
+@triton.jit
+def _gather_row(
+    total,
+    row_ptr,
+    right,
+    cell,
+    left_weight,
+    right_weight,
+    mask,
+    P: tl.constexpr,
+    STEP: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Add the two neighbours of each point in one row of cells, weighted."""
+    for k in tl.static_range(P):
+        offset = _column(cell, k)[:, None]
+        if WIDE:
+            offset = offset.to(tl.int64)
+        pointer = row_ptr + offset * STEP
+        total += _column(left_weight, k)[:, None] * tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+        total += _column(right_weight, k)[:, None] * tl.load(pointer + right, mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _softmax(logit_ptr, block, here, LP: tl.constexpr, ALL: tl.constexpr, STRIDE: tl.constexpr):
+    """What makes weights of logits: exp(logit - largest) / norm."""
+    k = tl.arange(0, ALL)[None, :]
+    logits = tl.load(logit_ptr + (block * STRIDE + k), mask=here & (k < LP), other=float("-inf")).to(tl.float32)
+    largest = tl.max(logits, axis=1)[:, None]
+    return largest, tl.sum(tl.exp(logits - largest), axis=1)[:, None]
+
+
+@triton.jit(do_not_specialize=["Q", "S", "levels", "stride_b", "stride_q", "stride_l", "stride_r"])
+def _forward_kernel(
+    output_ptr,  # (B, Q, M, D)
+    value_ptr,  # (B, S, M, D)
+    where_ptr,  # (B, Q, M, L, P, 2) locations, or offsets if fused
+    weight_ptr,  # (B, Q, M, L, P) weights, or logits if fused
+    reference_ptr,  # (B, Q, L, R) if fused
+    sizes,  # height and width of every level, as floats: integers would be compiled in, where they are multiples of 16
+    Q,
+    S,
+    levels,  # L again: a loop whose length is known would be unrolled
+    stride_b,
+    stride_q,
+    stride_l,
+    stride_r,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,  # 0: plain; 2: fused, around points; 4: fused, in boxes
+    BLOCK: tl.constexpr,
+    POINTS: tl.constexpr,  # P, L * P and D, rounded up to powers of two
+    ALL: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    THIN: tl.constexpr,  # some level is one cell wide or high
+    WIDE: tl.constexpr,
+):
+    head = tl.program_id(1)
+    image = tl.program_id(2).to(tl.int64)
+    start = tl.program_id(0) * BLOCK
+    block = tl.arange(0, BLOCK)[:, None]
+    here = block < Q - start
+    first = (image * Q + start) * M + head  # of the block's pairs of query and head
+
+    k = tl.arange(0, POINTS)[None, :]
+    d = tl.arange(0, CHANNELS)[None, :]
+    known = here & (k < P)
+    row_ptr = value_ptr + (image * S * M + head) * D + d
+    where_ptr += first * (L * P * 2)
+    weight_ptr += first * (L * P)
+    if R > 0:
+        reference_ptr += image * stride_b + start * stride_q.to(tl.int64)
+        reference_ptr = reference_ptr + tl.minimum(block, Q - start - 1) * stride_q
+        largest, norm = _softmax(weight_ptr, block, here, L * P, ALL, M * L * P)
+
+    total = tl.zeros([BLOCK, CHANNELS], tl.float32)
+    cells = 0
+    for level in range(levels):
+        height, width = _size(sizes, level, L)
+        point = block * (M * L * P) + k + level * P
+        x, y, _, _, _, _ = _position(
+            where_ptr, reference_ptr + level * stride_l, stride_r, point, known, height, width, R, P
+        )
+        if R == 0:
+            weight = tl.load(weight_ptr + point, mask=known, other=0.0).to(tl.float32)
+        else:
+            weight = tl.load(weight_ptr + point, mask=known, other=float("-inf")).to(tl.float32)
+            weight = tl.exp(weight - largest) / norm
+        column = _first_cell(x, width)
+        row = _first_cell(y, height)
+        x -= column
+        y -= row
+        left_weight = _hat(x)
+        right_weight = _hat(x - 1)
+        above = _hat(y) * weight
+        below = _hat(y - 1) * weight
+        across = width.to(tl.int32)
+        cell = row.to(tl.int32) * across + column.to(tl.int32) + cells
+        right = M * D
+        down = across * (M * D)
+        if THIN:  # where there is no second cell, read the first one, for nothing
+            right = tl.where(width > 1, right, 0)
+            right_weight = tl.where(width > 1, right_weight, 0.0)
+            down = tl.where(height > 1, down, 0)
+            below = tl.where(height > 1, below, 0.0)
+        total = _gather_row(
+            total, row_ptr, right, cell, above * left_weight, above * right_weight, d < D, P, M * D, WIDE
+        )
+        total = _gather_row(
+            total, row_ptr + down, right, cell, below * left_weight, below * right_weight, d < D, P, M * D, WIDE
+        )
+        cells += across * height.to(tl.int32)
+
+    tl.store(output_ptr + first * D + block * (M * D) + d, total.to(output_ptr.dtype.element_ty), mask=here & (d < D))
+
+
+@triton.jit
+def _scatter_corner(
+    value_ptr, value_grad_ptr, cell, coefficient, grad, mask, P: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr
+):
+    """Add one corner of each point to the gradient of value; return the dot products of its cells with ``grad``."""
+    k = tl.arange(0, cell.shape[1])[None, :]
+    dots = tl.zeros(cell.shape, tl.float32)
+    for point in tl.static_range(P):
+        offset = _column(cell, point)[:, None]
+        if WIDE:
+            offset = offset.to(tl.int64)
+        offset = offset * STEP
+        share = _column(coefficient, point)[:, None]
+        value = tl.load(value_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        tl.atomic_add(value_grad_ptr + offset, share * grad, mask=(share != 0) & mask, sem="relaxed")
+        dots = tl.where(k == point, tl.sum(value * grad, axis=1)[:, None], dots)
+    return dots
+
+
+@triton.jit(do_not_specialize=["Q", "S", "levels", "corners", "stride_b", "stride_q", "stride_l", "stride_r"])
+def _backward_kernel(
+    value_grad_ptr,  # (B, S, M, D) float32, zeros
+    where_grad_ptr,  # as where, float32
+    weight_grad_ptr,  # as weight, float32
+    reference_grad_ptr,  # (B, Q, L, R) float32, zeros, if fused
+    grad_ptr,  # (B, Q, M, D)
+    output_ptr,  # (B, Q, M, D) if fused
+    value_ptr,
+    where_ptr,
+    weight_ptr,
+    reference_ptr,
+    sizes,
+    Q,
+    S,
+    levels,
+    corners,  # 4, for the same reason
+    stride_b,
+    stride_q,
+    stride_l,
+    stride_r,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    POINTS: tl.constexpr,
+    ALL: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    THIN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    head = tl.program_id(1)
+    image = tl.program_id(2).to(tl.int64)
+    start = tl.program_id(0) * BLOCK
+    block = tl.arange(0, BLOCK)[:, None]
+    here = block < Q - start
+    first = (image * Q + start) * M + head
+
+    k = tl.arange(0, POINTS)[None, :]
+    d = tl.arange(0, CHANNELS)[None, :]
+    known = here & (k < P)
+    row_ptr = value_ptr + (image * S * M + head) * D + d
+    row_grad_ptr = value_grad_ptr + (image * S * M + head) * D + d
+    where_ptr += first * (L * P * 2)
+    where_grad_ptr += first * (L * P * 2)
+    weight_ptr += first * (L * P)
+    weight_grad_ptr += first * (L * P)
+    channel = block * (M * D) + d
+    grad = tl.load(grad_ptr + first * D + channel, mask=here & (d < D), other=0.0).to(tl.float32)
+    if R > 0:
+        reference_ptr += image * stride_b + start * stride_q.to(tl.int64)
+        reference_ptr = reference_ptr + tl.minimum(block, Q - start - 1) * stride_q
+        reference_grad_ptr += (image * Q + start) * (L * R)
+        largest, norm = _softmax(weight_ptr, block, here, L * P, ALL, M * L * P)
+        # The mean of the weights' gradients, as the softmax weighs them: their sum over all points is grad . output.
+        output = tl.load(output_ptr + first * D + channel, mask=here & (d < D), other=0.0).to(tl.float32)
+        mean = tl.sum(grad * output, axis=1)[:, None]
+
+    cells = 0
+    for level in range(levels):
+        height, width = _size(sizes, level, L)
+        point = block * (M * L * P) + k + level * P
+        x, y, scale_x, scale_y, move_x, move_y = _position(
+            where_ptr, reference_ptr + level * stride_l, stride_r, point, known, height, width, R, P
+        )
+        if R == 0:
+            weight = tl.load(weight_ptr + point, mask=known, other=0.0).to(tl.float32)
+        else:
+            weight = tl.load(weight_ptr + point, mask=known, other=float("-inf")).to(tl.float32)
+            weight = tl.where(known, tl.exp(weight - largest) / norm, 0.0)
+        column = _first_cell(x, width)
+        row = _first_cell(y, height)
+        x -= column
+        y -= row
+        across = width.to(tl.int32)
+        cell = row.to(tl.int32) * across + column.to(tl.int32) + cells
+
+        weight_grad = tl.zeros([BLOCK, POINTS], tl.float32)
+        x_grad = tl.zeros([BLOCK, POINTS], tl.float32)
+        y_grad = tl.zeros([BLOCK, POINTS], tl.float32)
+        for corner in range(corners):
+            right = corner % 2
+            below = corner // 2
+            across_weight = _hat(x - right)
+            across_slope = _slope(x - right)
+            down_weight = _hat(y - below)
+            down_slope = _slope(y - below)
+            if THIN:  # where there is no second cell, read the first one, for nothing
+                exists = tl.where((right < width) & (below < height), 1.0, 0.0)
+                across_weight *= exists
+                across_slope *= exists
+                right = tl.where(width > 1, right, 0)
+                below = tl.where(height > 1, below, 0)
+            step = (below * across + right) * (M * D)
+            share = weight * across_weight * down_weight
+            dots = _scatter_corner(row_ptr + step, row_grad_ptr + step, cell, share, grad, d < D, P, M * D, WIDE)
+            weight_grad += across_weight * down_weight * dots
+            x_grad += across_slope * down_weight * dots
+            y_grad += across_weight * down_slope * dots
+        x_grad *= weight
+        y_grad *= weight
+        if R > 0:
+            weight_grad = weight * (weight_grad - mean)
+            pointer = reference_grad_ptr + block * (L * R) + level * R
+            tl.atomic_add(pointer, tl.sum(x_grad, axis=1)[:, None] * width, mask=here, sem="relaxed")
+            tl.atomic_add(pointer + 1, tl.sum(y_grad, axis=1)[:, None] * height, mask=here, sem="relaxed")
+            if R == 4:  # a point that lies nowhere has no gradient, though its offset be infinite
+                size_grad = tl.sum(tl.where(x_grad != 0, x_grad * move_x, 0.0), axis=1)[:, None] * (width * (0.5 / P))
+                tl.atomic_add(pointer + 2, size_grad, mask=here, sem="relaxed")
+                size_grad = tl.sum(tl.where(y_grad != 0, y_grad * move_y, 0.0), axis=1)[:, None] * (height * (0.5 / P))
+                tl.atomic_add(pointer + 3, size_grad, mask=here, sem="relaxed")
+        tl.store(weight_grad_ptr + point, weight_grad, mask=known)
+        tl.store(where_grad_ptr + 2 * point, x_grad * scale_x, mask=known)
+        tl.store(where_grad_ptr + (2 * point + 1), y_grad * scale_y, mask=known)
+        cells += across * height.to(tl.int32)
+
+
+def forward(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """Compute ``ms_deform_attn``; arguments and result are its own, unchecked."""
+    return _forward(value, spatial_shapes, locations, weights, None)
+
+
+def fused_forward(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], reference: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """Compute ``fused_ms_deform_attn``; arguments and result are its own, unchecked."""
+    return _forward(value, spatial_shapes, offsets, logits, reference)
+
+
+def backward(
+    grad: Tensor, value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of ``forward``'s value, locations and weights from its output's ``grad``."""
+    value_grad, locations_grad, weights_grad, _ = _backward(grad, grad, value, spatial_shapes, locations, weights, None)
+    return value_grad, locations_grad, weights_grad
+
+
+def fused_backward(
+    grad: Tensor,
+    output: Tensor,
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of ``fused_forward``'s value, reference, offsets and logits, given its output."""
+    value_grad, offsets_grad, logits_grad, reference_grad = _backward(
+        grad, output, value, spatial_shapes, offsets, logits, reference
+    )
+    return value_grad, reference_grad, offsets_grad, logits_grad
+
+
+def launch_arguments(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], weights: Tensor, reference: Tensor | None, tile: int
+) -> dict[str, Any]:
+    """Both kernels' arguments by name, without their tensors."""
+    _, _, heads, levels, points = weights.shape
+    length, channels = value.shape[1], value.shape[3]
+    padded = triton.next_power_of_2(channels)
+    block = tile // padded
+    stride = (0, 0, 0, 0) if reference is None else reference.stride()
+    return {
+        "sizes": tuple(float(size) for shape in spatial_shapes for size in shape),
+        "Q": weights.shape[1],
+        "S": length,
+        "levels": levels,
+        "stride_b": stride[0],
+        "stride_q": stride[1],
+        "stride_l": stride[2],
+        "stride_r": stride[3],
+        "M": heads,
+        "D": channels,
+        "L": levels,
+        "P": points,
+        "R": 0 if reference is None else reference.shape[3],
+        "BLOCK": block,
+        # What a table of fewer entries than lanes holds, Triton computes anew in every lane that reads it.
+        "POINTS": max(triton.next_power_of_2(points), _LANES // block),
+        "ALL": triton.next_power_of_2(levels * points),
+        "CHANNELS": padded,
+        "THIN": any(min(shape) == 1 for shape in spatial_shapes),
+        "WIDE": length * heads * channels >= _INT32_ELEMENTS,
+        "num_warps": 1,
+    }
+
+
+def _forward(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], where: Tensor, weights: Tensor, reference: Tensor | None
+) -> Tensor:
+    batch, queries, heads = weights.shape[:3]
+    channels = value.shape[3]
+    if not weights.numel() or not value.numel():
+        return value.new_zeros(batch, queries, heads * channels)
+    output = value.new_empty(batch, queries, heads * channels)
+    where = where.contiguous()
+    arguments = launch_arguments(value, spatial_shapes, weights, reference, FORWARD_TILE)
+    if _is_a100(value.device):
+        arguments["maxnreg"] = FORWARD_REGISTERS_A100
+    with torch.cuda.device_of(value):
+        _forward_kernel[_grid(weights, arguments["BLOCK"])](
+            output,
+            value.contiguous(),
+            where,
+            weights.contiguous(),
+            where if reference is None else reference,
+            **arguments,
+        )
+    return output
+
+
+def _backward(
+    grad: Tensor,
+    output: Tensor,
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    where: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    known = where if reference is None else reference
+    if not weights.numel() or not value.numel():
+        return torch.zeros_like(value), torch.zeros_like(where), torch.zeros_like(weights), torch.zeros_like(known)
+    _check_deterministic()
+    dtype, device = torch.float32, value.device
+    value_grad = torch.zeros(value.shape, dtype=dtype, device=device)
+    where_grad = torch.empty(where.shape, dtype=dtype, device=device)
+    weights_grad = torch.empty(weights.shape, dtype=dtype, device=device)
+    reference_grad = torch.zeros(known.shape if reference is not None else (0,), dtype=dtype, device=device)
+    arguments = launch_arguments(value, spatial_shapes, weights, reference, BACKWARD_TILE)
+    with torch.cuda.device_of(value):
+        _backward_kernel[_grid(weights, arguments["BLOCK"])](
+            value_grad,
+            where_grad,
+            weights_grad,
+            reference_grad,
+            grad.contiguous(),
+            output.contiguous(),
+            value.contiguous(),
+            where.contiguous(),
+            weights.contiguous(),
+            known,
+            corners=4,
+            **arguments,
+        )
+    return (
+        value_grad.to(value.dtype),
+        where_grad.to(where.dtype),
+        weights_grad.to(weights.dtype),
+        reference_grad.to(known.dtype),
+    )
+
+
+def _grid(weights: Tensor, block: int) -> tuple[int, int, int]:
+    batch, queries, heads = weights.shape[:3]
+    return triton.cdiv(queries, block), heads, batch
+
+
+def _is_a100(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) == (8, 0)
+
+
+def _check_deterministic() -> None:
+    """Do as PyTorch's own operators do whose sums depend on the order in which threads arrive."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    message = (
+        "the backward pass of ms_deform_attn on a GPU does not have a deterministic implementation, but you set "
+        "'torch.use_deterministic_algorithms(True)'; use torch.use_deterministic_algorithms(True, warn_only=True) or, "
+        "for tensors on the CPU, backend 'cpu', which is deterministic"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=2)
