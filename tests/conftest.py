@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it when it defines functions
 
 from instanceformer import InstanceFormer
 from instanceformer.data.batch import ClipBatch, ClipTargets

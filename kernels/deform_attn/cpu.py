@@ -93,7 +93,7 @@ class _Places:
     """Sampling points in cells: ``origin + scale * steps``, whose last factor alone is as large as it gets.
 
     Attributes:
-        origin: () or (2, B, 1, Q, K).
+        origin: () or (2, B, 1, Q, K) float64.
         scale: () or (2, 1, 1, 1, K) or (2, B, 1, Q, K).
         steps: (B, Q, M, L, P, 2), the locations or offsets that the caller gave.
     """
@@ -111,7 +111,7 @@ class _Places:
         points = offsets.shape[4]
         planes = reference.to(canvas.sizes.dtype).repeat_interleave(points, dim=2).movedim(-1, 0).unsqueeze(2)
         # The centre of pixel i, at i + 0.5, is cell _BORDER + i.
-        origin = torch.addcmul(canvas.sizes.new_full((), _BORDER - 0.5), planes[:2], canvas.sizes)
+        origin = planes[:2].double() * canvas.sizes + (_BORDER - 0.5)
         scale = planes[2:] * canvas.sizes * (0.5 / points) if len(planes) == 4 else canvas.sizes.new_ones(())
         return cls(origin, scale, offsets)
 
@@ -119,6 +119,24 @@ class _Places:
         """The steps of some heads, (2, B, m, Q, K) and contiguous."""
         steps = self.steps[:, :, heads].to(self.scale.dtype).flatten(3, 4)
         return steps.movedim(-1, 0).transpose(2, 3).contiguous()
+
+    def split(self, canvas: _Canvas, heads: slice) -> tuple[Tensor, Tensor]:
+        """The cell of each point of some heads and how far behind it the point lies: (2, B, m, Q, K) int32 and floats.
+
+        The fraction of a rounded position would be as inexact as a number of some ten cells is.
+        """
+        steps = self.planes(heads)
+        limit = canvas.sizes + _BORDER
+        if torch.compiler.is_compiling():  # which would round the product, but widens numbers at little cost
+            position = _inside(self.origin + steps.double() * self.scale, limit)
+            cell = position.to(torch.int32)
+            return cell, (position - cell).to(steps.dtype)
+        origin = self.origin.to(steps.dtype)
+        cell = _inside(torch.addcmul(origin, steps, self.scale), limit).trunc_()
+        fraction = torch.sub(origin, cell).addcmul_(steps, self.scale)  # rounded once
+        if origin.ndim:
+            fraction += (self.origin - origin).to(steps.dtype)
+        return cell.to(torch.int32), fraction.clamp_(0, 1).nan_to_num_(nan=0.0)
 
 
 def _inside(position: Tensor, limit: Tensor) -> Tensor:
@@ -150,10 +168,7 @@ class _Matrix:
     def of(cls, canvas: _Canvas, places: _Places, weights: Tensor, heads: slice) -> _Matrix:
         """``weights`` (B, m, Q, K) are those of the ``heads`` already."""
         batch, count, queries, points = weights.shape
-        position = torch.addcmul(places.origin, places.planes(heads), places.scale)
-        position = _inside(position, canvas.sizes + _BORDER)
-        column, row = position.to(torch.int32)
-        right, below = position.frac_()
+        (column, row), (right, below) = places.split(canvas, heads)
 
         image = torch.arange(batch * count, dtype=torch.int32).view(batch, count, 1, 1) * canvas.length
         first = torch.addcmul(column, row, canvas.stride) + (canvas.start + image)

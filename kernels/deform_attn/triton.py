@@ -18,14 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LANES = 32
 _INT32_ELEMENTS = 2**31  # so many elements of value in one image need offsets of 64 bits
 
-# Elements of a program's block of queries times channels. Larger blocks take fewer instructions and more registers.
-FORWARD_TILE = 256
-BACKWARD_TILE = 128
-# Fits without spills on sm_80, where left to itself the compiler takes 72; on later GPUs it would spill.
+# Elements of a program's block of queries times channels, for each lane of its warp. Larger blocks take fewer
+# instructions and more registers.
+FORWARD_ELEMENTS = 8
+BACKWARD_ELEMENTS = 4
+# Fits without spills on sm_80, where left to itself the compiler takes up to 72; on later GPUs it would spill.
 FORWARD_REGISTERS_A100 = 64
+BACKWARD_REGISTERS = 128
 
 
 @triton.jit
@@ -40,19 +41,15 @@ def _size(sizes, level, L: tl.constexpr):
 
 
 @triton.jit
-def _position(where_ptr, reference_ptr, stride_r, point, mask, height, width, R: tl.constexpr, P: tl.constexpr):
-    """Place points on their level.
+def _places(where_ptr, reference_ptr, stride_r, point, mask, height, width, R: tl.constexpr, P: tl.constexpr):
+    """Say where points are: at centre * size + shift, in cells of their level, for both axes.
 
-    Returns (x, y) in cells from the centre of the first one, how far they move with their coordinates in ``where``,
-    and those coordinates.
+    Returns the centres, the shifts, how far points move with their coordinates in ``where``, and those coordinates.
     """
-    move_x = tl.load(where_ptr + 2 * point, mask=mask, other=0.0).to(tl.float32)
-    move_y = tl.load(where_ptr + (2 * point + 1), mask=mask, other=0.0).to(tl.float32)
+    where_x = tl.load(where_ptr + 2 * point, mask=mask, other=0.0).to(tl.float32)
+    where_y = tl.load(where_ptr + (2 * point + 1), mask=mask, other=0.0).to(tl.float32)
     if R == 0:  # sampling locations
-        scale_x = width
-        scale_y = height
-        x = move_x * width - 0.5
-        y = move_y * height - 0.5
+        return where_x, where_y, 0.0, 0.0, width, height, where_x, where_y
     else:
         centre_x = tl.load(reference_ptr).to(tl.float32)
         centre_y = tl.load(reference_ptr + stride_r).to(tl.float32)
@@ -61,15 +58,18 @@ def _position(where_ptr, reference_ptr, stride_r, point, mask, height, width, R:
         if R == 4:  # offsets count half boxes, divided by the number of points
             scale_x = tl.load(reference_ptr + 2 * stride_r).to(tl.float32) * width * (0.5 / P)
             scale_y = tl.load(reference_ptr + 3 * stride_r).to(tl.float32) * height * (0.5 / P)
-        x = centre_x * width + move_x * scale_x - 0.5
-        y = centre_y * height + move_y * scale_y - 0.5
-    return x, y, scale_x, scale_y, move_x, move_y
+        return centre_x, centre_y, where_x * scale_x, where_y * scale_y, scale_x, scale_y, where_x, where_y
 
 
 @triton.jit
-def _first_cell(position, size):
-    """The lower of the two cells that a point may lie between, moved so that both exist; NaN goes to cell 0."""
-    return tl.maximum(tl.minimum(tl.floor(position), size - 2), 0.0)
+def _split(centre, shift, size):
+    """The lower of the two cells that a point lies between, moved so that both exist, and how far above it that is.
+
+    The distance is not taken from the point's coordinate, which may be some ten cells and is rounded accordingly.
+    """
+    coordinate = tl.fma(centre, size, -0.5) + shift
+    cell = tl.maximum(tl.minimum(tl.floor(coordinate), size - 2), 0.0)  # NaN goes to some cell, too
+    return cell, tl.fma(centre, size, -0.5 - cell) + shift
 
 
 @triton.jit
@@ -123,11 +123,11 @@ def _gather_row(
 
 @triton.jit
 def _softmax(logit_ptr, block, here, LP: tl.constexpr, ALL: tl.constexpr, STRIDE: tl.constexpr):
-    """What makes weights of logits: exp(logit - largest) / norm."""
+    """What makes weights of logits: exp(logit - largest) * scale."""
     k = tl.arange(0, ALL)[None, :]
     logits = tl.load(logit_ptr + (block * STRIDE + k), mask=here & (k < LP), other=float("-inf")).to(tl.float32)
     largest = tl.max(logits, axis=1)[:, None]
-    return largest, tl.sum(tl.exp(logits - largest), axis=1)[:, None]
+    return largest, 1 / tl.sum(tl.exp(logits - largest), axis=1)[:, None]
 
 
 @triton.jit(do_not_specialize=["Q", "S", "levels", "stride_b", "stride_q", "stride_l", "stride_r"])
@@ -173,25 +173,23 @@ def _forward_kernel(
     if R > 0:
         reference_ptr += image * stride_b + start * stride_q.to(tl.int64)
         reference_ptr = reference_ptr + tl.minimum(block, Q - start - 1) * stride_q
-        largest, norm = _softmax(weight_ptr, block, here, L * P, ALL, M * L * P)
+        largest, scale = _softmax(weight_ptr, block, here, L * P, ALL, M * L * P)
 
     total = tl.zeros([BLOCK, CHANNELS], tl.float32)
     cells = 0
     for level in range(levels):
         height, width = _size(sizes, level, L)
         point = block * (M * L * P) + k + level * P
-        x, y, _, _, _, _ = _position(
+        centre_x, centre_y, shift_x, shift_y, _, _, _, _ = _places(
             where_ptr, reference_ptr + level * stride_l, stride_r, point, known, height, width, R, P
         )
+        column, x = _split(centre_x, shift_x, width)
+        row, y = _split(centre_y, shift_y, height)
         if R == 0:
             weight = tl.load(weight_ptr + point, mask=known, other=0.0).to(tl.float32)
         else:
             weight = tl.load(weight_ptr + point, mask=known, other=float("-inf")).to(tl.float32)
-            weight = tl.exp(weight - largest) / norm
-        column = _first_cell(x, width)
-        row = _first_cell(y, height)
-        x -= column
-        y -= row
+            weight = tl.exp(weight - largest) * scale
         left_weight = _hat(x)
         right_weight = _hat(x - 1)
         above = _hat(y) * weight
@@ -290,7 +288,7 @@ def _backward_kernel(
         reference_ptr += image * stride_b + start * stride_q.to(tl.int64)
         reference_ptr = reference_ptr + tl.minimum(block, Q - start - 1) * stride_q
         reference_grad_ptr += (image * Q + start) * (L * R)
-        largest, norm = _softmax(weight_ptr, block, here, L * P, ALL, M * L * P)
+        largest, scale = _softmax(weight_ptr, block, here, L * P, ALL, M * L * P)
         # The mean of the weights' gradients, as the softmax weighs them: their sum over all points is grad . output.
         output = tl.load(output_ptr + first * D + channel, mask=here & (d < D), other=0.0).to(tl.float32)
         mean = tl.sum(grad * output, axis=1)[:, None]
@@ -299,18 +297,16 @@ def _backward_kernel(
     for level in range(levels):
         height, width = _size(sizes, level, L)
         point = block * (M * L * P) + k + level * P
-        x, y, scale_x, scale_y, move_x, move_y = _position(
+        centre_x, centre_y, shift_x, shift_y, scale_x, scale_y, where_x, where_y = _places(
             where_ptr, reference_ptr + level * stride_l, stride_r, point, known, height, width, R, P
         )
+        column, x = _split(centre_x, shift_x, width)
+        row, y = _split(centre_y, shift_y, height)
         if R == 0:
             weight = tl.load(weight_ptr + point, mask=known, other=0.0).to(tl.float32)
         else:
             weight = tl.load(weight_ptr + point, mask=known, other=float("-inf")).to(tl.float32)
-            weight = tl.where(known, tl.exp(weight - largest) / norm, 0.0)
-        column = _first_cell(x, width)
-        row = _first_cell(y, height)
-        x -= column
-        y -= row
+            weight = tl.where(known, tl.exp(weight - largest) * scale, 0.0)
         across = width.to(tl.int32)
         cell = row.to(tl.int32) * across + column.to(tl.int32) + cells
 
@@ -344,9 +340,9 @@ def _backward_kernel(
             tl.atomic_add(pointer, tl.sum(x_grad, axis=1)[:, None] * width, mask=here, sem="relaxed")
             tl.atomic_add(pointer + 1, tl.sum(y_grad, axis=1)[:, None] * height, mask=here, sem="relaxed")
             if R == 4:  # a point that lies nowhere has no gradient, though its offset be infinite
-                size_grad = tl.sum(tl.where(x_grad != 0, x_grad * move_x, 0.0), axis=1)[:, None] * (width * (0.5 / P))
+                size_grad = tl.sum(tl.where(x_grad != 0, x_grad * where_x, 0.0), axis=1)[:, None] * (width * (0.5 / P))
                 tl.atomic_add(pointer + 2, size_grad, mask=here, sem="relaxed")
-                size_grad = tl.sum(tl.where(y_grad != 0, y_grad * move_y, 0.0), axis=1)[:, None] * (height * (0.5 / P))
+                size_grad = tl.sum(tl.where(y_grad != 0, y_grad * where_y, 0.0), axis=1)[:, None] * (height * (0.5 / P))
                 tl.atomic_add(pointer + 3, size_grad, mask=here, sem="relaxed")
         tl.store(weight_grad_ptr + point, weight_grad, mask=known)
         tl.store(where_grad_ptr + 2 * point, x_grad * scale_x, mask=known)
@@ -391,13 +387,18 @@ def fused_backward(
 
 
 def launch_arguments(
-    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], weights: Tensor, reference: Tensor | None, tile: int
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    weights: Tensor,
+    reference: Tensor | None,
+    elements: int,
+    lanes: int,
 ) -> dict[str, Any]:
-    """Both kernels' arguments by name, without their tensors."""
+    """Both kernels' arguments by name, without their tensors, for so many elements a lane and lanes a warp."""
     _, _, heads, levels, points = weights.shape
     length, channels = value.shape[1], value.shape[3]
     padded = triton.next_power_of_2(channels)
-    block = tile // padded
+    block = elements * lanes // padded
     stride = (0, 0, 0, 0) if reference is None else reference.stride()
     return {
         "sizes": tuple(float(size) for shape in spatial_shapes for size in shape),
@@ -415,7 +416,7 @@ def launch_arguments(
         "R": 0 if reference is None else reference.shape[3],
         "BLOCK": block,
         # What a table of fewer entries than lanes holds, Triton computes anew in every lane that reads it.
-        "POINTS": max(triton.next_power_of_2(points), _LANES // block),
+        "POINTS": max(triton.next_power_of_2(points), lanes // block),
         "ALL": triton.next_power_of_2(levels * points),
         "CHANNELS": padded,
         "THIN": any(min(shape) == 1 for shape in spatial_shapes),
@@ -433,7 +434,7 @@ def _forward(
         return value.new_zeros(batch, queries, heads * channels)
     output = value.new_empty(batch, queries, heads * channels)
     where = where.contiguous()
-    arguments = launch_arguments(value, spatial_shapes, weights, reference, FORWARD_TILE)
+    arguments = launch_arguments(value, spatial_shapes, weights, reference, FORWARD_ELEMENTS, _lanes())
     if _is_a100(value.device):
         arguments["maxnreg"] = FORWARD_REGISTERS_A100
     with torch.cuda.device_of(value):
@@ -466,7 +467,9 @@ def _backward(
     where_grad = torch.empty(where.shape, dtype=dtype, device=device)
     weights_grad = torch.empty(weights.shape, dtype=dtype, device=device)
     reference_grad = torch.zeros(known.shape if reference is not None else (0,), dtype=dtype, device=device)
-    arguments = launch_arguments(value, spatial_shapes, weights, reference, BACKWARD_TILE)
+    arguments = launch_arguments(value, spatial_shapes, weights, reference, BACKWARD_ELEMENTS, _lanes())
+    if value.is_cuda and not torch.version.hip:
+        arguments["maxnreg"] = BACKWARD_REGISTERS
     with torch.cuda.device_of(value):
         _backward_kernel[_grid(weights, arguments["BLOCK"])](
             value_grad,
@@ -493,6 +496,10 @@ def _backward(
 def _grid(weights: Tensor, block: int) -> tuple[int, int, int]:
     batch, queries, heads = weights.shape[:3]
     return triton.cdiv(queries, block), heads, batch
+
+
+def _lanes() -> int:
+    return 64 if torch.version.hip else 32
 
 
 def _is_a100(device: torch.device) -> bool:

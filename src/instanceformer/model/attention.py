@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deform_attn import ms_deform_attn
+from deform_attn import fused_ms_deform_attn
 
 Shapes = tuple[tuple[int, int], ...]
 """Height and width of every feature level, finest first."""
@@ -20,12 +20,10 @@ class Levels:
 
     Attributes:
         shapes: (height, width) of the L levels, finest first; S is the sum of their products.
-        cells: (L, 2) float32, the same as (width, height), on the device of the features.
         padded: (B, S) bool, true where a token is padding; None when nothing is.
     """
 
     shapes: Shapes
-    cells: Tensor
     padded: Tensor | None
 
 
@@ -67,7 +65,7 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(self, query: Tensor, reference: Tensor, tokens: Tensor, levels: Levels) -> Tensor:
-        """Attend; weights and locations are float32 whatever the precision of the rest.
+        """Attend; where to look and the softmax are computed in float32 whatever the precision of the rest.
 
         Args:
             query: (B, Q, C) content plus position.
@@ -83,27 +81,8 @@ class DeformableAttention(nn.Module):
         if levels.padded is not None:
             value = value.masked_fill(levels.padded[..., None], 0.0)
         value = value.unflatten(-1, (self.heads, -1))
-        offsets = self.sampling_offsets(query).view(batch, queries, self.heads, self.levels, self.points, 2)
-        weights = self.attention_weights(query).view(batch, queries, self.heads, self.levels * self.points)
-        weights = weights.float().softmax(-1).view(batch, queries, self.heads, self.levels, self.points)
-        locations = sampling_locations(reference.float(), offsets.float(), levels.cells)
-        result: Tensor = self.output_proj(ms_deform_attn(value, levels.shapes, locations, weights))
+        places = (batch, queries, self.heads, self.levels, self.points)
+        offsets = self.sampling_offsets(query).view(*places, 2)
+        logits = self.attention_weights(query).view(places)
+        result: Tensor = self.output_proj(fused_ms_deform_attn(value, levels.shapes, reference, offsets, logits))
         return result
-
-
-def sampling_locations(reference: Tensor, offsets: Tensor, cells: Tensor) -> Tensor:
-    """Where to look: offsets count cells from a point, or fractions of half a box from its centre.
-
-    Args:
-        reference: (B, Q, L, 2) or (B, Q, L, 4) float32, fractions of each level.
-        offsets: (B, Q, M, L, P, 2) float32.
-        cells: (L, 2) float32, (width, height) of every level.
-
-    Returns:
-        (B, Q, M, L, P, 2) float32, (x, y) as fractions of each level.
-    """
-    points = offsets.shape[4]
-    centre = reference[:, :, None, :, None, :2]
-    if reference.shape[-1] == 4:
-        return centre + offsets * (reference[:, :, None, :, None, 2:] * (0.5 / points))
-    return centre + offsets / cells[:, None, :]

@@ -252,11 +252,7 @@ class InstanceFormer(nn.Module):
         padded = None if padding is None else ~torch.cat([v.flatten(1) for v in valid[1:]], dim=1)
         valid_ratios = torch.stack(ratios[1:], dim=1)
 
-        pyramid = Levels(
-            shapes=tuple(shapes[1:]),
-            cells=torch.tensor([(float(w), float(h)) for h, w in shapes[1:]], device=frames.device),
-            padded=padded,
-        )
+        pyramid = Levels(shapes=tuple(shapes[1:]), padded=padded)
         tokens = self.encoder(levels[1:], valid[1:], pyramid, valid_ratios)
         encoded = [
             x.transpose(1, 2).unflatten(2, shape)
