@@ -18,12 +18,13 @@ atomics, loads  instructions in the code that access global memory, however ofte
                 lane, and so does buffer_load_dwordx4; F32x4 adds four numbers at once.
 
 Instructions are counted, not measured. A program is one warp, which owns a block of queries of one head. Each
-instruction in the machine code counts once, those within loops as often as their loops run: the loop over levels 4
-times and, in the backward kernel, the loop over corners 4 times for each level. The sum is divided by the queries in a
-block. Not counted are no-ops and the padding after the end. Branches forward count as not taken: instructions that
-they skip, and those switched off by a predicate, count like others. In SASS, a loop is what lies between a branch
-backward and its target; in AMD's code, it is what LLVM's comments say. They must be one loop, or two, nested: else
-the script fails. On AMD, the code for a loop over no corners at all (6 instructions a level) counts, too.
+instruction in the machine code counts once, those within loops as often as their loops run: the loops over levels 4
+times, of which the backward kernel of fused attention has two, and the loop over corners in the backward kernel 4 times
+for each level. The sum is divided by the queries in a block. Not counted are no-ops and the padding after the end.
+Branches forward count as not taken: instructions that they skip, and those switched off by a predicate, count like
+others. In SASS, a loop is what lies between a branch backward and its target; in AMD's code, it is what LLVM's comments
+say. If they are not these loops, the script fails. On AMD, the code for a loop over no corners at all (6 instructions a
+level) counts, too.
 
 Triton's JIT knows of a launch's tensors that they begin at multiples of 16 bytes and, for AMD, that they are smaller
 than 2 GiB; so are they here. Needs Linux and Triton, whose package brings the assembler and disassembler for NVIDIA,
@@ -179,12 +180,12 @@ def parse_amdgcn(text: str) -> Code:
     return Code(instructions, loops)
 
 
-def issued(code: Code, trips: Sequence[int]) -> int:
-    """Count the instructions that a warp issues if its nested loops, outermost first, run so many times."""
-    if sorted(code.loops) != list(range(1, len(trips) + 1)):
+def issued(code: Code, trips: Sequence[int], loops: Sequence[int]) -> int:
+    """Count the instructions that a warp issues if the code's loops, of these depths, run so many times at each."""
+    if sorted(code.loops) != list(loops):
         raise ValueError(
-            f"expected {len(trips)} nested loops, found loops of depths {sorted(code.loops)}: the compiler has "
-            "unrolled or split one, so nothing tells how often each runs; look at the machine code and count anew here"
+            f"expected loops of depths {list(loops)}, found {sorted(code.loops)}: the compiler has unrolled or split "
+            "one, so nothing tells how often each runs; look at the machine code and count anew here"
         )
     return sum(math.prod(trips[: instruction.depth]) for instruction in code.instructions)
 
@@ -217,22 +218,18 @@ def report(target: str, dtype: torch.dtype, reference: int, kernel: str) -> Row:
     """Compile a kernel with the arguments that its launch has, and look at the result."""
     from deform_attn import triton as ours  # not above: whether it can be compiled is decided on import
 
-    function, elements = {
-        "forward": (ours._forward_kernel, ours.FORWARD_ELEMENTS),
-        "backward": (ours._backward_kernel, ours.BACKWARD_ELEMENTS),
-    }[kernel]
+    function = ours._backward_kernel if kernel == "backward" else ours._forward_kernel
     length, levels = sum(height * width for height, width in SHAPES), len(SHAPES)
     value = torch.empty(1, length, HEADS, CHANNELS, dtype=dtype, device="meta")
     weights = torch.empty(1, length, HEADS, levels, POINTS, device="meta")
     references = torch.empty(1, length, levels, reference, device="meta") if reference else None
-    arguments = ours.launch_arguments(value, SHAPES, weights, references, elements, TARGETS[target].warp_size)
+    loops = (1,) if kernel == "forward" else (1, 1, 2) if reference else (1, 2)
     is_amd = TARGETS[target].backend == "hip"
+    capability = None if is_amd else divmod(TARGETS[target].arch, 10)
+    device = ours.Device(TARGETS[target].warp_size, capability)
+    arguments = ours.launch_arguments(value, SHAPES, weights, references, device, backward=kernel == "backward")
 
     options = {name: argument for name, argument in arguments.items() if name not in function.arg_names}
-    if kernel == "backward" and not is_amd:
-        options["maxnreg"] = ours.BACKWARD_REGISTERS
-    elif target == "sm_80":
-        options["maxnreg"] = ours.FORWARD_REGISTERS_A100
     signature: dict[str, Any] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -272,7 +269,7 @@ def report(target: str, dtype: torch.dtype, reference: int, kernel: str) -> Row:
         stack=stack,
         spills=spills,
         shared=compiled.metadata.shared,
-        instructions=issued(code, (levels,) if kernel == "forward" else (levels, CORNERS)) / arguments["BLOCK"],
+        instructions=issued(code, (levels, CORNERS), loops) / arguments["BLOCK"],
         loads=tally(code, r"(LDG|LD|(global|buffer|flat)_load\w*)\b"),
         atomics=tally(code, r"(REDG?|ATOMG?|(global|buffer|flat)_atomic\w*)\b"),
     )

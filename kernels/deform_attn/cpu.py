@@ -93,7 +93,7 @@ class _Places:
     """Sampling points in cells: ``origin + scale * steps``, whose last factor alone is as large as it gets.
 
     Attributes:
-        origin: () or (2, B, 1, Q, K) float64.
+        origin: (), or (2, B, 1, Q, K) float64.
         scale: () or (2, 1, 1, 1, K) or (2, B, 1, Q, K).
         steps: (B, Q, M, L, P, 2), the locations or offsets that the caller gave.
     """
@@ -154,8 +154,8 @@ class _Matrix:
         index: (n * 4 * K) int32, columns of A.
         coefficients: (n * 4 * K), its entries there.
         starts: (n + 1,) int32, where each row begins in the two above.
-        right: (B, m, Q, K), how far a point lies to the right of the left cells, in [0, 1).
-        below: (B, m, Q, K), how far it lies below the upper cells, in [0, 1).
+        right: (B, m, Q, K), how far a point lies to the right of the left cells, in [0, 1].
+        below: (B, m, Q, K), how far it lies below the upper cells, in [0, 1].
     """
 
     index: Tensor
@@ -327,7 +327,7 @@ def _sample_backward(grad: Tensor, value: Tensor, canvas: _Canvas, places: _Plac
             result.origin.add_(steps_grad.sum(2, keepdim=True))
             if places.scale.ndim:
                 steps = places.planes(heads).nan_to_num_(0.0, 0.0, 0.0)
-                result.scale.add_(torch.einsum("cbmqk,cbmqk->cbqk", steps_grad, steps).unsqueeze(2))
+                result.scale.add_((steps_grad * steps).sum(2, keepdim=True))
         steps_grad *= scale
         result.steps[:, :, heads] = steps_grad.permute(1, 3, 2, 4, 0).unflatten(3, weights.shape[3:])
     return result
@@ -346,14 +346,13 @@ def backward(
 
 def fused_backward(
     grad: Tensor,
-    output: Tensor,
     value: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],
     reference: Tensor,
     offsets: Tensor,
     logits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of ``fused_forward``'s value, reference, offsets and logits; its output is not needed."""
+    """Compute the gradients of ``fused_forward``'s value, reference, offsets and logits from its output's ``grad``."""
     if _is_empty(value, logits):
         inputs = value, reference, offsets, logits
         zeros = [tensor.new_zeros(tensor.shape) for tensor in inputs]

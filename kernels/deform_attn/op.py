@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -36,6 +35,7 @@ def ms_deform_attn(
 
     Args:
         value: (B, S, M, D) floating point; the maps of all levels, each flattened row by row, one after the other.
+            Finite: on a GPU, a cell that is not may show where points lie beside it or at the border before it.
         spatial_shapes: (height, width) of each of the L levels, as integers; S is the sum of their products.
         sampling_locations: (B, Q, M, L, P, 2) floating point, (x, y) as fractions of each level's width and height.
         attention_weights: (B, Q, M, L, P) floating point.
@@ -59,7 +59,7 @@ def ms_deform_attn(
         return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
     if _inlines(chosen, tensors):
         return cpu.forward(value, spatial_shapes, sampling_locations, attention_weights)
-    output: Tensor = _ms_deform_attn(value, _flat(spatial_shapes), sampling_locations, attention_weights, chosen)
+    output: Tensor = _ms_deform_attn(value, _flat(spatial_shapes), sampling_locations, attention_weights, backend)
     return output
 
 
@@ -116,7 +116,7 @@ def fused_ms_deform_attn(
         )
     if _inlines(chosen, tensors):
         return cpu.fused_forward(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
-    output: Tensor = _fused(value, _flat(spatial_shapes), reference_points, sampling_offsets, attention_logits, chosen)
+    output: Tensor = _fused(value, _flat(spatial_shapes), reference_points, sampling_offsets, attention_logits, backend)
     return output
 
 
@@ -156,7 +156,7 @@ def _check(
         )
 
 
-def _choose(backend: Backend, value: Tensor) -> Literal["triton", "cpu", "reference"]:
+def _choose(backend: str, value: Tensor) -> Literal["triton", "cpu", "reference"]:
     """The backend to use: the one asked for, if it supports the value, or the fastest that does."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(map(repr, get_args(Backend)))}")
@@ -167,19 +167,28 @@ def _choose(backend: Backend, value: Tensor) -> Literal["triton", "cpu", "refere
             return "cpu"
         fits = on_gpu and _HAS_TRITON and value.dtype != torch.float64 and 8 <= channels <= 128
         return "triton" if fits else "reference"
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' got tensors on {device}; move them to the CPU or use backend 'auto'")
-    if backend == "triton":
-        if not _HAS_TRITON:
-            raise ValueError("backend 'triton' needs the package triton; install it or use backend 'auto'")
-        interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-        if not (on_gpu or interpreted):
-            raise ValueError(f"backend 'triton' got tensors on {device}; move them to a GPU or use backend 'auto'")
-        if value.dtype == torch.float64:
-            raise TypeError("backend 'triton' got a float64 value; use float32 or half precision, or backend 'auto'")
-        if not 8 <= channels <= 128:
-            raise ValueError(f"backend 'triton' got D = {channels} channels; expected 8 to 128, or backend 'auto'")
-    return backend
+    if backend == "reference":
+        return "reference"
+    if backend == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f"backend 'cpu' got tensors on {device}; move them to the CPU or use backend 'auto'")
+        return "cpu"
+    if not _HAS_TRITON:
+        raise ValueError("backend 'triton' needs the package triton; install it or use backend 'auto'")
+    if not on_gpu and not (device.type == "cpu" and _interprets()):
+        raise ValueError(f"backend 'triton' got tensors on {device}; move them to a GPU or use backend 'auto'")
+    if value.dtype == torch.float64:
+        raise TypeError("backend 'triton' got a float64 value; use float32 or half precision, or backend 'auto'")
+    if not 8 <= channels <= 128:
+        raise ValueError(f"backend 'triton' got D = {channels} channels; expected 8 to 128, or backend 'auto'")
+    return "triton"
+
+
+def _interprets() -> bool:
+    import triton
+
+    interpret: bool = triton.knobs.runtime.interpret
+    return interpret
 
 
 def _inlines(backend: str, tensors: dict[str, Tensor]) -> bool:
@@ -197,7 +206,7 @@ def _inlines(backend: str, tensors: dict[str, Tensor]) -> bool:
 # The backend is an argument, so that a kernel for GPUs can be asked for on the CPU, where Triton interprets it.
 @torch.library.custom_op("deform_attn::ms_deform_attn", mutates_args=())
 def _ms_deform_attn(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor, backend: str) -> Tensor:
-    output: Tensor = _implementation(backend).forward(value, _pairs(sizes), locations, weights)
+    output: Tensor = _implementation(backend, value).forward(value, _pairs(sizes), locations, weights)
     return output
 
 
@@ -205,7 +214,7 @@ def _ms_deform_attn(value: Tensor, sizes: list[int], locations: Tensor, weights:
 def _ms_deform_attn_backward(
     grad: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor, Tensor] = _implementation(backend).backward(
+    grads: tuple[Tensor, Tensor, Tensor] = _implementation(backend, value).backward(
         grad, value, _pairs(sizes), locations, weights
     )
     return grads
@@ -213,14 +222,13 @@ def _ms_deform_attn_backward(
 
 @torch.library.custom_op("deform_attn::fused", mutates_args=())
 def _fused(value: Tensor, sizes: list[int], reference: Tensor, offsets: Tensor, logits: Tensor, backend: str) -> Tensor:
-    output: Tensor = _implementation(backend).fused_forward(value, _pairs(sizes), reference, offsets, logits)
+    output: Tensor = _implementation(backend, value).fused_forward(value, _pairs(sizes), reference, offsets, logits)
     return output
 
 
 @torch.library.custom_op("deform_attn::fused_backward", mutates_args=())
 def _fused_backward(
     grad: Tensor,
-    output: Tensor,
     value: Tensor,
     sizes: list[int],
     reference: Tensor,
@@ -228,15 +236,22 @@ def _fused_backward(
     logits: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor, Tensor, Tensor] = _implementation(backend).fused_backward(
-        grad, output, value, _pairs(sizes), reference, offsets, logits
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] = _implementation(backend, value).fused_backward(
+        grad, value, _pairs(sizes), reference, offsets, logits
     )
     return grads
 
 
-def _implementation(backend: str) -> Any:
-    if backend == "cpu":
+def _implementation(backend: str, value: Tensor) -> Any:
+    """The module to call; chosen when the operator runs, for an exported program may run elsewhere."""
+    chosen = _choose(backend, value)
+    if chosen == "cpu":
         return cpu
+    if chosen == "reference":
+        raise ValueError(
+            f"a program exported elsewhere got a value of {value.dtype} with {value.shape[3]} channels on "
+            f"{value.device}, for which there is no kernel; export it there, or with backend='reference'"
+        )
     from deform_attn import triton  # not everywhere installed
 
     return triton
@@ -270,7 +285,6 @@ def _(
 @_fused_backward.register_fake
 def _(
     grad: Tensor,
-    output: Tensor,
     value: Tensor,
     sizes: list[int],
     reference: Tensor,
@@ -294,12 +308,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _setup_fused_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     value, ctx.sizes, reference, offsets, logits, ctx.backend = inputs
-    ctx.save_for_backward(output, value, reference, offsets, logits)
+    ctx.save_for_backward(value, reference, offsets, logits)
 
 
 def _backward_of_fused(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    output, value, reference, offsets, logits = ctx.saved_tensors
-    grads = _fused_backward(grad, output, value, ctx.sizes, reference, offsets, logits, ctx.backend)
+    value, reference, offsets, logits = ctx.saved_tensors
+    grads = _fused_backward(grad, value, ctx.sizes, reference, offsets, logits, ctx.backend)
     return grads[0], None, *grads[1:], None
 
 

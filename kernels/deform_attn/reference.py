@@ -49,9 +49,14 @@ def fused_ms_deform_attn_reference(
     reference, offsets = reference.to(dtype), offsets.to(dtype)
     centre = reference[:, :, None, :, None, :2]
     if reference.shape[-1] == 4:
-        locations = centre + offsets * (reference[:, :, None, :, None, 2:] * (0.5 / offsets.shape[4]))
+        scale = reference[:, :, None, :, None, 2:] * (0.5 / offsets.shape[4])
     else:
         sizes = torch.tensor([(width, height) for height, width in spatial_shapes], dtype=dtype, device=offsets.device)
-        locations = centre + offsets / sizes[:, None, :]
+        scale = 1 / sizes[:, None, :]
+    # What is not finite may as well lie outside; left out of the product, it leaves no NaN in gradients either.
+    finite = (centre + offsets * scale).isfinite()
+    centre, offsets, scale = (
+        torch.where(finite, x, x.new_full((), y)) for x, y in ((centre, -1), (offsets, 0), (scale, 0))
+    )
     weights = logits.flatten(3).softmax(-1, dtype=dtype).view(logits.shape)
-    return ms_deform_attn_reference(value, spatial_shapes, locations, weights)
+    return ms_deform_attn_reference(value, spatial_shapes, centre + offsets * scale, weights)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_INT32_ELEMENTS = 2**31  # so many elements of value in one image need offsets of 64 bits
+_WIDE = 2**31  # from so many elements of value in one image, offsets have 64 bits
+_CELLS = 2**31 - 1  # that an image may have: they are counted with 32 bits
+_FLOAT32_INTEGERS = 2**24  # up to here float32 holds every integer
+_GRID = 65535  # programs along the second and third axis of a grid
 
 # Elements of a program's block of queries times channels, for each lane of its warp. Larger blocks take fewer
 # instructions and more registers.
 FORWARD_ELEMENTS = 8
 BACKWARD_ELEMENTS = 4
-# Fits without spills on sm_80, where left to itself the compiler takes up to 72; on later GPUs it would spill.
+_TABLE = 4  # entries a lane, at most, of a block's table of queries times points
+# For tables of an entry a lane. On an A100 they fit without spills, where the compiler would take up to 72; later GPUs
+# would spill in the forward pass.
 FORWARD_REGISTERS_A100 = 64
 BACKWARD_REGISTERS = 128
 
@@ -171,8 +177,9 @@ def _forward_kernel(
     where_ptr += first * (L * P * 2)
     weight_ptr += first * (L * P)
     if R > 0:
+        last = (Q - start - 1).to(tl.int64)
         reference_ptr += image * stride_b + start * stride_q.to(tl.int64)
-        reference_ptr = reference_ptr + tl.minimum(block, Q - start - 1) * stride_q
+        reference_ptr = reference_ptr + tl.minimum(block, last) * stride_q
         largest, scale = _softmax(weight_ptr, block, here, L * P, ALL, M * L * P)
 
     total = tl.zeros([BLOCK, CHANNELS], tl.float32)
@@ -181,7 +188,15 @@ def _forward_kernel(
         height, width = _size(sizes, level, L)
         point = block * (M * L * P) + k + level * P
         centre_x, centre_y, shift_x, shift_y, _, _, _, _ = _places(
-            where_ptr, reference_ptr + level * stride_l, stride_r, point, known, height, width, R, P
+            where_ptr,
+            reference_ptr + level * stride_l.to(tl.int64),
+            stride_r.to(tl.int64),
+            point,
+            known,
+            height,
+            width,
+            R,
+            P,
         )
         column, x = _split(centre_x, shift_x, width)
         row, y = _split(centre_y, shift_y, height)
@@ -197,7 +212,7 @@ def _forward_kernel(
         across = width.to(tl.int32)
         cell = row.to(tl.int32) * across + column.to(tl.int32) + cells
         right = M * D
-        down = across * (M * D)
+        down = across.to(tl.int64 if WIDE else tl.int32) * (M * D)
         if THIN:  # where there is no second cell, read the first one, for nothing
             right = tl.where(width > 1, right, 0)
             right_weight = tl.where(width > 1, right_weight, 0.0)
@@ -240,7 +255,6 @@ def _backward_kernel(
     weight_grad_ptr,  # as weight, float32
     reference_grad_ptr,  # (B, Q, L, R) float32, zeros, if fused
     grad_ptr,  # (B, Q, M, D)
-    output_ptr,  # (B, Q, M, D) if fused
     value_ptr,
     where_ptr,
     weight_ptr,
@@ -285,20 +299,27 @@ def _backward_kernel(
     channel = block * (M * D) + d
     grad = tl.load(grad_ptr + first * D + channel, mask=here & (d < D), other=0.0).to(tl.float32)
     if R > 0:
+        last = (Q - start - 1).to(tl.int64)
         reference_ptr += image * stride_b + start * stride_q.to(tl.int64)
-        reference_ptr = reference_ptr + tl.minimum(block, Q - start - 1) * stride_q
+        reference_ptr = reference_ptr + tl.minimum(block, last) * stride_q
         reference_grad_ptr += (image * Q + start) * (L * R)
         largest, scale = _softmax(weight_ptr, block, here, L * P, ALL, M * L * P)
-        # The mean of the weights' gradients, as the softmax weighs them: their sum over all points is grad . output.
-        output = tl.load(output_ptr + first * D + channel, mask=here & (d < D), other=0.0).to(tl.float32)
-        mean = tl.sum(grad * output, axis=1)[:, None]
+        mean = tl.zeros([BLOCK, POINTS], tl.float32)
 
     cells = 0
     for level in range(levels):
         height, width = _size(sizes, level, L)
         point = block * (M * L * P) + k + level * P
         centre_x, centre_y, shift_x, shift_y, scale_x, scale_y, where_x, where_y = _places(
-            where_ptr, reference_ptr + level * stride_l, stride_r, point, known, height, width, R, P
+            where_ptr,
+            reference_ptr + level * stride_l.to(tl.int64),
+            stride_r.to(tl.int64),
+            point,
+            known,
+            height,
+            width,
+            R,
+            P,
         )
         column, x = _split(centre_x, shift_x, width)
         row, y = _split(centre_y, shift_y, height)
@@ -326,7 +347,7 @@ def _backward_kernel(
                 across_slope *= exists
                 right = tl.where(width > 1, right, 0)
                 below = tl.where(height > 1, below, 0)
-            step = (below * across + right) * (M * D)
+            step = (below * across + right).to(tl.int64 if WIDE else tl.int32) * (M * D)
             share = weight * across_weight * down_weight
             dots = _scatter_corner(row_ptr + step, row_grad_ptr + step, cell, share, grad, d < D, P, M * D, WIDE)
             weight_grad += across_weight * down_weight * dots
@@ -335,19 +356,30 @@ def _backward_kernel(
         x_grad *= weight
         y_grad *= weight
         if R > 0:
-            weight_grad = weight * (weight_grad - mean)
+            mean += weight * weight_grad
             pointer = reference_grad_ptr + block * (L * R) + level * R
             tl.atomic_add(pointer, tl.sum(x_grad, axis=1)[:, None] * width, mask=here, sem="relaxed")
             tl.atomic_add(pointer + 1, tl.sum(y_grad, axis=1)[:, None] * height, mask=here, sem="relaxed")
-            if R == 4:  # a point that lies nowhere has no gradient, though its offset be infinite
+            if R == 4:
                 size_grad = tl.sum(tl.where(x_grad != 0, x_grad * where_x, 0.0), axis=1)[:, None] * (width * (0.5 / P))
                 tl.atomic_add(pointer + 2, size_grad, mask=here, sem="relaxed")
                 size_grad = tl.sum(tl.where(y_grad != 0, y_grad * where_y, 0.0), axis=1)[:, None] * (height * (0.5 / P))
                 tl.atomic_add(pointer + 3, size_grad, mask=here, sem="relaxed")
         tl.store(weight_grad_ptr + point, weight_grad, mask=known)
-        tl.store(where_grad_ptr + 2 * point, x_grad * scale_x, mask=known)
-        tl.store(where_grad_ptr + (2 * point + 1), y_grad * scale_y, mask=known)
+        # A point that lies nowhere has no gradient, be the factor that put it there infinite.
+        tl.store(where_grad_ptr + 2 * point, tl.where(x_grad != 0, x_grad * scale_x, 0.0), mask=known)
+        tl.store(where_grad_ptr + (2 * point + 1), tl.where(y_grad != 0, y_grad * scale_y, 0.0), mask=known)
         cells += across * height.to(tl.int32)
+
+    if R > 0:  # from gradients of weights to gradients of logits
+        tl.debug_barrier()  # what other lanes have stored can be read now
+        mean = tl.sum(mean, axis=1)[:, None]
+        for level in range(levels):
+            point = block * (M * L * P) + k + level * P
+            weight = tl.load(weight_ptr + point, mask=known, other=float("-inf")).to(tl.float32)
+            weight = tl.exp(weight - largest) * scale
+            weight_grad = tl.load(weight_grad_ptr + point, mask=known, other=0.0)
+            tl.store(weight_grad_ptr + point, weight * (weight_grad - mean), mask=known)
 
 
 def forward(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
@@ -366,24 +398,39 @@ def backward(
     grad: Tensor, value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of ``forward``'s value, locations and weights from its output's ``grad``."""
-    value_grad, locations_grad, weights_grad, _ = _backward(grad, grad, value, spatial_shapes, locations, weights, None)
+    value_grad, locations_grad, weights_grad, _ = _backward(grad, value, spatial_shapes, locations, weights, None)
     return value_grad, locations_grad, weights_grad
 
 
 def fused_backward(
     grad: Tensor,
-    output: Tensor,
     value: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],
     reference: Tensor,
     offsets: Tensor,
     logits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of ``fused_forward``'s value, reference, offsets and logits, given its output."""
+    """Compute the gradients of ``fused_forward``'s value, reference, offsets and logits from its output's ``grad``."""
     value_grad, offsets_grad, logits_grad, reference_grad = _backward(
-        grad, output, value, spatial_shapes, offsets, logits, reference
+        grad, value, spatial_shapes, offsets, logits, reference
     )
     return value_grad, reference_grad, offsets_grad, logits_grad
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a launch depends on: lanes of a warp, and for NVIDIA the compute capability."""
+
+    lanes: int
+    capability: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> Device:
+        """Describe a GPU, or the CPU, where Triton's interpreter has warps of any size."""
+        if device.type == "cpu":
+            return cls(32, None)
+        lanes = torch.cuda.get_device_properties(device).warp_size
+        return cls(lanes, None if torch.version.hip else torch.cuda.get_device_capability(device))
 
 
 def launch_arguments(
@@ -391,18 +438,26 @@ def launch_arguments(
     spatial_shapes: Sequence[tuple[int, int]],
     weights: Tensor,
     reference: Tensor | None,
-    elements: int,
-    lanes: int,
+    device: Device,
+    *,
+    backward: bool,
 ) -> dict[str, Any]:
-    """Both kernels' arguments by name, without their tensors, for so many elements a lane and lanes a warp."""
-    _, _, heads, levels, points = weights.shape
+    """A kernel's arguments by name, without its tensors."""
+    batch, queries, heads, levels, points = weights.shape
     length, channels = value.shape[1], value.shape[3]
+    if max(batch, heads) > _GRID or length > _CELLS or max(map(max, spatial_shapes)) > _FLOAT32_INTEGERS:
+        raise ValueError(
+            f"the GPU kernels got {batch} images, {heads} heads and levels of {spatial_shapes}; expected at most "
+            f"{_GRID} images and heads, {_CELLS} cells and {_FLOAT32_INTEGERS} to a side; pass fewer at once"
+        )
     padded = triton.next_power_of_2(channels)
-    block = elements * lanes // padded
+    places = triton.next_power_of_2(points)
+    elements = BACKWARD_ELEMENTS if backward else FORWARD_ELEMENTS
+    block = max(1, min(elements * device.lanes // padded, _TABLE * device.lanes // places))
     stride = (0, 0, 0, 0) if reference is None else reference.stride()
-    return {
+    arguments = {
         "sizes": tuple(float(size) for shape in spatial_shapes for size in shape),
-        "Q": weights.shape[1],
+        "Q": queries,
         "S": length,
         "levels": levels,
         "stride_b": stride[0],
@@ -416,13 +471,21 @@ def launch_arguments(
         "R": 0 if reference is None else reference.shape[3],
         "BLOCK": block,
         # What a table of fewer entries than lanes holds, Triton computes anew in every lane that reads it.
-        "POINTS": max(triton.next_power_of_2(points), lanes // block),
+        "POINTS": max(places, device.lanes // block),
         "ALL": triton.next_power_of_2(levels * points),
         "CHANNELS": padded,
         "THIN": any(min(shape) == 1 for shape in spatial_shapes),
-        "WIDE": length * heads * channels >= _INT32_ELEMENTS,
+        "WIDE": length * heads * channels >= _WIDE,
         "num_warps": 1,
     }
+    if backward:
+        arguments["corners"] = 4
+    if device.capability and block * places <= device.lanes:  # larger tables need more registers
+        if backward:
+            arguments["maxnreg"] = BACKWARD_REGISTERS
+        elif device.capability == (8, 0):
+            arguments["maxnreg"] = FORWARD_REGISTERS_A100
+    return arguments
 
 
 def _forward(
@@ -434,9 +497,7 @@ def _forward(
         return value.new_zeros(batch, queries, heads * channels)
     output = value.new_empty(batch, queries, heads * channels)
     where = where.contiguous()
-    arguments = launch_arguments(value, spatial_shapes, weights, reference, FORWARD_ELEMENTS, _lanes())
-    if _is_a100(value.device):
-        arguments["maxnreg"] = FORWARD_REGISTERS_A100
+    arguments = launch_arguments(value, spatial_shapes, weights, reference, Device.of(value.device), backward=False)
     with torch.cuda.device_of(value):
         _forward_kernel[_grid(weights, arguments["BLOCK"])](
             output,
@@ -451,7 +512,6 @@ def _forward(
 
 def _backward(
     grad: Tensor,
-    output: Tensor,
     value: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],
     where: Tensor,
@@ -460,16 +520,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     known = where if reference is None else reference
     if not weights.numel() or not value.numel():
-        return torch.zeros_like(value), torch.zeros_like(where), torch.zeros_like(weights), torch.zeros_like(known)
+        zeros = [tensor.new_zeros(tensor.shape) for tensor in (value, where, weights, known)]
+        return zeros[0], zeros[1], zeros[2], zeros[3]
     _check_deterministic()
     dtype, device = torch.float32, value.device
     value_grad = torch.zeros(value.shape, dtype=dtype, device=device)
     where_grad = torch.empty(where.shape, dtype=dtype, device=device)
     weights_grad = torch.empty(weights.shape, dtype=dtype, device=device)
     reference_grad = torch.zeros(known.shape if reference is not None else (0,), dtype=dtype, device=device)
-    arguments = launch_arguments(value, spatial_shapes, weights, reference, BACKWARD_ELEMENTS, _lanes())
-    if value.is_cuda and not torch.version.hip:
-        arguments["maxnreg"] = BACKWARD_REGISTERS
+    arguments = launch_arguments(value, spatial_shapes, weights, reference, Device.of(value.device), backward=True)
     with torch.cuda.device_of(value):
         _backward_kernel[_grid(weights, arguments["BLOCK"])](
             value_grad,
@@ -477,12 +536,10 @@ def _backward(
             weights_grad,
             reference_grad,
             grad.contiguous(),
-            output.contiguous(),
             value.contiguous(),
             where.contiguous(),
             weights.contiguous(),
             known,
-            corners=4,
             **arguments,
         )
     return (
@@ -496,14 +553,6 @@ def _backward(
 def _grid(weights: Tensor, block: int) -> tuple[int, int, int]:
     batch, queries, heads = weights.shape[:3]
     return triton.cdiv(queries, block), heads, batch
-
-
-def _lanes() -> int:
-    return 64 if torch.version.hip else 32
-
-
-def _is_a100(device: torch.device) -> bool:
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) == (8, 0)
 
 
 def _check_deterministic() -> None:

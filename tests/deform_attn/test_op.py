@@ -61,8 +61,36 @@ def test_cpu_in_chunks_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @variants
 def test_kernels_with_offsets_of_64_bits(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deform_attn.triton._INT32_ELEMENTS", 0)
+    monkeypatch.setattr("deform_attn.triton._WIDE", 0)
     assert_right(make_case(variant, batch=1), "triton")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="takes 8 GiB, of which only a CPU needs to touch no more than is read")
+def test_kernels_reach_cells_beyond_32_bits() -> None:
+    height, width, heads, channels = 2, 2**22, 4, 128  # a row is 2^31 elements
+    value = torch.empty(1, height * width, heads, channels, dtype=torch.float16)
+    value[0, -2:] = torch.tensor([3.0, 5.0], dtype=torch.float16).view(2, 1, 1)
+    value[0, width - 2 : width] = 1
+    # Between the last two cells of both rows, and the centre of the last one.
+    points = torch.tensor([[1 - 1 / width, 0.5], [1 - 0.5 / width, 0.75]])
+    case = Case(
+        ((height, width),),
+        {
+            "value": value,
+            "sampling_locations": points.view(1, 2, 1, 1, 1, 2).expand(1, 2, heads, 1, 1, 2),
+            "attention_weights": torch.ones(1, 2, heads, 1, 1),
+        },
+    )
+    assert case.run("triton")[0, :, -1].tolist() == [2.5, 5.0]
+
+
+def test_gradients_of_logits_in_half_precision_sum_to_zero() -> None:
+    case = make_case("points", batch=1, dtype=torch.bfloat16).to(DEVICE)
+    shifted = case.replace(value=case.tensors["value"] / 4 + 30)  # its mean moves no weight
+    assert_same(
+        shifted.results("triton"), shifted.to(torch.float64).results("reference"), 2 * TOLERANCE[torch.bfloat16]
+    )
+    assert float(shifted.results("triton")["attention_logits"].sum((-1, -2)).abs().max()) < 0.1
 
 
 def test_known_values() -> None:
@@ -146,12 +174,14 @@ def test_points_far_outside_contribute_nothing(wild: float, backend: str) -> Non
 
 @pytest.mark.parametrize("wild", [math.nan, math.inf, -math.inf, 1e30])
 @pytest.mark.parametrize("name", ["reference_points", "sampling_offsets"])
-@pytest.mark.parametrize("variant", ["points", "boxes"])
-@backends
-def test_fused_with_points_nowhere(variant: str, name: str, wild: float, backend: str) -> None:
+@pytest.mark.parametrize(("variant", "component"), [("points", 0), ("boxes", 1), ("boxes", 2)])
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+def test_fused_with_points_nowhere(variant: str, component: int, name: str, wild: float, backend: str) -> None:
+    if component == 2 and name == "sampling_offsets":
+        pytest.skip("offsets have two components")
     case = make_case(variant, batch=1).to(DEVICE if backend == "triton" else "cpu")
     changed = case.tensors[name].clone()
-    changed[:, ::2, ..., 0] = wild
+    changed[:, ::2, ..., component] = wild
     actual = case.replace(**{name: changed}).results(backend)
     # An odd query's neighbours must not notice; an even one sees nothing, though its softmax is as it was.
     expected = case.results("reference")
