@@ -29,10 +29,9 @@ _GRID = 65535  # programs along the second and third axis of a grid
 FORWARD_ELEMENTS = 8
 BACKWARD_ELEMENTS = 4
 _TABLE = 4  # entries a lane, at most, of a block's table of queries times points
-# For tables of an entry a lane. On an A100 they fit without spills, where the compiler would take up to 72; later GPUs
-# would spill in the forward pass.
+# For tables of an entry a lane. On an A100 they fit without spills, where the compiler would take up to 72; on later
+# GPUs they would not.
 FORWARD_REGISTERS_A100 = 64
-BACKWARD_REGISTERS = 128
 
 
 @triton.jit
@@ -177,9 +176,8 @@ def _forward_kernel(
     where_ptr += first * (L * P * 2)
     weight_ptr += first * (L * P)
     if R > 0:
-        last = (Q - start - 1).to(tl.int64)
         reference_ptr += image * stride_b + start * stride_q.to(tl.int64)
-        reference_ptr = reference_ptr + tl.minimum(block, last) * stride_q
+        reference_ptr = reference_ptr + tl.minimum(block, Q - start - 1) * stride_q
         largest, scale = _softmax(weight_ptr, block, here, L * P, ALL, M * L * P)
 
     total = tl.zeros([BLOCK, CHANNELS], tl.float32)
@@ -189,8 +187,8 @@ def _forward_kernel(
         point = block * (M * L * P) + k + level * P
         centre_x, centre_y, shift_x, shift_y, _, _, _, _ = _places(
             where_ptr,
-            reference_ptr + level * stride_l.to(tl.int64),
-            stride_r.to(tl.int64),
+            reference_ptr + level * stride_l,
+            stride_r,
             point,
             known,
             height,
@@ -299,9 +297,8 @@ def _backward_kernel(
     channel = block * (M * D) + d
     grad = tl.load(grad_ptr + first * D + channel, mask=here & (d < D), other=0.0).to(tl.float32)
     if R > 0:
-        last = (Q - start - 1).to(tl.int64)
         reference_ptr += image * stride_b + start * stride_q.to(tl.int64)
-        reference_ptr = reference_ptr + tl.minimum(block, last) * stride_q
+        reference_ptr = reference_ptr + tl.minimum(block, Q - start - 1) * stride_q
         reference_grad_ptr += (image * Q + start) * (L * R)
         largest, scale = _softmax(weight_ptr, block, here, L * P, ALL, M * L * P)
         mean = tl.zeros([BLOCK, POINTS], tl.float32)
@@ -312,8 +309,8 @@ def _backward_kernel(
         point = block * (M * L * P) + k + level * P
         centre_x, centre_y, shift_x, shift_y, scale_x, scale_y, where_x, where_y = _places(
             where_ptr,
-            reference_ptr + level * stride_l.to(tl.int64),
-            stride_r.to(tl.int64),
+            reference_ptr + level * stride_l,
+            stride_r,
             point,
             known,
             height,
@@ -373,13 +370,12 @@ def _backward_kernel(
 
     if R > 0:  # from gradients of weights to gradients of logits
         tl.debug_barrier()  # what other lanes have stored can be read now
-        mean = tl.sum(mean, axis=1)[:, None]
-        for level in range(levels):
-            point = block * (M * L * P) + k + level * P
-            weight = tl.load(weight_ptr + point, mask=known, other=float("-inf")).to(tl.float32)
-            weight = tl.exp(weight - largest) * scale
-            weight_grad = tl.load(weight_grad_ptr + point, mask=known, other=0.0)
-            tl.store(weight_grad_ptr + point, weight * (weight_grad - mean), mask=known)
+        k = tl.arange(0, ALL)[None, :]
+        point = block * (M * L * P) + k
+        known = here & (k < L * P)
+        weight = tl.exp(tl.load(weight_ptr + point, mask=known, other=float("-inf")).to(tl.float32) - largest) * scale
+        weight_grad = tl.load(weight_grad_ptr + point, mask=known, other=0.0)
+        tl.store(weight_grad_ptr + point, weight * (weight_grad - tl.sum(mean, axis=1)[:, None]), mask=known)
 
 
 def forward(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
@@ -480,12 +476,17 @@ def launch_arguments(
     }
     if backward:
         arguments["corners"] = 4
-    if device.capability and block * places <= device.lanes:  # larger tables need more registers
-        if backward:
-            arguments["maxnreg"] = BACKWARD_REGISTERS
-        elif device.capability == (8, 0):
-            arguments["maxnreg"] = FORWARD_REGISTERS_A100
+    elif device.capability == (8, 0) and block * places <= device.lanes:
+        arguments["maxnreg"] = FORWARD_REGISTERS_A100
     return arguments
+
+
+def _within_32_bits(reference: Tensor | None) -> Tensor | None:
+    """The same, copied if its elements lie so far apart that the kernels' offsets would overflow."""
+    if reference is None:
+        return None
+    furthest = sum((size - 1) * stride for size, stride in zip(reference.shape, reference.stride(), strict=True))
+    return reference if furthest < _WIDE else reference.contiguous()
 
 
 def _forward(
@@ -496,7 +497,7 @@ def _forward(
     if not weights.numel() or not value.numel():
         return value.new_zeros(batch, queries, heads * channels)
     output = value.new_empty(batch, queries, heads * channels)
-    where = where.contiguous()
+    where, reference = where.contiguous(), _within_32_bits(reference)
     arguments = launch_arguments(value, spatial_shapes, weights, reference, Device.of(value.device), backward=False)
     with torch.cuda.device_of(value):
         _forward_kernel[_grid(weights, arguments["BLOCK"])](
@@ -523,6 +524,7 @@ def _backward(
         zeros = [tensor.new_zeros(tensor.shape) for tensor in (value, where, weights, known)]
         return zeros[0], zeros[1], zeros[2], zeros[3]
     _check_deterministic()
+    reference = _within_32_bits(reference)
     dtype, device = torch.float32, value.device
     value_grad = torch.zeros(value.shape, dtype=dtype, device=device)
     where_grad = torch.empty(where.shape, dtype=dtype, device=device)
