@@ -216,17 +216,19 @@ def number(pattern: str, text: str) -> int:
 
 def report(target: str, dtype: torch.dtype, reference: int, kernel: str) -> Row:
     """Compile a kernel with the arguments that its launch has, and look at the result."""
-    from deform_attn import triton as ours  # not above: whether it can be compiled is decided on import
+    # Not above: whether the kernels can be compiled is decided when they are imported.
+    from deform_attn.launch import Device, launch_arguments
+    from deform_attn.triton import backward_kernel, forward_kernel
 
-    function = ours._backward_kernel if kernel == "backward" else ours._forward_kernel
+    function = backward_kernel if kernel == "backward" else forward_kernel
     length, levels = sum(height * width for height, width in SHAPES), len(SHAPES)
     value = torch.empty(1, length, HEADS, CHANNELS, dtype=dtype, device="meta")
     weights = torch.empty(1, length, HEADS, levels, POINTS, device="meta")
     references = torch.empty(1, length, levels, reference, device="meta") if reference else None
     is_amd = TARGETS[target].backend == "hip"
     capability = None if is_amd else divmod(TARGETS[target].arch, 10)
-    device = ours.Device(TARGETS[target].warp_size, capability)
-    arguments = ours.launch_arguments(value, SHAPES, weights, references, device, backward=kernel == "backward")
+    device = Device(TARGETS[target].warp_size, capability)
+    arguments = launch_arguments(value, SHAPES, weights, references, device, backward=kernel == "backward")
 
     options = {name: argument for name, argument in arguments.items() if name not in function.arg_names}
     signature: dict[str, Any] = {}

@@ -252,9 +252,9 @@ def _implementation(backend: str, value: Tensor) -> Any:
             f"a program exported elsewhere got a value of {value.dtype} with {value.shape[3]} channels on "
             f"{value.device}, for which there is no kernel; export it there, or with backend='reference'"
         )
-    from deform_attn import triton  # not everywhere installed
+    from deform_attn import launch  # needs Triton, which is not everywhere installed
 
-    return triton
+    return launch
 
 
 def _flat(shapes: Sequence[tuple[int, int]]) -> list[int]:

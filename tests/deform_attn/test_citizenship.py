@@ -155,7 +155,7 @@ def test_kernels_honour_deterministic_algorithms() -> None:
 
 def test_fused_kernel_allocates_its_output_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher makes no other tensor, and a kernel has no other memory."""
-    triton = pytest.importorskip("deform_attn.triton")
+    launch = pytest.importorskip("deform_attn.launch")
     launched: list[dict[str, object]] = []
 
     class Kernel:
@@ -173,9 +173,9 @@ def test_fused_kernel_allocates_its_output_alone(monkeypatch: pytest.MonkeyPatch
     case = make_case("boxes")
     value, reference, offsets, logits = case.tensors.values()
     expanded = reference[:, :, :1].expand_as(reference)
-    monkeypatch.setattr(triton, "_forward_kernel", Kernel())
+    monkeypatch.setattr(launch, "forward_kernel", Kernel())
     with Watch():
-        output = triton.fused_forward(value, case.shapes, expanded, offsets, logits)
+        output = launch.fused_forward(value, case.shapes, expanded, offsets, logits)
     assert len(launched) == 1
     addresses = {tensor.untyped_storage().data_ptr() for tensor in made}
     given = {tensor.untyped_storage().data_ptr() for tensor in case.tensors.values()}
@@ -240,12 +240,12 @@ def test_kernels_refuse_what_they_do_not_support() -> None:
 
 
 def test_kernels_refuse_what_their_numbers_do_not_hold() -> None:
-    triton = pytest.importorskip("deform_attn.triton")
+    launch = pytest.importorskip("deform_attn.launch")
     value, _, weights = (tensor.to("meta") for tensor in make_case().tensors.values())
-    device = triton.Device(32, (8, 0))
+    device = launch.Device(32, (8, 0))
     for shapes, batch in ((((1, 2**24 + 1),), 2), (PYRAMID, 65536)):
         with pytest.raises(ValueError, match=r"the GPU kernels got .* pass fewer at once"):
-            triton.launch_arguments(
+            launch.launch_arguments(
                 value, shapes, weights[:1].expand(batch, -1, -1, -1, -1), None, device, backward=False
             )
 

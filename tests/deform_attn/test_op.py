@@ -61,7 +61,7 @@ def test_cpu_in_chunks_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @variants
 def test_kernels_with_offsets_of_64_bits(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deform_attn.triton._WIDE", 0)
+    monkeypatch.setattr("deform_attn.launch._WIDE", 0)
     assert_right(make_case(variant, batch=1), "triton")
 
 

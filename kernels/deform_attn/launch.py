@@ -1,0 +1,221 @@
+"""Launching the kernels of ``triton.py``: blocks, limits, and the tensors that they write."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from deform_attn.triton import backward_kernel, forward_kernel
+
+_WIDE = 2**31  # from so many elements of value in one image, offsets have 64 bits
+_CELLS = 2**31 - 1  # that an image may have: they are counted with 32 bits
+_FLOAT32_INTEGERS = 2**24  # up to here float32 holds every integer
+_GRID = 65535  # programs along the second and third axis of a grid
+
+# Elements of a program's block of queries times channels, for each lane of its warp. Larger blocks take fewer
+# instructions and more registers.
+FORWARD_ELEMENTS = 8
+BACKWARD_ELEMENTS = 4
+_TABLE = 4  # entries a lane, at most, of a block's table of queries times points
+# For tables of an entry a lane. On an A100 they fit without spills, where the compiler would take up to 72; on later
+# GPUs they would not.
+FORWARD_REGISTERS_A100 = 64
+
+
+def forward(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """Compute ``ms_deform_attn``; arguments and result are its own, unchecked."""
+    return _forward(value, spatial_shapes, locations, weights, None)
+
+
+def fused_forward(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], reference: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """Compute ``fused_ms_deform_attn``; arguments and result are its own, unchecked."""
+    return _forward(value, spatial_shapes, offsets, logits, reference)
+
+
+def backward(
+    grad: Tensor, value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of ``forward``'s value, locations and weights from its output's ``grad``."""
+    value_grad, locations_grad, weights_grad, _ = _backward(grad, value, spatial_shapes, locations, weights, None)
+    return value_grad, locations_grad, weights_grad
+
+
+def fused_backward(
+    grad: Tensor,
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of ``fused_forward``'s value, reference, offsets and logits from its output's ``grad``."""
+    value_grad, offsets_grad, logits_grad, reference_grad = _backward(
+        grad, value, spatial_shapes, offsets, logits, reference
+    )
+    return value_grad, reference_grad, offsets_grad, logits_grad
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a launch depends on: lanes of a warp, and for NVIDIA the compute capability."""
+
+    lanes: int
+    capability: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> Device:
+        """Describe a GPU, or the CPU, where Triton's interpreter has warps of any size."""
+        if device.type == "cpu":
+            return cls(32, None)
+        lanes = torch.cuda.get_device_properties(device).warp_size
+        return cls(lanes, None if torch.version.hip else torch.cuda.get_device_capability(device))
+
+
+def launch_arguments(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    weights: Tensor,
+    reference: Tensor | None,
+    device: Device,
+    *,
+    backward: bool,
+) -> dict[str, Any]:
+    """A kernel's arguments by name, without its tensors."""
+    batch, queries, heads, levels, points = weights.shape
+    length, channels = value.shape[1], value.shape[3]
+    if max(batch, heads) > _GRID or length > _CELLS or max(map(max, spatial_shapes)) > _FLOAT32_INTEGERS:
+        raise ValueError(
+            f"the GPU kernels got {batch} images, {heads} heads and levels of {spatial_shapes}; expected at most "
+            f"{_GRID} images and heads, {_CELLS} cells and {_FLOAT32_INTEGERS} to a side; pass fewer at once"
+        )
+    padded = triton.next_power_of_2(channels)
+    places = triton.next_power_of_2(points)
+    elements = BACKWARD_ELEMENTS if backward else FORWARD_ELEMENTS
+    block = max(1, min(elements * device.lanes // padded, _TABLE * device.lanes // places))
+    stride = (0, 0, 0, 0) if reference is None else reference.stride()
+    arguments = {
+        "sizes": tuple(float(size) for shape in spatial_shapes for size in shape),
+        "Q": queries,
+        "S": length,
+        "levels": levels,
+        "stride_b": stride[0],
+        "stride_q": stride[1],
+        "stride_l": stride[2],
+        "stride_r": stride[3],
+        "M": heads,
+        "D": channels,
+        "L": levels,
+        "P": points,
+        "R": 0 if reference is None else reference.shape[3],
+        "BLOCK": block,
+        # What a table of fewer entries than lanes holds, Triton computes anew in every lane that reads it.
+        "POINTS": max(places, device.lanes // block),
+        "ALL": triton.next_power_of_2(levels * points),
+        "CHANNELS": padded,
+        "THIN": any(min(shape) == 1 for shape in spatial_shapes),
+        "WIDE": length * heads * channels >= _WIDE,
+        "num_warps": 1,
+    }
+    if backward:
+        arguments["corners"] = 4
+    elif device.capability == (8, 0) and block * places <= device.lanes:
+        arguments["maxnreg"] = FORWARD_REGISTERS_A100
+    return arguments
+
+
+def _within_32_bits(reference: Tensor | None) -> Tensor | None:
+    """The same, copied if its elements lie so far apart that the kernels' offsets would overflow."""
+    if reference is None:
+        return None
+    furthest = sum((size - 1) * stride for size, stride in zip(reference.shape, reference.stride(), strict=True))
+    return reference if furthest < _WIDE else reference.contiguous()
+
+
+def _forward(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], where: Tensor, weights: Tensor, reference: Tensor | None
+) -> Tensor:
+    batch, queries, heads = weights.shape[:3]
+    channels = value.shape[3]
+    if not weights.numel() or not value.numel():
+        return value.new_zeros(batch, queries, heads * channels)
+    output = value.new_empty(batch, queries, heads * channels)
+    where, reference = where.contiguous(), _within_32_bits(reference)
+    arguments = launch_arguments(value, spatial_shapes, weights, reference, Device.of(value.device), backward=False)
+    with torch.cuda.device_of(value):
+        forward_kernel[_grid(weights, arguments["BLOCK"])](
+            output,
+            value.contiguous(),
+            where,
+            weights.contiguous(),
+            where if reference is None else reference,
+            **arguments,
+        )
+    return output
+
+
+def _backward(
+    grad: Tensor,
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    where: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    known = where if reference is None else reference
+    if not weights.numel() or not value.numel():
+        zeros = [tensor.new_zeros(tensor.shape) for tensor in (value, where, weights, known)]
+        return zeros[0], zeros[1], zeros[2], zeros[3]
+    _check_deterministic()
+    reference = _within_32_bits(reference)
+    dtype, device = torch.float32, value.device
+    value_grad = torch.zeros(value.shape, dtype=dtype, device=device)
+    where_grad = torch.empty(where.shape, dtype=dtype, device=device)
+    weights_grad = torch.empty(weights.shape, dtype=dtype, device=device)
+    reference_grad = torch.zeros(known.shape if reference is not None else (0,), dtype=dtype, device=device)
+    arguments = launch_arguments(value, spatial_shapes, weights, reference, Device.of(value.device), backward=True)
+    with torch.cuda.device_of(value):
+        backward_kernel[_grid(weights, arguments["BLOCK"])](
+            value_grad,
+            where_grad,
+            weights_grad,
+            reference_grad,
+            grad.contiguous(),
+            value.contiguous(),
+            where.contiguous(),
+            weights.contiguous(),
+            known,
+            **arguments,
+        )
+    return (
+        value_grad.to(value.dtype),
+        where_grad.to(where.dtype),
+        weights_grad.to(weights.dtype),
+        reference_grad.to(known.dtype),
+    )
+
+
+def _grid(weights: Tensor, block: int) -> tuple[int, int, int]:
+    batch, queries, heads = weights.shape[:3]
+    return triton.cdiv(queries, block), heads, batch
+
+
+def _check_deterministic() -> None:
+    """Do as PyTorch's own operators do whose sums depend on the order in which threads arrive."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    message = (
+        "the backward pass of ms_deform_attn on a GPU does not have a deterministic implementation, but you set "
+        "'torch.use_deterministic_algorithms(True)'; use torch.use_deterministic_algorithms(True, warn_only=True) or, "
+        "for tensors on the CPU, backend 'cpu', which is deterministic"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=2)
