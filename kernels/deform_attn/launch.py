@@ -169,12 +169,12 @@ def _backward(
     weights: Tensor,
     reference: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    reference = _within_32_bits(reference)
     known = where if reference is None else reference
     if not weights.numel() or not value.numel():
         zeros = [tensor.new_zeros(tensor.shape) for tensor in (value, where, weights, known)]
         return zeros[0], zeros[1], zeros[2], zeros[3]
     _check_deterministic()
-    reference = _within_32_bits(reference)
     dtype, device = torch.float32, value.device
     value_grad = torch.zeros(value.shape, dtype=dtype, device=device)
     where_grad = torch.empty(where.shape, dtype=dtype, device=device)

@@ -65,6 +65,14 @@ def test_kernels_with_offsets_of_64_bits(variant: str, monkeypatch: pytest.Monke
     assert_right(make_case(variant, batch=1), "triton")
 
 
+@pytest.mark.parametrize("variant", ["points", "boxes"])
+def test_kernels_with_references_far_apart(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deform_attn.launch._WIDE", 0)  # as if offsets into the reference would overflow
+    case = make_case(variant, batch=1)
+    reference = case.tensors["reference_points"][:, :, :1].expand_as(case.tensors["reference_points"])
+    assert_right(case.replace(reference_points=reference), "triton")
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="takes 8 GiB, of which only a CPU needs to touch no more than is read")
 def test_kernels_reach_cells_beyond_32_bits() -> None:
     height, width, heads, channels = 2, 2**22, 4, 128  # a row is 2^31 elements
