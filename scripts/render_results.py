@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from instanceformer.data.annotations import read_youtube_vis
+from instanceformer.data.reading import read_annotations
 from instanceformer.evaluation.results import read_results
 from instanceformer.inference.film import film_results, select_tracks, select_video
 from instanceformer.inference.render import contact_sheet
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path, help="also write a picture of a few frames, a .png")
     options = parser.parse_args(arguments)
     try:
-        dataset = read_youtube_vis(options.annotations)
+        dataset = read_annotations(options.annotations)
         video = select_video(dataset, options.video_id, options.annotations)
         tracks = select_tracks(read_results(options.results), dataset, video, options.threshold)
         sheet = film_results(dataset, video, tracks, options.images, options.output, options.fps, options.threshold)

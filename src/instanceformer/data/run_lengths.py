@@ -15,6 +15,23 @@ from pycocotools import mask as mask_utils
 _MAX_DIGITS = 6  # of a run: 30 bits with the sign, of the 32 that pycocotools has
 
 
+class MaskError(ValueError):
+    """A mask that is of no known form or damaged.
+
+    Attributes:
+        where: its place in the track, ``segmentations[frame]`` and on.
+        message: what was expected and what was found.
+    """
+
+    def __init__(self, where: str, expected: str, found: str) -> None:
+        self.where, self.message = where, f"expected {expected}, found {found}"
+        super().__init__(f"{where}: {self.message}")
+
+
+class MaskSizeError(MaskError):
+    """A mask of another size than its video's."""
+
+
 def compress_masks(segmentations: Sequence[object], height: int, width: int) -> list[bytes | None]:
     """Bring the masks of one track to compressed counts.
 
@@ -28,18 +45,24 @@ def compress_masks(segmentations: Sequence[object], height: int, width: int) -> 
         For each frame the compressed counts; None where there is no mask, or one without counts or pixels.
 
     Raises:
-        ValueError: one is of no such form, of another size, or damaged: its runs do not fill height x width. The
-            message begins with its place, ``segmentations[frame]``.
+        MaskSizeError: one is of another size.
+        MaskError: one is of no such form, or damaged: its runs do not fill height x width. The message begins with its
+            place, ``segmentations[frame]``.
     """
-    masks = [_compress(mask, height, width, f"segmentations[{frame}]") for frame, mask in enumerate(segmentations)]
-    present = [(frame, counts) for frame, counts in enumerate(masks) if counts is not None]
-    areas = mask_areas([counts for _, counts in present], height * width)
-    for (frame, counts), area in zip(present, areas, strict=True):
+    masks: list[bytes | None] = []
+    texts: dict[int, bytes] = {}
+    for frame, segmentation in enumerate(segmentations):
+        counts = _compress(segmentation, height, width, f"segmentations[{frame}]")
+        if isinstance(counts, str):  # as the file has it, to be looked into
+            texts[frame] = counts.encode()
+        masks.append(None if isinstance(counts, str) else counts)
+    areas = mask_areas(list(texts.values()), height * width)
+    for (frame, text), area in zip(texts.items(), areas, strict=True):
         if area < 0:
             expected = f"run lengths of a mask of {height}x{width} pixels"
-            raise _error(f"segmentations[{frame}].counts", expected, f"a damaged string, {show(counts.decode())}")
-        if area == 0:
-            masks[frame] = None
+            raise MaskError(f"segmentations[{frame}].counts", expected, f"a damaged string, {show(text.decode())}")
+        if area > 0:
+            masks[frame] = text
     return masks
 
 
@@ -83,44 +106,53 @@ def mask_areas(masks: Sequence[bytes], pixels: int) -> list[int]:
 
 def show(value: object) -> str:
     """A value found in a JSON file, in at most 60 characters."""
-    text = "nothing" if value is None else json.dumps(value, default=str)
+    try:
+        text = "nothing" if value is None else json.dumps(value, default=str)
+    except RecursionError:
+        text = "lists in lists without end"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _compress(segmentation: object, height: int, width: int, where: str) -> bytes | None:
-    """Compressed counts of one mask, text as it stands; None where there is no mask."""
-    code: dict[str, Any]
+def _compress(segmentation: object, height: int, width: int, where: str) -> bytes | str | None:
+    """Compressed counts of one mask, as a string where the file has them; None where there is no mask."""
     if not segmentation and isinstance(segmentation, (list, dict, type(None))):
         return None
     if isinstance(segmentation, list):
-        for polygon in segmentation:
-            numbers = len(polygon) if isinstance(polygon, list) and all(map(_is_number, polygon)) else 0
-            if numbers < 6 or numbers % 2:
-                raise _error(where, "polygons [x1, y1, x2, y2, ...] of three points or more", show(polygon))
-        code = mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))
-        return bytes(code["counts"])
+        return _fill_polygons(segmentation, height, width, where)
     if not isinstance(segmentation, dict):
-        raise _error(where, "a run-length mask, a list of polygons or null", show(segmentation))
+        raise MaskError(where, "a run-length mask, a list of polygons or null", show(segmentation))
     counts = segmentation.get("counts")
     if counts in ("", []):
         return None
     size = segmentation.get("size")
     if size != [height, width]:
-        raise _error(f"{where}.size", f"[{height}, {width}], one [height, width] for a whole video", show(size))
+        expected = f"[{height}, {width}], one [height, width] for a whole video"
+        raise MaskSizeError(f"{where}.size", expected, show(size))
     if isinstance(counts, str) and counts.isascii():
-        return counts.encode()
-    if not isinstance(counts, list) or not all(isinstance(count, int) and count >= 0 for count in counts):
-        raise _error(f"{where}.counts", "a compressed string of ASCII or a list of run lengths", show(counts))
+        return counts
+    if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
+        raise MaskError(f"{where}.counts", "a compressed string of ASCII or a list of run lengths", show(counts))
     if sum(counts) != height * width:
         expected = f"{height} * {width} = {height * width}"
-        raise _error(f"{where}.counts", expected, f"runs of {sum(counts)} pixels in all")
-    code = mask_utils.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    return bytes(code["counts"])
+        raise MaskError(f"{where}.counts", expected, f"runs of {sum(counts)} pixels in all")
+    return _counts(mask_utils.frPyObjects({"size": [height, width], "counts": counts}, height, width))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _fill_polygons(polygons: list[Any], height: int, width: int, where: str) -> bytes | None:
+    """Compressed counts of the union of polygons; None where they have no pixel."""
+    margin = max(height, width)  # pycocotools walks along every edge: one to a far away place would take for ever
+    for polygon in polygons:
+        if (
+            not isinstance(polygon, list)
+            or len(polygon) < 6
+            or len(polygon) % 2
+            or not all(type(number) in (int, float) and -margin <= number <= 2 * margin for number in polygon)
+        ):
+            expected = "polygons [x1, y1, x2, y2, ...] of three points or more in or near the frame"
+            raise MaskError(where, expected, show(polygon))
+    return _counts(mask_utils.merge(mask_utils.frPyObjects(polygons, height, width)))
 
 
-def _error(where: str, expected: str, found: str) -> ValueError:
-    return ValueError(f"{where}: expected {expected}, found {found}")
+def _counts(code: dict[str, Any]) -> bytes | None:
+    """The counts of a mask that pycocotools made; None where it has no pixel."""
+    return bytes(code["counts"]) if mask_utils.area(code) else None

@@ -15,6 +15,7 @@ from instanceformer.data.synthetic.instances import make_distractor, make_instan
 from instanceformer.data.synthetic.motion import frame_times
 from instanceformer.data.synthetic.options import SPLITS, SyntheticOptions
 from instanceformer.data.synthetic.painting import draw, make_background
+from instanceformer.data.writing import track_fields
 
 JPEG_QUALITY = 92
 
@@ -56,7 +57,8 @@ def make_video(directory: Path, options: SyntheticOptions, split: str, index: in
             "category_id": options.shapes.index(sprite.shape) + 1,
             "iscrowd": 0,
             **size,
-            **{key: [] for key in ("segmentations", "bboxes", "areas", "occlusion")},
+            "segmentations": [],
+            "occlusion": [],
         }
         for sprite in instances
     ]
@@ -75,15 +77,14 @@ def make_video(directory: Path, options: SyntheticOptions, split: str, index: in
         Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{t:05d}.jpg", quality=JPEG_QUALITY)
 
         masks = run_length.encode((np.arange(len(instances))[:, None, None] == owner.T).view(np.uint8).T)
-        areas, boxes = run_length.area(masks), run_length.toBbox(masks)
+        areas = run_length.area(masks)
         shown[t], hidden[t] = (areas > 0).any(), (2 * areas < alone).any()
         for k, annotation in enumerate(annotations):
             visible = areas[k] > 0
-            mask = {"size": masks[k]["size"], "counts": masks[k]["counts"].decode("ascii")}
-            annotation["segmentations"].append(mask if visible else None)
-            annotation["bboxes"].append(boxes[k].astype(int).tolist() if visible else None)
-            annotation["areas"].append(int(areas[k]) if visible else None)
+            annotation["segmentations"].append(masks[k]["counts"] if visible else None)
             annotation["occlusion"].append(_occlusion_level(int(areas[k]), int(alone[k])) if visible else None)
+    for annotation in annotations:
+        annotation.update(track_fields(annotation["segmentations"], options.height, options.width))
 
     seen = [k for k, annotation in enumerate(annotations) if any(annotation["areas"])]
     files = [f"{name}/{t:05d}.jpg" for t in range(options.length)]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 
-from instanceformer.data.annotations import Category, VideoDataset, read_youtube_vis
+from instanceformer.data.annotations import Category, VideoDataset
+from instanceformer.data.reading import read_annotations
 
 
 def uncompressed(mask: np.ndarray) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def uncompressed(mask: np.ndarray) -> dict[str, Any]:
 
 def test_reads_videos_instances_and_masks(tiny_dataset: Callable[..., Any]) -> None:
     tiny = tiny_dataset(lengths=(6, 4), absent=[(0, 1, 2)])
-    dataset = read_youtube_vis(tiny.annotations)
+    dataset = read_annotations(tiny.annotations)
 
     assert [video.length for video in dataset.videos] == [6, 4]
     first = dataset.videos[0]
@@ -36,7 +37,7 @@ def test_reads_videos_instances_and_masks(tiny_dataset: Callable[..., Any]) -> N
 
 
 def test_class_indices_follow_ascending_category_ids(tiny_dataset: Callable[..., Any]) -> None:
-    dataset = read_youtube_vis(tiny_dataset().annotations)  # the file has 7 before 3
+    dataset = read_annotations(tiny_dataset().annotations)  # the file has 7 before 3
     assert dataset.categories == (Category(3, "three"), Category(7, "seven"))
     assert [dataset.class_of(3), dataset.class_of(7)] == [0, 1]
     assert [dataset.category_of(0), dataset.category_of(1)] == [3, 7]
@@ -64,7 +65,7 @@ def test_all_forms_of_a_mask_are_the_same(tiny_dataset: Callable[..., Any], form
                 video["height"], video["width"] = 24.0, 40.0
             for segmentation in record["segmentations"]:
                 segmentation["size"] = [24.0, 40.0]
-    video = read_youtube_vis(tiny.write()).videos[0]
+    video = read_annotations(tiny.write()).videos[0]
     assert np.array_equal(video.decode_masks(video.instances, range(3))[:, 0].numpy(), tiny.masks[1])
 
 
@@ -83,7 +84,7 @@ def test_all_forms_of_a_mask_are_the_same(tiny_dataset: Callable[..., Any], form
 def test_every_empty_segmentation_means_not_visible(tiny_dataset: Callable[..., Any], empty: Any) -> None:
     tiny = tiny_dataset()
     tiny.content["annotations"][0]["segmentations"][1] = empty
-    video = read_youtube_vis(tiny.write()).videos[0]
+    video = read_annotations(tiny.write()).videos[0]
     assert video.instances[0].segmentations[1] is None
     assert not video.decode_masks(video.instances[:1], [1]).any()
     assert video.decode_masks(video.instances[:1], [0]).any()
@@ -91,29 +92,47 @@ def test_every_empty_segmentation_means_not_visible(tiny_dataset: Callable[..., 
 
 def test_lengths_are_ignored_and_missing_fields_have_their_defaults(tiny_dataset: Callable[..., Any]) -> None:
     tiny = tiny_dataset()
-    expected = read_youtube_vis(tiny.annotations)
+    expected = read_annotations(tiny.annotations)
     for record in tiny.content["annotations"]:
         record["length"] = 1  # as in OVIS
         del record["iscrowd"]
     for record in tiny.content["videos"]:
         del record["length"]
-    assert read_youtube_vis(tiny.write()) == expected
+    assert read_annotations(tiny.write()) == expected
+
+
+def test_a_video_may_only_say_how_many_frames_it_has(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(6, 4))
+    for record in tiny.content["videos"]:
+        del record["file_names"]
+    assert [(video.length, video.file_names) for video in read_annotations(tiny.write()).videos] == [(6, ()), (4, ())]
+
+
+def test_areas_and_occlusion_are_kept(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(3,), instances=2)
+    first, second = tiny.content["annotations"]
+    first["areas"], first["bboxes"] = [8.5, None, 6], [[0, 0, 4.25, 2], None, [1, 1, 2, 3]]
+    first["occlusion"] = ["no_occlusion", None, "severe_occlusion"]
+    second["areas"], second["bboxes"] = [8, 8, 9], [[0, 0, 4, 2]] * 3
+    one, two = read_annotations(tiny.write()).videos[0].instances
+    assert (one.areas, one.has_box_areas, two.has_box_areas) == ((8.5, 0.0, 6.0), True, False)
+    assert (one.occlusion, two.occlusion) == (("no_occlusion", None, "severe_occlusion"), None)
 
 
 def test_crowds_are_marked(tiny_dataset: Callable[..., Any]) -> None:
     tiny = tiny_dataset()
     tiny.content["annotations"][1]["iscrowd"] = 1
-    assert [i.is_crowd for i in read_youtube_vis(tiny.write()).videos[0].instances] == [False, True]
+    assert [i.is_crowd for i in read_annotations(tiny.write()).videos[0].instances] == [False, True]
 
 
 @pytest.mark.parametrize("annotations", ["missing", None, []])
 def test_file_without_annotations(tiny_dataset: Callable[..., Any], annotations: Any) -> None:
     tiny = tiny_dataset()
-    assert read_youtube_vis(tiny.annotations).is_annotated
+    assert read_annotations(tiny.annotations).is_annotated
     tiny.content["annotations"] = annotations
     if annotations == "missing":
         del tiny.content["annotations"]
-    dataset = read_youtube_vis(tiny.write())
+    dataset = read_annotations(tiny.write())
     assert len(dataset.videos) == 2
     assert not dataset.is_annotated
 
@@ -133,7 +152,7 @@ def set_value(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
         (set_value("videos", value=[]), r"videos: expected a list .* found \[\]"),
         (set_value("categories", value=None), r"categories: expected a list .* found nothing"),
         (set_value("annotations", value=[1]), r"annotations: expected a list of objects"),
-        (set_value("videos", 1, "file_names", value=None), r"videos\[1\]\.file_names: expected .*`images`"),
+        (set_value("videos", 1, "file_names", value=[]), r"videos\[1\]\.file_names: expected .*`images`"),
         (set_value("videos", 1, "height", value=24.5), r"videos\[1\]\.height: expected a whole number, found 24\.5"),
         (set_value("videos", 0, "width", value=0), r"videos\[0\]: expected positive sizes .* width 0"),
         (set_value("videos", 1, "id", value=1), r"videos\[1\]\.id: expected an id of its own, found 1, .*videos\[0\]"),
@@ -148,7 +167,7 @@ def set_value(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
         (set_value("annotations", 2, "category_id", value=1), r"annotations\[2\]\.category_id: .* categories, found 1"),
         (
             set_value("annotations", 2, "segmentations", value=[None]),
-            r"annotations\[2\]\.segmentations: expected 4, .*1 e",
+            r"annotations\[2\]\.segmentations: expected 4 entries, .* found 1",
         ),
         (
             set_value("annotations", 2, "segmentations", 1, "size", value=[40, 24]),
@@ -164,6 +183,18 @@ def set_value(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
         ),
         (set_value("annotations", 2, "segmentations", 1, value=[[1, 2, 3]]), r"segmentations\[1\]: expected polygons"),
         (
+            set_value("annotations", 2, "areas", value=[1, 2]),
+            r"annotations\[2\]\.areas: expected 4 entries, .* found 2",
+        ),
+        (set_value("annotations", 2, "areas", value=[1, 2, 3, -4]), r"annotations\[2\]\.areas: expected an area"),
+        (set_value("annotations", 2, "occlusion", value=[1] * 4), r"annotations\[2\]\.occlusion: expected a string"),
+        (set_value("annotations", 2, "iscrowd", value="yes"), r"annotations\[2\]\.iscrowd: expected 0 or 1"),
+        (set_value("videos", 1, "height", value=2**30), r"videos\[1\]: expected .* 536870911 pixels at most"),
+        (
+            set_value("annotations", 2, "segmentations", 1, value=[[0, 0, 9, 0, 1e9, 9]]),
+            r"segmentations\[1\]: expected polygons .* in or near the frame",
+        ),
+        (
             set_value("annotations", 2, "segmentations", 1, value="abc"),
             r"segmentations\[1\]: .*run-length.*found \"abc\"",
         ),
@@ -176,7 +207,7 @@ def test_errors_name_file_place_expected_and_found(
     change(tiny.content)
     path = tiny.write()
     with pytest.raises(ValueError, match=message) as error:
-        read_youtube_vis(path)
+        read_annotations(path)
     assert str(path) in str(error.value)
 
 
@@ -188,25 +219,25 @@ def test_damaged_run_lengths_are_refused_and_placed(tiny_dataset: Callable[..., 
     with pytest.raises(
         ValueError, match=r"annotations\[1\]\.segmentations\[3\]\.counts: .*24x40.* a damaged str"
     ) as error:
-        read_youtube_vis(path)
+        read_annotations(path)
     assert str(path) in str(error.value)
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.json: no such annotation file"):
-        read_youtube_vis(tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match=r"none\.json: no such file"):
+        read_annotations(tmp_path / "none.json")
     (tmp_path / "cut.json").write_text('{"videos": [')
     with pytest.raises(ValueError, match=r"cut\.json: not valid JSON"):
-        read_youtube_vis(tmp_path / "cut.json")
+        read_annotations(tmp_path / "cut.json")
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ValueError, match=r"list\.json: categories: expected"):
-        read_youtube_vis(tmp_path / "list.json")
+        read_annotations(tmp_path / "list.json")
 
 
 @pytest.mark.parametrize("name", ["train", "valid"])
 def test_davis_masks_have_the_size_and_area_of_the_file(shared: Path, name: str) -> None:
     path = shared / "real" / "davis-mini" / f"{name}.json"
-    dataset = read_youtube_vis(path)
+    dataset = read_annotations(path)
     areas = {record["id"]: record["areas"] for record in json.loads(path.read_text())["annotations"]}
     assert len(dataset.videos) == 13
     assert dataset.num_classes == 7
@@ -218,9 +249,9 @@ def test_davis_masks_have_the_size_and_area_of_the_file(shared: Path, name: str)
 
 
 def test_genuine_excerpts(shared: Path) -> None:
-    dataset = read_youtube_vis(shared / "real" / "formats" / "ovis_85aa3b0e_3frames.json")
+    dataset = read_annotations(shared / "real" / "formats" / "ovis_85aa3b0e_3frames.json")
     (video,) = dataset.videos
     assert (video.length, video.height, video.width, len(video.instances)) == (3, 886, 1920, 10)
     assert dataset.num_classes == 25
     with pytest.raises(ValueError, match=r"videos\[0\]\.file_names: .*`images`"):
-        read_youtube_vis(shared / "real" / "formats" / "ytvis2019_0043f083b5_1frame_cocovid.json")
+        read_annotations(shared / "real" / "formats" / "ytvis2019_0043f083b5_1frame_cocovid.json")

@@ -1,0 +1,66 @@
+"""COCO's categories under the names that video datasets have for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from instanceformer.data.annotations import Category, VideoDataset
+
+# The names to look for in place of COCO's own; the first that the target has counts. Names are compared whole: a teddy
+# bear is no bear. What is only similar keeps its own name and is dropped where the target lacks that: a bicycle is no
+# motorbike, skis are no snowboard, and birds cannot be told into the owls and eagles of YouTube-VIS 2019.
+KNOWN_AS: dict[str, tuple[str, ...]] = {
+    "bus": ("bus", "vehical", "vehicle"),  # OVIS spells it Vehical
+    "car": ("car", "sedan", "vehical", "vehicle"),
+    "frisbee": ("frisbee", "flying_disc"),
+    "motorcycle": ("motorcycle", "motorbike"),
+    "mouse": (),  # a computer's; in YouTube-VIS an animal
+    "truck": ("truck", "vehical", "vehicle"),
+}
+
+
+def map_categories(source: VideoDataset, target: Sequence[Category]) -> VideoDataset:
+    """Express a dataset in the categories of another one, by name.
+
+    Case, underscores and spaces do not matter. Instances of categories that the target lacks are dropped, and with them
+    the videos that have no other; videos without any instance stay. Crowds keep their category like other instances.
+
+    Args:
+        source: has COCO's categories, or some of them.
+        target: categories to end up with, in ascending order of id.
+
+    Returns:
+        The dataset with the target's categories.
+
+    Raises:
+        ValueError: the target has none of the source's categories.
+    """
+    ids = {_key(category.name): category.id for category in target}
+    known_as = {_key(name): names for name, names in KNOWN_AS.items()}
+    mapping: dict[int, int] = {}
+    for category in source.categories:
+        names = known_as.get(_key(category.name), (category.name,))
+        found = next((ids[_key(name)] for name in names if _key(name) in ids), None)
+        if found is not None:
+            mapping[category.id] = found
+    if not mapping:
+        raise ValueError(
+            f"no category can be mapped by its name: found {', '.join(c.name for c in source.categories)}; expected "
+            f"names that lead to {', '.join(c.name for c in target)}; add synonyms to KNOWN_AS in {__name__}"
+        )
+
+    videos = []
+    for video in source.videos:
+        instances = tuple(
+            replace(instance, category_id=mapping[instance.category_id])
+            for instance in video.instances
+            if instance.category_id in mapping
+        )
+        if instances or not video.instances:
+            videos.append(replace(video, instances=instances))
+    return replace(source, categories=tuple(target), videos=tuple(videos))
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("_", "").replace(" ", "")

@@ -1,0 +1,210 @@
+"""YouTube-VIS 2019, 2021 and 2022, OVIS and COCO as their official archives have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from instanceformer.data.annotations import Category
+
+DatasetName = Literal["ytvis19", "ytvis21", "ytvis22", "ovis", "coco"]
+CatalogSplit = Literal["train", "valid", "test"]
+
+
+@dataclass(frozen=True)
+class SplitEntry:
+    """One split of a dataset. Archives are unpacked in different ways, so the first place that exists counts.
+
+    Attributes:
+        annotations: where the annotation file may lie, relative to the root of all datasets.
+        images: where the folder that the file names of frames refer to may lie, relative to the same root.
+        annotated: whether the official file has annotations; where not, only the evaluation server has them.
+        videos: number of videos (of images in COCO), None where it is not known for sure.
+        instances: number of annotations, crowds included, None where it is not known for sure.
+        long_annotations: where the ground truth of the long videos alone may lie, relative to the same root; empty for
+            a split that is measured as a whole. The number of frames does not tell long videos from short ones, since
+            the long ones are sampled at a lower rate: the official evaluation tells them by this file, and the short
+            ones, the videos of YouTube-VIS 2021, by a ``gt_short.json`` beside it.
+    """
+
+    annotations: tuple[str, ...]
+    images: tuple[str, ...]
+    annotated: bool
+    videos: int | None = None
+    instances: int | None = None
+    long_annotations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """A dataset.
+
+    Attributes:
+        name: its key in the catalogue and the name of its folder.
+        homepage: where to get it.
+        categories: with the official ids and spellings, in ascending order of id.
+        splits: by name.
+    """
+
+    name: DatasetName
+    homepage: str
+    categories: tuple[Category, ...]
+    splits: Mapping[CatalogSplit, SplitEntry]
+
+
+def locate(root: Path, name: DatasetName, split: CatalogSplit) -> tuple[Path, Path]:
+    """Find a split of a dataset of the catalogue.
+
+    Args:
+        root: folder with one folder for each dataset, such as ``root/ovis``.
+        name: the dataset.
+        split: the split.
+
+    Returns:
+        The annotation file and the folder of images, both of which exist.
+
+    Raises:
+        FileNotFoundError: one or both are not there; the message lists the places that were looked at.
+    """
+    dataset = CATALOG[name]
+    entry = dataset.splits[split]
+    annotations = next((root / place for place in entry.annotations if (root / place).is_file()), None)
+    images = next((root / place for place in entry.images if (root / place).is_dir()), None)
+    if annotations is not None and images is not None:
+        return annotations, images
+    missing = []
+    if annotations is None:
+        missing.append(f"no annotation file, looked for {' or '.join(entry.annotations)}")
+    if images is None:
+        missing.append(f"no folder of images, looked for {' or '.join(entry.images)}")
+    raise FileNotFoundError(
+        f"{name}, split {split}: under data.root = {root} there is {' and '.join(missing)}. Unpack the dataset "
+        f"({dataset.homepage}) so that one of these exists, correct data.root, or give annotations and images as paths"
+    )
+
+
+def _youtube_vis(
+    folders: tuple[str, ...], split: CatalogSplit, videos: int, long_annotations: tuple[str, ...] = ()
+) -> SplitEntry:
+    """A split of YouTube-VIS; copies of the 2019 version often call the validation split ``val``."""
+    alias = "val" if split == "valid" else split
+    files = (f"{split}.json", f"{split}/instances.json", f"annotations/instances_{alias}_sub.json")
+    return SplitEntry(
+        annotations=tuple(f"{folder}/{file}" for folder in folders for file in files),
+        images=tuple(f"{folder}/{part}/JPEGImages" for folder in folders for part in dict.fromkeys((split, alias))),
+        annotated=split == "train",
+        videos=videos,
+        long_annotations=long_annotations,
+    )
+
+
+def _ovis(split: CatalogSplit, videos: int) -> SplitEntry:
+    file = f"annotations_{split}.json"
+    return SplitEntry(
+        annotations=(f"ovis/{file}", f"ovis/annotations/{file}", f"ovis/{split}.json"),
+        images=(f"ovis/{split}/JPEGImages", f"ovis/{split}"),  # in this order, since where one exists both do
+        annotated=split == "train",
+        videos=videos,
+    )
+
+
+def _coco(part: str, file: str, images: int, instances: int | None) -> SplitEntry:
+    return SplitEntry(
+        annotations=(f"coco/annotations/{file}",),
+        images=(f"coco/{part}", f"coco/images/{part}"),
+        annotated=instances is not None,
+        videos=images,
+        instances=instances,
+    )
+
+
+def _numbered(names: str) -> tuple[Category, ...]:
+    """Categories numbered from 1, of names between commas."""
+    return tuple(Category(id_, name) for id_, name in enumerate(names.split(", "), start=1))
+
+
+_YTVIS19 = _numbered(
+    "person, giant_panda, lizard, parrot, skateboard, sedan, ape, dog, snake, monkey, hand, rabbit, duck, cat, cow, "
+    "fish, train, horse, turtle, bear, motorbike, giraffe, leopard, fox, deer, owl, surfboard, airplane, truck, zebra, "
+    "tiger, elephant, snowboard, boat, shark, mouse, frog, eagle, earless_seal, tennis_racket"
+)
+_YTVIS21 = _numbered(
+    "airplane, bear, bird, boat, car, cat, cow, deer, dog, duck, earless_seal, elephant, fish, flying_disc, fox, frog, "
+    "giant_panda, giraffe, horse, leopard, lizard, monkey, motorbike, mouse, parrot, person, rabbit, shark, "
+    "skateboard, snake, snowboard, squirrel, surfboard, tennis_racket, tiger, train, truck, turtle, whale, zebra"
+)
+_OVIS = _numbered(
+    "Person, Bird, Cat, Dog, Horse, Sheep, Cow, Elephant, Bear, Zebra, Giraffe, Poultry, Giant_panda, Lizard, Parrot, "
+    "Monkey, Rabbit, Tiger, Fish, Turtle, Bicycle, Motorcycle, Airplane, Boat, Vehical"
+)
+_COCO = tuple(  # ids up to 90, of which ten were never used
+    category
+    for category in _numbered(
+        "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, -, "
+        "stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, -, "
+        "backpack, umbrella, -, -, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, "
+        "baseball glove, skateboard, surfboard, tennis racket, bottle, -, wine glass, cup, fork, knife, spoon, bowl, "
+        "banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, "
+        "bed, -, dining table, -, -, toilet, -, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, "
+        "toaster, sink, refrigerator, -, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
+    )
+    if category.name != "-"
+)
+
+_YOUTUBE_VIS_PAGE = "https://youtube-vos.org/dataset/vis/"
+
+CATALOG: Mapping[DatasetName, DatasetEntry] = {
+    "ytvis19": DatasetEntry(
+        name="ytvis19",
+        homepage=_YOUTUBE_VIS_PAGE,
+        categories=_YTVIS19,
+        splits={
+            "train": _youtube_vis(("ytvis19",), "train", videos=2238),
+            "valid": _youtube_vis(("ytvis19",), "valid", videos=302),
+            "test": _youtube_vis(("ytvis19",), "test", videos=343),
+        },
+    ),
+    "ytvis21": DatasetEntry(
+        name="ytvis21",
+        homepage=_YOUTUBE_VIS_PAGE,
+        categories=_YTVIS21,
+        splits={
+            "train": _youtube_vis(("ytvis21",), "train", videos=2985),
+            "valid": _youtube_vis(("ytvis21",), "valid", videos=421),
+            "test": _youtube_vis(("ytvis21",), "test", videos=453),
+        },
+    ),
+    "ytvis22": DatasetEntry(
+        name="ytvis22",
+        homepage=_YOUTUBE_VIS_PAGE,
+        categories=_YTVIS21,
+        splits={
+            "train": _youtube_vis(("ytvis22", "ytvis21"), "train", videos=2985),  # the videos of 2021
+            "valid": _youtube_vis(
+                ("ytvis22",),
+                "valid",
+                videos=421 + 71,  # those of 2021, and the long ones
+                long_annotations=("ytvis22/gt_long.json", "ytvis22/annotations/gt_long.json"),
+            ),
+            "test": _youtube_vis(("ytvis22",), "test", videos=453 + 89),
+        },
+    ),
+    "ovis": DatasetEntry(
+        name="ovis",
+        homepage="https://songbai.site/ovis/",
+        categories=_OVIS,
+        splits={"train": _ovis("train", 607), "valid": _ovis("valid", 140), "test": _ovis("test", 154)},
+    ),
+    "coco": DatasetEntry(
+        name="coco",
+        homepage="https://cocodataset.org/#download",
+        categories=_COCO,
+        splits={
+            "train": _coco("train2017", "instances_train2017.json", images=118287, instances=860001),
+            "valid": _coco("val2017", "instances_val2017.json", images=5000, instances=36781),
+            "test": _coco("test2017", "image_info_test2017.json", images=40670, instances=None),
+        },
+    ),
+}

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from instanceformer.data.annotations import Instance, Video, VideoDataset
+from instanceformer.data.importers.frames import Frames, compress, find_frames, find_labels, read_labels, subfolders
+from instanceformer.data.importers.identities import with_unique_ids
+from instanceformer.data.importers.names import InstanceNames
+
+
+def import_binary_masks(source: Path, images: Path, names: Path | None = None) -> VideoDataset:
+    """Read binary masks, one PNG for each instance and frame, in the layout of SA-V and of SAM 2's own output.
+
+    ``source/<video>/<instance>/<frame>.png`` is an image of zeros and one other value, ``<instance>`` a number. Masks
+    may overlap. Frames are the images of ``images/<video>``, in order of the numbers in their names; where one has no
+    mask, or an empty one, the instance is not visible; an instance that never is is left out. Ids of instances are
+    their numbers, see ``with_unique_ids`` where videos share them.
+
+    Args:
+        source: folder of the videos' masks.
+        images: folder of the videos' frames.
+        names: JSON file of the instances' categories, see ``InstanceNames``.
+
+    Raises:
+        FileNotFoundError: a folder or file is missing.
+        ValueError: a mask cannot be read, is not binary, of another size than its video or without a frame; a folder is
+            not named by a number, or two by the same; an instance has no name.
+    """
+    categories = InstanceNames(names)
+    videos = []
+    for number, folder in enumerate(subfolders(source, "video"), 1):
+        frames = find_frames(images, folder.name)
+        instances: dict[int, Instance] = {}
+        found: dict[int, Path] = {}
+        for path in subfolders(folder, "instance"):
+            if not path.name.isdecimal():
+                raise ValueError(f"{path}: expected a folder for each instance, named by its number")
+            id_ = int(path.name)
+            if id_ in found:
+                raise ValueError(f"{path}: expected a number of its own, found {found[id_].name} too")
+            found[id_] = path
+            masks = _masks(path, frames)
+            if any(masks):
+                instances[id_] = Instance(id_, categories.category_id(folder.name, id_), False, masks)
+        videos.append(
+            Video(number, frames.height, frames.width, frames.file_names, len(frames), tuple(instances.values()))
+        )
+    return VideoDataset(categories.categories, with_unique_ids(videos))
+
+
+def _masks(folder: Path, frames: Frames) -> tuple[bytes | None, ...]:
+    """For each frame the compressed mask, None where there is none."""
+    masks: list[bytes | None] = []
+    for path in find_labels(folder, frames):
+        if path is None:
+            masks.append(None)
+            continue
+        labels = read_labels(path, frames, ("1", "L", "P"))
+        values = np.flatnonzero(np.bincount(labels.ravel()))
+        if len(values[values > 0]) > 1:
+            raise ValueError(
+                f"{path}: expected zeros and one other value, found {len(values)} values up to {values[-1]}"
+            )
+        masks.append(compress(labels != 0))
+    return tuple(masks)

@@ -1,0 +1,167 @@
+"""Videos labelled frame by frame in COCO's JSON: CocoVID files and the exports of labelling tools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from instanceformer.data.annotations import Instance, Video, VideoDataset
+from instanceformer.data.importers.frames import natural_order
+from instanceformer.data.importers.identities import with_unique_ids
+from instanceformer.data.records import Records, load_json
+from instanceformer.data.run_lengths import show
+
+
+def import_cocovid(source: Path) -> VideoDataset:
+    """Read a COCO file whose images are the frames of videos and whose annotations say which instance they show.
+
+    Videos are the file's ``videos``, to which its images belong by ``video_id`` in order of ``frame_id``. In a file
+    without ``videos`` they are the folders of the images' file names, numbered from 1, in order of the numbers in
+    these names. Sizes are those of the images, or of their video where they have none.
+
+    An instance is what has one ``instance_id``, ``track_id`` or ``attributes.track_id`` (CVAT) in one video; this is
+    its id, see ``with_unique_ids`` where videos share them. Masks are polygons or run lengths, compressed or not.
+    Frames without annotation of it, and annotations without a pixel, are frames in which it is not visible; an
+    instance that never is is left out. ``iscrowd`` is read except where the identity is ``attributes.track_id``: CVAT
+    sets it on all that was drawn with a brush.
+
+    Args:
+        source: the JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not in the format; an annotation has no identity, or a box only; an instance changes
+            its category or is in a frame twice; the sizes of a video's images differ; a video has no image. The
+            message says where, what was expected and what was found.
+    """
+    records = _CocoVid(str(source))
+    with records.tolerate():
+        return records.dataset(load_json(source))
+
+
+@dataclass(frozen=True)
+class _Image:
+    where: str
+    id: int
+    file_name: str
+    size: tuple[int, int]
+    position: int | tuple[Any, ...]  # in its video: anything that sorts
+
+
+@dataclass(frozen=True)
+class _Track:
+    where: str  # of its first annotation
+    category_id: int
+    is_crowd: bool
+    frames: dict[int, tuple[str, bytes | None]]  # of each annotated frame the place and the mask
+
+
+class _CocoVid(Records):
+    def dataset(self, root: object) -> VideoDataset:
+        categories = self.categories(root)
+        category_ids = {category.id for category in categories}
+        has_videos = isinstance(root, dict) and "videos" in root
+        images = dict(self.images_of_videos(root) if has_videos else self.images_of_folders(root))
+        frame_of = {image.id: (video, t) for video, found in images.items() for t, image in enumerate(found)}
+        tracks: dict[int, dict[int, _Track]] = {video: {} for video in images}
+        for where, record in self.objects(root, "annotations", optional=True):
+            video, t = frame_of[self.known_id(record, "image_id", where, frame_of, "images")]
+            if has_videos and "video_id" in record and self.integer(record, "video_id", where) != video:
+                self.fail(f"{where}.video_id", f"{video}, the video of its image", show(record["video_id"]))
+            identity, is_crowd = self.identity(record, where)
+            category_id = self.known_id(record, "category_id", where, category_ids, "categories")
+            track = tracks[video].setdefault(identity, _Track(where, category_id, is_crowd, {}))
+            if (category_id, is_crowd) != (track.category_id, track.is_crowd):
+                expected = f"category {track.category_id} and iscrowd {track.is_crowd:d} of instance {identity}"
+                found = f"category {category_id} and iscrowd {is_crowd:d}"
+                self.fail(where, f"{expected}, as in {track.where}", found)
+            if t in track.frames:
+                expected = f"one annotation of instance {identity} in image {record['image_id']}"
+                self.fail(where, expected, f"{track.frames[t][0]} too", "duplicate id")
+            track.frames[t] = (where, self.mask_of_size(record, images[video][t].size, where))
+        return VideoDataset(categories, with_unique_ids([_video(v, images[v], tracks[v]) for v in images]))
+
+    def images_of_videos(self, root: object) -> Iterator[tuple[int, list[_Image]]]:
+        """Each video's id and images in order, by the file's own ``videos``."""
+        places: dict[int, str] = {}
+        videos = {self.new_id(record, where, places): record for where, record in self.objects(root, "videos")}
+        images: dict[int, list[_Image]] = {id_: [] for id_ in videos}
+        image_places: dict[int, str] = {}
+        for where, record in self.objects(root, "images"):
+            id_ = self.known_id(record, "video_id", where, videos, "videos")
+            frame = self.integer(record, "frame_id", where)
+            size = self.size(record if "height" in record else videos[id_], where)
+            images[id_].append(self.image(record, where, image_places, size, frame))
+        for id_, found in images.items():
+            if not found:
+                self.fail(places[id_], "an image or more of this video_id", "none")
+            yield id_, self.in_order(found)
+
+    def images_of_folders(self, root: object) -> Iterator[tuple[int, list[_Image]]]:
+        """Each video's number and images in order, a folder a video."""
+        folders: dict[str, list[_Image]] = {}
+        places: dict[int, str] = {}
+        for where, record in self.objects(root, "images"):
+            path = PurePosixPath(self.text(record, "file_name", where))
+            image = self.image(record, where, places, self.size(record, where), natural_order(path.name))
+            folders.setdefault(str(path.parent), []).append(image)
+        for number, folder in enumerate(sorted(folders, key=natural_order), 1):
+            yield number, self.in_order(folders[folder])
+
+    def image(
+        self,
+        record: dict[str, Any],
+        where: str,
+        places: dict[int, str],
+        size: tuple[int, int],
+        position: int | tuple[Any, ...],
+    ) -> _Image:
+        return _Image(where, self.new_id(record, where, places), self.text(record, "file_name", where), size, position)
+
+    def in_order(self, images: list[_Image]) -> list[_Image]:
+        """One video's images in order, with places of their own and the size of the first."""
+        images = sorted(images, key=lambda image: image.position)
+        for before, image in pairwise(images):
+            if image.position == before.position:
+                self.fail(image.where, "a frame of its own in its video", f"that of {before.where} too", "duplicate id")
+            if image.size != before.size:
+                (height, width), (other_height, other_width) = before.size, image.size
+                expected = f"{height}x{width} pixels, as {before.where} of the same video"
+                self.fail(image.where, expected, f"{other_height}x{other_width}")
+        return images
+
+    def identity(self, record: dict[str, Any], where: str) -> tuple[int, bool]:
+        """Which instance of its video an annotation shows, and whether that is a crowd."""
+        attributes = record.get("attributes")
+        if isinstance(attributes, dict) and "track_id" in attributes:
+            owner, key, place = attributes, "track_id", f"{where}.attributes"
+            is_crowd = False
+        else:
+            owner, key, place = record, "instance_id" if "instance_id" in record else "track_id", where
+            is_crowd = self.flag(record, "iscrowd", where)
+        if key not in owner:
+            expected = "instance_id, track_id or attributes.track_id, the same in all frames of one object"
+            self.fail(where, expected, "none of them (label tracks, not single shapes)")
+        identity = self.integer(owner, key, place)
+        if identity < 0:
+            self.fail(f"{place}.{key}", "zero or more", str(identity))
+        return identity, is_crowd
+
+    def mask_of_size(self, record: dict[str, Any], size: tuple[int, int], where: str) -> bytes | None:
+        """The compressed mask of an annotation, None if it has no pixel."""
+        segmentation, box = record.get("segmentation"), record.get("bbox")
+        if not segmentation and isinstance(box, list) and any(box[2:]):
+            self.fail(f"{where}.segmentation", "polygons or run lengths", f"{show(segmentation)}, but a box")
+        return self.mask(record, *size, where)
+
+
+def _video(id_: int, images: list[_Image], tracks: dict[int, _Track]) -> Video:
+    instances = []
+    for identity, track in sorted(tracks.items()):
+        masks = tuple(track.frames[t][1] if t in track.frames else None for t in range(len(images)))
+        if any(masks):
+            instances.append(Instance(identity, track.category_id, track.is_crowd, masks))
+    return Video(id_, *images[0].size, tuple(image.file_name for image in images), len(images), tuple(instances))

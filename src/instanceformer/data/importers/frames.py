@@ -1,0 +1,158 @@
+"""The images of a video in their folder, and the PNGs that label them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as mask_utils
+
+_FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The frames of one video.
+
+    Attributes:
+        names: in order, without suffix; a frame's label has the same.
+        file_names: relative to the folder of all videos' images.
+        height: of every frame, in pixels.
+        width: of every frame, in pixels.
+    """
+
+    names: tuple[str, ...]
+    file_names: tuple[str, ...]
+    height: int
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def natural_order(name: str) -> tuple[Any, ...]:
+    """Key that sorts names by the numbers in them: frame2 before frame10."""
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name)))
+
+
+def subfolders(folder: Path, meaning: str) -> list[Path]:
+    """The folders in a folder, in natural order; hidden ones are passed over.
+
+    Args:
+        folder: to look in.
+        meaning: what each of them stands for, for messages.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it has no folder in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; expected one with a folder for each {meaning}")
+    found = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    if not found:
+        raise ValueError(f"{folder}: expected a folder for each {meaning}, found none")
+    return sorted(found, key=lambda path: natural_order(path.name))
+
+
+def find_frames(images: Path, video: str) -> Frames:
+    """Find the frames of a video, in natural order of their names.
+
+    Args:
+        images: folder of all videos' images.
+        video: name of the video's folder in it.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: there is no image in it, one cannot be read, or their sizes differ.
+    """
+    files = _files(images / video, _FRAME_SUFFIXES)
+    first, size = next(iter(files.values())), None
+    for path in files.values():
+        found = _size(path)
+        if size is not None and found != size:
+            raise ValueError(f"{path}: expected {_show(size)} pixels, the size of {first.name}, found {_show(found)}")
+        size = found
+    assert size is not None  # _files() finds one or more
+    return Frames(tuple(files), tuple(f"{video}/{path.name}" for path in files.values()), *size)
+
+
+def find_labels(folder: Path, frames: Frames) -> list[Path | None]:
+    """Find the label image of each frame, the PNG of the same name; None where there is none.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: there is no PNG in it, or one for which there is no frame.
+    """
+    files = _files(folder, (".png",))
+    for name in files.keys() - set(frames.names):
+        images = Path(frames.file_names[0]).parent
+        raise ValueError(f"{files[name]}: expected a frame of the name {name} in the images of {images}, found none")
+    return [files.get(name) for name in frames.names]
+
+
+def read_labels(path: Path, frames: Frames, modes: Sequence[str]) -> NDArray[Any]:
+    """Read a label image.
+
+    Args:
+        path: of a PNG.
+        frames: whose size it must have.
+        modes: the kinds of image that are allowed, as Pillow names them.
+
+    Returns:
+        (height, width) integers or booleans, palette indices where there is a palette.
+
+    Raises:
+        ValueError: it cannot be read, or is of another kind or size.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            mode, labels = image.mode, np.asarray(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as a PNG ({error}); is the file complete?") from error
+    if mode not in modes:
+        raise ValueError(f"{path}: expected a PNG of mode {' or '.join(modes)} (as Pillow names them), found {mode}")
+    if labels.shape != (frames.height, frames.width):
+        expected = (
+            f"{_show((frames.height, frames.width))} pixels, as the frames of {Path(frames.file_names[0]).parent}"
+        )
+        raise ValueError(f"{path}: expected {expected} have, found {_show(labels.shape)}")
+    return labels
+
+
+def compress(mask: NDArray[np.bool_]) -> bytes | None:
+    """Compressed run-length counts of a (height, width) mask; None if it is empty."""
+    return bytes(mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"]) if mask.any() else None
+
+
+def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """The folder's files of these kinds by name without suffix, in natural order; hidden ones are passed over."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; expected the {' or '.join(suffixes)} files of a video")
+    found = [path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+    if not found:
+        raise ValueError(f"{folder}: expected {' or '.join(suffixes)} files, one for each frame, found none")
+    files: dict[str, Path] = {}
+    for path in sorted(found, key=lambda path: natural_order(path.name)):
+        if path.stem in files:
+            raise ValueError(f"{path}: expected one file for each frame, found {files[path.stem].name} too")
+        files[path.stem] = path
+    return files
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Height and width of an image, of which only the head is read."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as an image ({error}); is the file complete?") from error
+
+
+def _show(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))

@@ -1,0 +1,195 @@
+"""What every annotation file has in common: JSON lists of objects with fields to be checked."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from instanceformer.data.annotations import Category
+from instanceformer.data.run_lengths import MaskError, MaskSizeError, compress_masks, show
+
+MAX_PIXELS = 2**29 - 1
+"""Most pixels of a frame: a run of a mask must fit into pycocotools' compressed counts."""
+
+ProblemKind = Literal["malformed", "unknown id", "duplicate id", "mask of wrong size", "damaged mask"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in an annotation file that is not as it has to be.
+
+    Attributes:
+        kind: what it is about.
+        where: place in the file, such as ``annotations[3].segmentations[1].counts``.
+        message: what was expected and what was found.
+    """
+
+    kind: ProblemKind
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+class AnnotationError(ValueError):
+    """A problem on its way to whoever decides about it."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+def load_json(path: Path) -> object:
+    """The content of a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON; the message names the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a JSON file")
+    try:
+        content: object = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); is the file complete?") from error
+    return content
+
+
+class Records:
+    """Reads and checks the fields of one file's objects; ``where`` is a place in the file, such as ``videos[3]``.
+
+    Args:
+        name: of the file, for messages.
+        problems: takes the problems of single objects, which are then left out; None: the first one is raised.
+    """
+
+    def __init__(self, name: str, problems: list[Problem] | None = None) -> None:
+        self.name, self.problems = name, problems
+
+    @contextmanager
+    def tolerate(self) -> Iterator[None]:
+        """Leave the object read inside out if it has a problem, or raise that as a ValueError that names the file."""
+        try:
+            yield
+        except AnnotationError as error:
+            if self.problems is None:
+                raise ValueError(f"{self.name}: {error}") from error
+            self.problems.append(error.problem)
+
+    def objects(self, root: object, key: str, optional: bool = False) -> list[tuple[str, dict[str, Any]]]:
+        """The objects of one of the file's lists, each with its place.
+
+        Args:
+            root: the file's content.
+            key: of the list.
+            optional: the list may be missing, null or empty.
+
+        Raises:
+            ValueError: there is no such list of objects; the message names the file.
+        """
+        found = root.get(key) if isinstance(root, dict) else root
+        if optional and isinstance(root, dict) and found in (None, []):
+            return []
+        if not isinstance(found, list) or not found or not all(isinstance(record, dict) for record in found):
+            raise ValueError(
+                f"{self.name}: {key}: expected a list of objects with at least one entry, found {show(found)}"
+            )
+        return [(f"{key}[{index}]", record) for index, record in enumerate(found)]
+
+    def categories(self, root: object) -> tuple[Category, ...]:
+        """The categories in ascending order of id."""
+        categories: dict[int, Category] = {}
+        places: dict[int, str] = {}
+        for where, record in self.objects(root, "categories"):
+            with self.tolerate():
+                category = Category(id=self.new_id(record, where, places), name=self.text(record, "name", where))
+                categories[category.id] = category
+        return tuple(categories[id_] for id_ in sorted(categories))
+
+    def new_id(self, record: dict[str, Any], where: str, places: dict[int, str]) -> int:
+        """The object's id, which no other has; ``places`` remembers where each id was found."""
+        id_ = self.integer(record, "id", where)
+        if id_ in places:
+            self.fail(f"{where}.id", "an id of its own", f"{id_}, the id of {places[id_]} too", "duplicate id")
+        places[id_] = where
+        return id_
+
+    def known_id(self, record: dict[str, Any], key: str, where: str, known: Container[int], kind: str) -> int:
+        """An id that is among the ``known`` ones; ``kind`` is the key of their list in the file."""
+        id_ = self.integer(record, key, where)
+        if id_ not in known:
+            self.fail(f"{where}.{key}", f"the id of one of the file's {kind}", str(id_), "unknown id")
+        return id_
+
+    def size(self, record: dict[str, Any], where: str) -> tuple[int, int]:
+        """Height and width in pixels."""
+        height, width = self.integer(record, "height", where), self.integer(record, "width", where)
+        if height <= 0 or width <= 0 or height * width > MAX_PIXELS:
+            found = f"height {height} and width {width}"
+            self.fail(where, f"positive sizes in pixels, {MAX_PIXELS} pixels at most", found)
+        return height, width
+
+    def masks(self, segmentations: list[Any], height: int, width: int, where: str) -> tuple[bytes | None, ...]:
+        """Compressed counts of a track's masks, see ``compress_masks``."""
+        try:
+            return tuple(compress_masks(segmentations, height, width))
+        except MaskError as error:
+            kind: ProblemKind = "mask of wrong size" if isinstance(error, MaskSizeError) else "damaged mask"
+            raise AnnotationError(Problem(kind, f"{where}.{error.where}", error.message)) from error
+
+    def mask(self, record: dict[str, Any], height: int, width: int, where: str) -> bytes | None:
+        """Compressed counts of the one mask of a COCO annotation."""
+        try:
+            return self.masks([record.get("segmentation")], height, width, where)[0]
+        except AnnotationError as error:
+            place = error.problem.where.replace("segmentations[0]", "segmentation")
+            raise AnnotationError(replace(error.problem, where=place)) from error
+
+    def integer(self, record: dict[str, Any], key: str, where: str) -> int:
+        """A whole number, which may be written as a float."""
+        value = record.get(key)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            self.fail(f"{where}.{key}", "a whole number", show(value))
+        return value
+
+    def text(self, record: dict[str, Any], key: str, where: str) -> str:
+        """A string."""
+        value = record.get(key)
+        if not isinstance(value, str):
+            self.fail(f"{where}.{key}", "a string", show(value))
+        return value
+
+    def flag(self, record: dict[str, Any], key: str, where: str) -> bool:
+        """0 or 1, or a boolean; false where it is missing."""
+        value = record.get(key, 0)
+        if value not in (0, 1):
+            self.fail(f"{where}.{key}", "0 or 1", show(value))
+        return bool(value)
+
+    def per_frame(self, record: dict[str, Any], key: str, where: str, length: int) -> list[Any] | None:
+        """A list with one entry for each of ``length`` frames; None where the field is missing."""
+        values = record.get(key)
+        if values is None:
+            return None
+        if not isinstance(values, list):
+            self.fail(f"{where}.{key}", "a list with one entry for each frame", show(values))
+        if len(values) != length:
+            self.fail(f"{where}.{key}", f"{length} entries, one for each of the video's frames", f"{len(values)}")
+        return values
+
+    def fail(self, where: str, expected: str, found: str, kind: ProblemKind = "malformed") -> NoReturn:
+        """Report a problem."""
+        raise AnnotationError(Problem(kind, where, f"expected {expected}, found {found}"))
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value found in a JSON file is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchvision.io import write_jpeg
+
+from instanceformer.cli import main
+from instanceformer.data.catalog import CATALOG
+from instanceformer.data.check import DatasetReport, check_dataset
+
+
+def found(report: DatasetReport) -> dict[str, tuple[str, int]]:
+    return {finding.kind: (finding.severity, finding.count) for finding in report.findings}
+
+
+def test_a_sound_dataset_is_counted(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(6, 4), absent=[(0, 1, 2)])
+    report = check_dataset(tiny.annotations, tiny.images, decode=True)
+    assert report.is_sound
+    assert report.findings == []
+    assert (report.videos, report.frames, report.lengths, report.sizes) == (2, 10, (4, 6, 6), {"24x40": 2})
+    assert (report.instances, report.crowds, report.masks) == (4, 0, 19)
+    assert report.categories == {"three": 2, "seven": 2}
+    assert (report.images_found, report.images_read) == (10, 10)
+    assert "no problem found" in str(report)
+
+
+def test_every_problem_is_found_in_one_go(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(3, 3), instances=2)
+    first, second, third, fourth = tiny.content["annotations"]
+    first["segmentations"][0]["counts"] = first["segmentations"][0]["counts"][:-1]
+    second["segmentations"][1]["size"] = [40, 24]
+    third["category_id"] = 99
+    fourth["segmentations"] = [None, None, None]
+    more = [
+        {**fourth, "id": 5, "video_id": 7},
+        {**fourth, "id": 4},
+        {**fourth, "id": 6, "segmentations": [None]},
+        {**fourth, "id": 8, "segmentations": [tiny_mask(24, 40), None, None], "areas": [5, None, None]},
+    ]
+    tiny.content["annotations"] += more
+    tiny.content["videos"][1]["file_names"][2] = "v0/00000.jpg"
+    (tiny.images / "v0" / "00001.jpg").unlink()
+    (tiny.images / "v1" / "00000.jpg").write_bytes(b"no image")
+    write_jpeg(torch.zeros(3, 10, 10, dtype=torch.uint8), str(tiny.images / "v1" / "00001.jpg"))
+    report = check_dataset(tiny.write(), tiny.images, decode=True)
+    assert not report.is_sound
+    assert found(report) == {
+        "damaged mask": ("error", 1),
+        "mask of wrong size": ("error", 1),
+        "unknown id": ("error", 2),
+        "duplicate id": ("error", 1),
+        "malformed": ("error", 1),
+        "missing image": ("error", 1),
+        "image that cannot be decoded": ("error", 1),
+        "image of wrong size": ("error", 1),
+        "frame listed twice": ("warning", 1),
+        "empty track": ("warning", 1),
+        "area is not that of the mask": ("warning", 1),
+    }
+    assert report.instances == 2  # the sound ones
+    examples = {finding.kind: finding.examples[0] for finding in report.findings}
+    assert examples["damaged mask"].startswith("annotations[0].segmentations[0].counts: expected run lengths")
+    assert examples["image of wrong size"].endswith("v1/00001.jpg is 10x10, expected 24x40 as video 2 has it")
+
+
+def tiny_mask(height: int, width: int) -> dict[str, Any]:
+    return {"size": [height, width], "counts": [0, 7, height * width - 7]}
+
+
+def test_areas_of_boxes_are_told_from_those_of_masks(tiny_dataset: Callable[..., Any], shared: Path) -> None:
+    report = check_dataset(shared / "real" / "formats" / "ovis_85aa3b0e_3frames.json", entry=CATALOG["ovis"])
+    assert found(report) == {"areas are those of the boxes": ("warning", 30)}
+    assert report.is_sound
+
+
+def test_many_findings_of_a_kind_are_counted_and_a_few_shown(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(9,))
+    for path in tiny.images.glob("v0/*.jpg"):
+        path.unlink()
+    (finding,) = check_dataset(tiny.annotations, tiny.images).findings
+    assert (finding.count, len(finding.examples)) == (9, 5)
+
+
+def test_the_catalogue_says_what_is_expected(tiny_dataset: Callable[..., Any]) -> None:
+    entry = CATALOG["ytvis19"]
+    report = check_dataset(tiny_dataset().annotations, entry=entry, split=entry.splits["train"])
+    kinds = found(report)
+    assert kinds["category not as in ytvis19"] == ("error", 40)  # ids 3 and 7 have other names
+    assert kinds["another number of videos"] == ("warning", 1)
+
+
+def test_the_command_prints_a_table_or_json_and_its_exit_code_tells(
+    tiny_dataset: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = tiny_dataset()
+    main(["check", str(tiny.annotations), "--images", str(tiny.images)])
+    assert "10 of 10 found, none decoded" in capsys.readouterr().out
+    (tiny.images / "v0" / "00000.jpg").unlink()
+    with pytest.raises(SystemExit) as stop:
+        main(["check", str(tiny.annotations), "--images", str(tiny.images), "--json"])
+    assert stop.value.code == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["is_sound"]
+    assert report["findings"][0]["kind"] == "missing image"
+
+
+def test_a_dataset_of_the_catalogue_needs_only_root_and_name(
+    tiny_dataset: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = tiny_dataset()
+    root = tmp_path / "root"
+    (root / "ovis").mkdir(parents=True)
+    (root / "ovis" / "train").symlink_to(tiny.images)
+    (root / "ovis" / "annotations_train.json").symlink_to(tiny.annotations)
+    with pytest.raises(SystemExit):
+        main(["check", "--root", str(root), "--name", "ovis"])
+    assert "category not as in ovis" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["check"])
+    assert "--root and --name" in capsys.readouterr().err
