@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
-from instanceformer.data.augment import IMAGE_MEAN, IMAGE_STD, Augmentation, fit_size, normalise, resize
+from instanceformer.data.augment import IMAGE_MEAN, IMAGE_STD, Augmentation, Geometry, fit_size, normalise, resize
 
 OFF = {"flip": 0.0, "sizes": (), "crop": 0.0}
 
@@ -17,6 +19,12 @@ def make_clip(frames: int = 3, height: int = 60, width: int = 100) -> tuple[Tens
     masks[:, 0, 5:25, 10:40] = 1
     masks[:, 1, 30:55, 50:90] = 1
     return (255 * masks.amax(1, keepdim=True)).expand(-1, 3, -1, -1).contiguous(), masks
+
+
+def augment(augmentation: Augmentation, frames: Tensor, masks: Tensor, max_size: int) -> tuple[Tensor, Tensor]:
+    geometry = augmentation.draw_geometry(*frames.shape[-2:], max_size)
+    frames = torch.stack([geometry.apply(frame) for frame in frames])
+    return augmentation.change_colours(frames), masks[..., geometry.rows, :][..., geometry.columns]
 
 
 @pytest.mark.parametrize(
@@ -52,14 +60,14 @@ def test_normalise_is_per_channel() -> None:
 
 def test_everything_off_changes_nothing() -> None:
     frames, masks = make_clip()
-    new_frames, new_masks = Augmentation(**OFF)(frames, masks, 768)
+    new_frames, new_masks = augment(Augmentation(**OFF), frames, masks, 768)
     assert torch.equal(new_frames, frames)
     assert torch.equal(new_masks, masks)
 
 
 def test_flip_mirrors_left_and_right() -> None:
     frames, masks = make_clip()
-    new_frames, new_masks = Augmentation(**{**OFF, "flip": 1.0})(frames, masks, 768)
+    new_frames, new_masks = augment(Augmentation(**{**OFF, "flip": 1.0}), frames, masks, 768)
     assert torch.equal(new_frames, frames.flip(-1))
     assert torch.equal(new_masks, masks.flip(-1))
 
@@ -68,7 +76,8 @@ def test_flip_happens_as_often_as_said() -> None:
     frames, masks = make_clip()
     torch.manual_seed(0)
     flipped = [
-        not torch.equal(Augmentation(**{**OFF, "flip": 0.25})(frames, masks, 768)[0], frames) for _ in range(200)
+        not torch.equal(augment(Augmentation(**{**OFF, "flip": 0.25}), frames, masks, 768)[0], frames)
+        for _ in range(200)
     ]
     assert 30 < sum(flipped) < 70
 
@@ -76,7 +85,7 @@ def test_flip_happens_as_often_as_said() -> None:
 def test_every_size_is_drawn_and_the_longer_side_capped() -> None:
     frames, masks = make_clip()
     augmentation = Augmentation(**{**OFF, "sizes": (30, 48, 90)})
-    shapes = {tuple(augmentation(frames, masks, 120)[0].shape[-2:]) for _ in range(60)}
+    shapes = {tuple(augment(augmentation, frames, masks, 120)[0].shape[-2:]) for _ in range(60)}
     assert shapes == {(30, 50), (48, 80), (72, 120)}
 
 
@@ -85,7 +94,7 @@ def test_masks_stay_on_their_objects_and_frames_stay_alike(seed: int) -> None:
     frames, masks = make_clip()
     torch.manual_seed(seed)
     augmentation = Augmentation(sizes=(48, 64, 80), crop=0.8, crop_from=(60, 90), crop_sides=(40, 70))
-    new_frames, new_masks = augmentation(frames, masks, 150)
+    new_frames, new_masks = augment(augmentation, frames, masks, 150)
     assert new_frames.shape[-2:] == new_masks.shape[-2:]
     assert new_masks.max() == 1
     for t in range(1, 3):
@@ -102,7 +111,7 @@ def test_crop_has_sides_in_range_and_reaches_every_corner() -> None:
     augmentation = Augmentation(**{**OFF, "crop": 1.0, "crop_from": (60,), "crop_sides": (20, 40)})
     heights, widths, tops, lefts = set(), set(), set(), set()
     for _ in range(400):
-        crop = augmentation(frames, masks, 768)[0][0, 0]
+        crop = augment(augmentation, frames, masks, 768)[0][0, 0]
         heights.add(crop.shape[0])
         widths.add(crop.shape[1])
         tops.add(int(crop[0, 0]) // 100)
@@ -118,33 +127,39 @@ def test_crop_is_of_the_frame_resized_before() -> None:
     frames, masks = make_clip()
     augmentation = Augmentation(**{**OFF, "crop": 1.0, "crop_from": (120,), "crop_sides": (60, 60)})
     torch.manual_seed(0)
-    assert augmentation(frames, masks, 768)[0].shape[-2:] == (30, 30)  # 60 pixels of a frame of twice the size
+    assert augment(augmentation, frames, masks, 768)[0].shape[-2:] == (30, 30)  # 60 pixels of a frame of twice the size
 
 
-def test_crop_that_loses_every_instance_is_not_made() -> None:
-    frames, masks = make_clip()
-    masks[:, :, :59] = 0
-    masks[:, 0, 59, 99] = 1
-    augmentation = Augmentation(**{**OFF, "crop": 1.0, "crop_from": (60,), "crop_sides": (20, 40)})
-    shapes = set()
-    for _ in range(60):
-        new_frames, new_masks = augmentation(frames, masks, 768)
-        assert new_masks.any()
-        shapes.add(tuple(new_frames.shape[-2:]))
-    assert (60, 100) in shapes
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(
+    ("crop", "size"), [((0, 0, 60, 100), (60, 100)), ((7, 9, 31, 52), (45, 83)), ((7, 48, 53, 52), (20, 9))]
+)
+def test_geometry_is_crop_resize_and_flip(crop: tuple[int, int, int, int], size: tuple[int, int], flip: bool) -> None:
+    frame = torch.randint(256, (3, 60, 100), dtype=torch.uint8)
+    masks = (torch.rand(2, 4, 60, 100) < 0.5).to(torch.uint8)
+    expected, expected_masks = F.crop(frame, *crop), F.crop(masks, *crop)
+    expected = F.resize(expected, list(size), antialias=True)
+    expected_masks = F.resize(expected_masks, list(size), interpolation=v2.InterpolationMode.NEAREST_EXACT)
+    if flip:
+        expected, expected_masks = expected.flip(-1), expected_masks.flip(-1)
+    geometry = Geometry(crop, size, flip)
+    assert torch.equal(geometry.apply(frame), expected)
+    assert torch.equal(masks[..., geometry.rows, :][..., geometry.columns], expected_masks)
 
 
-def test_clip_without_instances() -> None:
-    frames, _ = make_clip()
-    new_frames, new_masks = Augmentation(crop=1.0)(frames, torch.zeros(3, 0, 60, 100, dtype=torch.uint8), 768)
-    assert new_masks.shape == (3, 0, *new_frames.shape[-2:])
+def test_rows_are_those_of_a_nearest_exact_resizing_at_any_size() -> None:
+    for _ in range(300):
+        height, target = torch.randint(1, 2000, (2,)).tolist()
+        rows = torch.arange(height, dtype=torch.float32).view(1, 1, height, 1)
+        expected = F.resize(rows, [target, 1], interpolation=v2.InterpolationMode.NEAREST_EXACT).flatten().long()
+        assert torch.equal(Geometry((0, 0, height, 1), (target, 1)).rows, expected)
 
 
 def test_photometric_changes_are_the_same_for_all_frames() -> None:
     frames, masks = make_clip()
     frames = frames // 2 + torch.arange(100, dtype=torch.uint8)
     torch.manual_seed(0)
-    new_frames, new_masks = Augmentation(**OFF, photometric=1.0)(frames, masks, 768)
+    new_frames, new_masks = augment(Augmentation(**OFF, photometric=1.0), frames, masks, 768)
     assert new_frames.dtype == torch.uint8
     assert not torch.equal(new_frames, frames)
     assert torch.equal(new_frames[0], new_frames[2])

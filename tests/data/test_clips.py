@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -8,15 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
-from instanceformer.data.annotations import read_youtube_vis
-from instanceformer.data.augment import IMAGE_MEAN, IMAGE_STD, Augmentation
+from instanceformer.data.augment import IMAGE_MEAN, IMAGE_STD, Augmentation, Geometry
 from instanceformer.data.batch import ClipBatch
 from instanceformer.data.clips import ClipDataset, clip_targets, collate_clips, draw_frames, mask_boxes
+from instanceformer.data.reading import read_annotations
 
 
 def clips_of(tiny: Any, **options: Any) -> ClipDataset:
-    return ClipDataset(read_youtube_vis(tiny.annotations), tiny.images, **options)
+    return ClipDataset(read_annotations(tiny.annotations), tiny.images, **options)
 
 
 def frame_codes(frames: Tensor) -> list[int]:
@@ -42,11 +46,41 @@ def test_draw_frames_reaches_every_frame() -> None:
         assert {frame for _ in range(300) for frame in draw_frames(12, 4, window)} == set(range(12))
 
 
+@pytest.mark.parametrize("window", [None, 13, 20])
+@pytest.mark.parametrize("reference", [None, 0, 17, 39])
+def test_frames_keep_their_distance_within_the_window(window: int | None, reference: int | None) -> None:
+    spans = set()
+    for _ in range(200):
+        frames = draw_frames(40, 4, window, reference, gap=4)
+        assert len(frames) == 4
+        assert min(b - a for a, b in pairwise(frames)) >= 4
+        assert 0 <= frames[0] <= frames[-1] < 40
+        assert window is None or frames[-1] - frames[0] < window
+        assert reference is None or reference in frames
+        spans.add(frames[-1] - frames[0])
+    assert min(spans) == 12 if window == 13 else len(spans) > 4
+
+
+def test_every_choice_of_frames_that_keep_their_distance_is_as_likely() -> None:
+    counts = Counter(tuple(draw_frames(9, 3, None, 4, gap=2)) for _ in range(2000))
+    expected = {frames for frames in combinations(range(9), 3) if 4 in frames and min(np.diff(frames)) >= 2}
+    assert set(counts) == expected
+    assert min(counts.values()) > 0.6 * 2000 / len(expected)
+
+
+@pytest.mark.parametrize(("length", "reference", "spacing"), [(10, 0, 3), (10, 6, 3), (7, 2, 2), (7, 3, 1), (4, 1, 1)])
+def test_short_videos_keep_the_greatest_distance_there_is_room_for(length: int, reference: int, spacing: int) -> None:
+    for _ in range(20):
+        frames = draw_frames(length, 4, None, reference, gap=50)
+        assert min(b - a for a, b in pairwise(frames)) == spacing
+        assert reference in frames
+
+
 @pytest.mark.parametrize(("length", "window"), [(3, None), (1, None), (4, None), (20, 2)])
 def test_short_videos_repeat_frames_evenly_and_in_order(length: int, window: int | None) -> None:
-    for reference in (None, length - 1):
+    for reference, gap in ((None, 1), (length - 1, 1), (None, 3)):
         for _ in range(50):
-            frames = draw_frames(length, 4, window, reference)
+            frames = draw_frames(length, 4, window, reference, gap)
             assert frames == sorted(frames)
             available = min(length, window or length)
             assert len(set(frames)) == min(available, 4)
@@ -137,6 +171,45 @@ def test_targets_follow_a_crop(tiny_dataset: Callable[..., Any]) -> None:
     assert counts == {1, 2}  # some crops lose one of the two instances, none loses both
 
 
+def test_crop_that_loses_every_instance_is_not_made(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(1,), instances=1)  # 12 x 6 pixels near the upper left
+    shapes = set()
+    for _ in range(60):
+        frames, targets = clips_of(
+            tiny, clip_frames=1, augmentation=Augmentation(sizes=(), crop=1, crop_from=(24,), crop_sides=(6, 12))
+        )[0]
+        assert targets.masks.any()
+        shapes.add(frames.shape[-2:])
+    assert (24, 40) in shapes
+    assert len(shapes) > 5
+
+
+def test_images_of_different_size_serve_as_clips_of_one_frame(tiny_dataset: Callable[..., Any]) -> None:
+    small, large = tiny_dataset(lengths=(1,), name="small"), tiny_dataset(lengths=(1, 1), height=30, width=32)
+    large.content["videos"][0] |= {"height": 24, "width": 40, "file_names": [str(small.images / "v0" / "00000.jpg")]}
+    large.content["annotations"][:2] = small.content["annotations"]
+    large.content["annotations"][1]["iscrowd"] = 1
+    large.write()
+    clips = clips_of(large, clip_frames=1)
+    assert len(clips) == 2
+    for index, (height, width, labels) in enumerate([(24, 40, [0]), (30, 32, [0, 1])]):
+        frames, targets = clips[index]
+        assert frames.shape == (1, 3, height, width)
+        assert targets.labels.tolist() == labels
+        assert targets.masks[0, 0].sum() == 6 * 12
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_masks_are_decoded_at_the_size_of_the_geometry(tiny_dataset: Callable[..., Any], flip: bool) -> None:
+    video = read_annotations(tiny_dataset(absent=[(0, 1, 2)]).annotations).videos[0]
+    masks = video.decode_masks(video.instances, [0, 2, 5])
+    geometry = Geometry((1, 3, 17, 30), (29, 21), flip)
+    expected = F.resize(masks[..., 1:18, 3:33], [29, 21], interpolation=v2.InterpolationMode.NEAREST_EXACT)
+    result = video.decode_masks(video.instances, [0, 2, 5], geometry.rows, geometry.columns)
+    assert torch.equal(result, expected.flip(-1) if flip else expected)
+    assert result.any((2, 3)).tolist() == [[True, True], [True, False], [True, True]]
+
+
 def test_mask_boxes_of_single_pixels_and_full_masks() -> None:
     masks = torch.zeros(3, 4, 8, dtype=torch.bool)
     masks[0, 0, 7] = True
@@ -202,8 +275,21 @@ def test_missing_unreadable_and_misfit_frames_are_named(tiny_dataset: Callable[.
         clips_of(tiny, clips_per_video=1)[0]
 
 
-@pytest.mark.parametrize("options", [{"clip_frames": 0}, {"clip_range": 3}, {"clips_per_video": 0}])
+@pytest.mark.parametrize("options", [{"clip_frames": 0}, {"clip_range": 3}, {"clip_gap": 0}, {"clips_per_video": 0}])
 def test_options_out_of_range_are_named(tiny_dataset: Callable[..., Any], options: dict[str, int]) -> None:
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name}: expected .*, found {value}"):
         clips_of(tiny_dataset(), **options)
+
+
+def test_gap_that_does_not_fit_the_range_is_refused(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset()
+    clips_of(tiny, clip_frames=4, clip_range=10, clip_gap=3)
+    with pytest.raises(ValueError, match=r"clip_gap: 4 frames at least 3 apart need a clip_range of 10 .* found 9"):
+        clips_of(tiny, clip_frames=4, clip_range=9, clip_gap=3)
+
+
+def test_clip_gap_reaches_the_clips(tiny_dataset: Callable[..., Any]) -> None:
+    clips = clips_of(tiny_dataset(lengths=(20,), instances=1), clip_frames=3, clip_gap=5, clips_per_video=20)
+    for index in range(20):
+        assert min(np.diff(frame_codes(clips[index][0]))) >= 5

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from instanceformer.data.augment import Augmentation
 from instanceformer.data.batch import ClipBatch, VideoChunk
-from instanceformer.data.datamodule import Split, VideoDataModule
+from instanceformer.data.datamodule import JointImages, Split, VideoDataModule
+from instanceformer.data.pseudo_video import PseudoVideo
 
 PLAIN = Augmentation(sizes=(), crop=0)
 
@@ -113,11 +115,15 @@ def test_command_line_sets_every_option_and_links_the_number_of_classes(tiny_dat
         "  augmentation: {sizes: [96, 128], crop: 0}\n  clips_per_video: 2\n"
     )
     args = ["--config", str(config), "--data.augmentation.flip", "0", "--data.clip_range=5", "--data.batch_size=3"]
+    args += ["--data.root", str(tiny.images), "--data.name=ovis", "--data.clip_gap=2", "--data.joint.share=0.25"]
+    args += ["--data.joint.pseudo_video.rotation=5"]
     args += ["--data.valid.annotations", str(tiny.annotations), "--data.valid.images", str(tiny.images)]
     cli = Cli(Recorder, VideoDataModule, run=False, save_config_callback=None, args=args)
     data = cli.datamodule
     assert data.splits["train"] == data.splits["valid"] == Split(tiny.annotations, tiny.images)
     assert data.splits["test"] is None
+    assert data.joint == JointImages(share=0.25, pseudo_video=PseudoVideo(rotation=5))
+    assert (data.dataset_name, data.clip_gap) == ("ovis", 2)
     assert data.augmentation == Augmentation(flip=0, sizes=(96, 128), crop=0)
     assert (data.clips_per_video, data.clip_range, data.batch_size, data.clip_frames) == (2, 5, 3, 4)
     assert cli.model.layer.out_features == 2
@@ -126,13 +132,13 @@ def test_command_line_sets_every_option_and_links_the_number_of_classes(tiny_dat
 def test_missing_split_is_named(data: VideoDataModule) -> None:
     with pytest.raises(ValueError, match=r"data\.test is not given; expected its `annotations`"):
         data.setup("test")
-    with pytest.raises(ValueError, match="none of train, valid, test and predict is given"):
+    with pytest.raises(ValueError, match="none of name, train, valid, test and predict is given"):
         _ = VideoDataModule().num_classes
 
 
 def test_missing_annotation_file_is_named(data: VideoDataModule, tmp_path: Path) -> None:
     data.splits["valid"] = Split(tmp_path / "none.json", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"none\.json: no such annotation file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.json: no such file"):
         data.setup("fit")
 
 
@@ -152,17 +158,106 @@ def test_different_categories_are_refused(tiny_dataset: Callable[..., Any]) -> N
         data.setup("fit")
 
 
-@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
-def test_files_without_annotations_are_for_prediction_only(tiny_dataset: Callable[..., Any], stage: str) -> None:
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_training_and_validation_need_annotations(tiny_dataset: Callable[..., Any], stage: str) -> None:
     tiny = tiny_dataset()
     del tiny.content["annotations"]
     tiny.write()
     split = split_of(tiny)
     data = VideoDataModule(split, split, split, split, num_workers=0)
-    with pytest.raises(ValueError, match=r"annotations\.json has no annotations; .*give such a file as data\.predict"):
+    with pytest.raises(ValueError, match=r"annotations\.json has no annotations; .*give such a file as data\.test or"):
         data.setup(stage)
-    data.setup("predict")
-    assert len(list(data.predict_dataloader())) == 2
+    for other, loader in (("test", data.test_dataloader), ("predict", data.predict_dataloader)):
+        data.setup(other)
+        assert len(list(loader())) == 2
+
+
+def test_videos_of_unknown_frames_are_refused(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset()
+    del tiny.content["videos"][1]["file_names"]
+    tiny.write()
+    with pytest.raises(ValueError, match=r"data\.predict: video 2 of .*annotations\.json has no file_names"):
+        VideoDataModule(predict=split_of(tiny)).setup("predict")
+
+
+@pytest.fixture
+def root(tiny_dataset: Callable[..., Any], tmp_path: Path) -> Path:
+    """Small datasets that lie as YouTube-VIS 2019 and COCO unpack: ids and names of the catalogue, no valid masks."""
+    videos, images = tiny_dataset(lengths=(6, 5), name="videos"), tiny_dataset(lengths=(1, 1, 1), name="images")
+    names = {"ytvis19": {3: "lizard", 7: "sedan"}, "coco": {3: "car", 7: "train"}}
+    for tiny, name in ((videos, "ytvis19"), (images, "coco")):
+        tiny.content["categories"] = [{"id": id_, "name": text} for id_, text in names[name].items()]
+    records = images.content.pop("videos")
+    images.content["images"] = [{**record, "file_name": record["file_names"][0]} for record in records]
+    for annotation in images.content["annotations"]:
+        annotation["image_id"], (annotation["segmentation"],) = annotation["video_id"], annotation["segmentations"]
+    root = tmp_path / "root"
+    for folder in ("ytvis19/train", "ytvis19/valid", "coco/annotations"):
+        (root / folder).mkdir(parents=True)
+    (root / "ytvis19/train/JPEGImages").symlink_to(videos.images)
+    (root / "ytvis19/valid/JPEGImages").symlink_to(videos.images)
+    (root / "coco/train2017").symlink_to(images.images)
+    (root / "coco/val2017").symlink_to(images.images)
+    (root / "ytvis19/train.json").write_text(json.dumps(videos.content))
+    del videos.content["annotations"]
+    (root / "ytvis19/valid.json").write_text(json.dumps(videos.content))
+    for split in ("train", "val"):
+        (root / f"coco/annotations/instances_{split}2017.json").write_text(json.dumps(images.content))
+    return root
+
+
+def test_a_dataset_of_the_catalogue_needs_only_root_and_name(root: Path) -> None:
+    data = VideoDataModule(
+        root=root, name="ytvis19", augmentation=PLAIN, batch_size=2, clip_frames=3, eval_size=24, num_workers=0
+    )
+    assert data.num_classes == 40
+    data.setup("fit")
+    assert data.category_names == ["lizard", "sedan"]
+    assert len(list(data.train_dataloader())) == 5
+    assert data.val_dataloader() == []
+    for stage in ("test", "predict"):
+        data.setup(stage)
+        assert data.annotations_path(stage) == root / "ytvis19/valid.json"
+    assert [chunk.video_id for chunk in data.test_dataloader()] == [1, 2]
+
+
+def test_images_train_as_clips_of_one_frame_and_validate(root: Path) -> None:
+    data = VideoDataModule(root=root, name="coco", augmentation=PLAIN, clip_frames=1, eval_size=24, num_workers=0)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert [batch.frames.shape for batch in batches] == [(1, 1, 3, 24, 40)] * 3
+    assert all(batch.targets[0].labels.tolist() == [0, 1] for batch in batches)
+    assert [(chunk.video_id, chunk.length) for chunk in data.val_dataloader()] == [(1, 1), (2, 1), (3, 1)]
+
+
+def test_videos_and_images_are_trained_on_together(root: Path) -> None:
+    joint = JointImages(share=0.75)
+    data = VideoDataModule(
+        root=root, name="ytvis19", joint=joint, augmentation=PLAIN, clip_frames=3, clips_per_video=2, num_workers=0
+    )
+    data.setup("fit")
+    labels = [batch.targets[0].labels.tolist() for batch in data.train_dataloader()]
+    assert len(labels) == 16
+    # a video shows a lizard and a sedan, an image a car, which is the sedan, and a train, which these videos lack
+    assert sorted(labels) == [[0, 1]] * 4 + [[1]] * 12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "ovis"}, r"data\.root: found none, expected .* which data\.name=ovis needs"),
+        ({"joint": JointImages()}, r"data\.root: found none, expected .* which data\.joint without a split needs"),
+    ],
+)
+def test_what_lies_under_the_root_needs_it(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VideoDataModule(**options)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_share_of_images_is_a_fraction(share: float) -> None:
+    with pytest.raises(ValueError, match=r"data\.joint\.share: expected a fraction between 0 and 1"):
+        JointImages(share=share)
 
 
 def test_too_few_clips_for_a_batch_are_refused(tiny_dataset: Callable[..., Any]) -> None:

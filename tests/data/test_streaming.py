@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from instanceformer.data.annotations import read_youtube_vis
 from instanceformer.data.augment import IMAGE_MEAN, IMAGE_STD
 from instanceformer.data.batch import VideoChunk
+from instanceformer.data.reading import read_annotations
 from instanceformer.data.streaming import StreamingVideos, balance
 
 
 def stream_of(tiny: Any, **options: Any) -> StreamingVideos:
-    return StreamingVideos(read_youtube_vis(tiny.annotations), tiny.images, **{"size": 24, **options})
+    return StreamingVideos(read_annotations(tiny.annotations), tiny.images, **{"size": 24, **options})
 
 
 def summary(chunks: list[VideoChunk]) -> list[tuple[int, int, int, list[int]]]:
@@ -85,9 +85,29 @@ def test_balance_gives_the_largest_first_to_the_least_loaded() -> None:
     assert max(totals) - min(totals) <= max(loads)
 
 
-def test_more_ranks_than_videos_are_refused(tiny_dataset: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"2 videos cannot be shared by 3 processes.*use 2 devices or fewer"):
-        stream_of(tiny_dataset(), rank=0, world_size=3)
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_rank_without_videos_has_one_empty_chunk(tiny_dataset: Callable[..., Any], workers: int) -> None:
+    tiny = tiny_dataset(lengths=(6, 4))
+    shares = []
+    for rank in range(3):
+        stream = stream_of(tiny, rank=rank, world_size=3)
+        loader: DataLoader[VideoChunk] = DataLoader(stream, batch_size=None, num_workers=workers)
+        shares.append(list(loader))
+        assert len(loader) == len(shares[-1]) == 1
+    assert [chunk.video_id for [chunk] in shares] == [1, 2, -1]
+    empty = shares[2][0]
+    assert (empty.start, empty.length) == (0, 0)
+    assert empty.frames.shape[:2] == (1, 0)
+
+
+def test_videos_can_be_left_out(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(7, 3, 4))
+    assert summary(list(stream_of(tiny, chunk_frames=3, skip=frozenset({1})))) == EXPECTED[3:]
+    shares = [
+        summary(list(stream_of(tiny, chunk_frames=3, skip=frozenset({1}), rank=rank, world_size=2))) for rank in (0, 1)
+    ]
+    assert shares == [EXPECTED[4:], EXPECTED[3:4]]  # balanced by what is left
+    assert [chunk.length for chunk in stream_of(tiny, skip=frozenset({1, 2, 3}))] == [0]
 
 
 def test_frames_are_resized_for_the_network_and_the_original_size_is_kept(tiny_dataset: Callable[..., Any]) -> None:

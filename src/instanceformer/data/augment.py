@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -43,12 +44,44 @@ def resize(frames: Tensor, size: int | None, max_size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """What a clip shows of its frames: a part, resized, perhaps mirrored.
+
+    Attributes:
+        crop: the part, (top, left, height, width) in pixels of the frame.
+        size: (height, width) in pixels to which the part is resized.
+        flip: whether left and right change places.
+    """
+
+    crop: tuple[int, int, int, int]
+    size: tuple[int, int]
+    flip: bool = False
+
+    def apply(self, frame: Tensor) -> Tensor:
+        """Bring a frame (3, H, W) uint8 to (3, *size) uint8, with antialiasing."""
+        frame = F.crop(frame, *self.crop)
+        if self.size != self.crop[2:]:
+            frame = F.resize(frame, list(self.size), antialias=True)
+        return F.horizontal_flip(frame) if self.flip else frame
+
+    @property
+    def rows(self) -> Tensor:
+        """(size[0],) int64: the row of the frame that each row of a mask is taken from."""
+        return self.crop[0] + _nearest(self.crop[2], self.size[0])
+
+    @property
+    def columns(self) -> Tensor:
+        """(size[1],) int64: the column of the frame that each column of a mask is taken from."""
+        columns = self.crop[1] + _nearest(self.crop[3], self.size[1])
+        return columns.flip(0) if self.flip else columns
+
+
+@dataclass(frozen=True)
 class Augmentation:
     """Random changes of a training clip, the same for all its frames; random numbers are torch's.
 
     The crop is DETR's: the frame resized to a shorter side of ``crop_from``, a part with sides between the two
-    ``crop_sides`` cut out, and that part resized as a whole frame would be. Both resizings are done as one. A crop that
-    would lose every instance of the clip is not made.
+    ``crop_sides`` cut out, and that part resized as a whole frame would be. Both resizings are done as one.
 
     Attributes:
         flip: probability of mirroring left and right.
@@ -78,33 +111,23 @@ class Augmentation:
                 f"crop_from={self.crop_from} and crop_sides={self.crop_sides}; crop=0 turns it off"
             )
 
-    def __call__(self, frames: Tensor, masks: Tensor, max_size: int) -> tuple[Tensor, Tensor]:
-        """Augment one clip.
+    def draw_geometry(self, height: int, width: int, max_size: int) -> Geometry:
+        """Draw what a clip shows of its frames.
 
         Args:
-            frames: (T, 3, H, W) uint8.
-            masks: (T, n, H, W) uint8, zero or one.
-            max_size: greatest length of the longer side, in pixels.
-
-        Returns:
-            (T, 3, H', W') uint8 frames and (T, n, H', W') uint8 masks.
+            height: of the frames in pixels.
+            width: of the frames in pixels.
+            max_size: greatest length of the longer side of the result, in pixels.
         """
+        crop = (0, 0, height, width)
         if torch.rand(()) < self.crop:
-            crop = self._draw_crop(*frames.shape[-2:])
-            cropped = F.crop(masks, *crop)
-            if cropped.any() or not masks.any():
-                frames, masks = F.crop(frames, *crop), cropped
-        height, width = frames.shape[-2:]
-        target = fit_size(height, width, _draw(self.sizes) if self.sizes else None, max_size)
-        if target != (height, width):
-            frames = F.resize(frames, list(target), antialias=True)
-            # Plain nearest, which is all that tv_tensors.Mask offers, moves a reduced mask by up to half a pixel.
-            masks = F.resize(masks, list(target), interpolation=v2.InterpolationMode.NEAREST_EXACT)
-        if torch.rand(()) < self.flip:
-            frames, masks = F.horizontal_flip(frames), F.horizontal_flip(masks)
-        if self.photometric:
-            frames = v2.RandomPhotometricDistort(p=self.photometric)(frames)
-        return frames, masks
+            crop = self._draw_crop(height, width)
+        size = fit_size(*crop[2:], _draw(self.sizes) if self.sizes else None, max_size)
+        return Geometry(crop, size, flip=bool(torch.rand(()) < self.flip))
+
+    def change_colours(self, frames: Tensor) -> Tensor:
+        """Draw photometric changes of a clip (T, 3, H, W) uint8 and make them, the same in all frames."""
+        return v2.RandomPhotometricDistort(p=self.photometric)(frames) if self.photometric else frames
 
     def _draw_crop(self, height: int, width: int) -> tuple[int, int, int, int]:
         """(top, left, height, width) of a crop in pixels of the frame as it is, before any resizing."""
@@ -121,3 +144,15 @@ class Augmentation:
 
 def _draw(sizes: tuple[int, ...]) -> int:
     return sizes[int(torch.randint(len(sizes), ()))]
+
+
+def _nearest(length: int, target: int) -> Tensor:
+    """(target,) int64: which of ``length`` pixels is nearest to each of ``target`` pixels over the same distance.
+
+    This is "nearest-exact"; plain nearest, all that tv_tensors.Mask offers, moves a mask by up to half a pixel.
+    """
+    return (
+        interpolate(torch.arange(length, dtype=torch.float32).view(1, 1, -1), target, mode="nearest-exact")
+        .view(-1)
+        .long()
+    )

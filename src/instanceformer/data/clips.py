@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from math import comb
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from torchvision.io import ImageReadMode, decode_image
 
-from instanceformer.data.annotations import Video, VideoDataset
-from instanceformer.data.augment import Augmentation, normalise
+from instanceformer.data.annotations import Instance, Video, VideoDataset
+from instanceformer.data.augment import Augmentation, Geometry, normalise
 from instanceformer.data.batch import ClipBatch, ClipTargets
 
 MAX_DRAWS = 10
 """How often the frames of a clip are drawn before one without any instance is accepted."""
+UNCHANGED = Augmentation(flip=0.0, sizes=(), crop=0.0)
+"""Leaves frames as they are, but for those that are larger than ``max_size``."""
 
 
 class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
@@ -28,10 +32,12 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         images: folder that the videos' file names are relative to.
         clip_frames: frames of a clip, T. Videos with fewer frames repeat some.
         clip_range: a clip's frames lie within a window of this many consecutive frames; None: anywhere in the video.
-        clips_per_video: items an epoch has of each video, with frames drawn anywhere. None: an item for each frame in
-            which an instance is visible; that frame is in the clip.
-        augmentation: random changes; None: the frames as they are.
-        max_size: greatest length of a frame's longer side in pixels, applied by the augmentation.
+        clip_gap: least distance between a clip's frames, so that they differ; less where a short video leaves no room.
+        clips_per_video: items an epoch has of each video, with frames drawn anywhere, and drawn again, a bounded number
+            of times, if they show no instance. None: an item for each frame in which an instance is visible; that
+            frame is in the clip.
+        augmentation: random changes; None: ``UNCHANGED``.
+        max_size: greatest length of a frame's longer side in pixels.
 
     Raises:
         ValueError: an option is out of its range.
@@ -44,6 +50,7 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         *,
         clip_frames: int = 4,
         clip_range: int | None = None,
+        clip_gap: int = 1,
         clips_per_video: int | None = None,
         augmentation: Augmentation | None = None,
         max_size: int = 768,
@@ -52,22 +59,27 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
             raise ValueError(f"clip_frames: expected 1 or more, found {clip_frames}")
         if clip_range is not None and clip_range < clip_frames:
             raise ValueError(f"clip_range: expected clip_frames = {clip_frames} or more (or none), found {clip_range}")
+        if clip_gap < 1:
+            raise ValueError(f"clip_gap: expected 1 or more, found {clip_gap}")
+        if clip_range is not None and clip_range <= (clip_frames - 1) * clip_gap:
+            raise ValueError(
+                f"clip_gap: {clip_frames} frames at least {clip_gap} apart need a clip_range of "
+                f"{(clip_frames - 1) * clip_gap + 1} or more (or none), found {clip_range}"
+            )
         if clips_per_video is not None and clips_per_video < 1:
             raise ValueError(f"clips_per_video: expected 1 or more (or none), found {clips_per_video}")
         self.dataset = dataset
         self.images = Path(images)
         self.clip_frames = clip_frames
         self.clip_range = clip_range
-        self.augmentation = augmentation
+        self.clip_gap = clip_gap
+        self.augmentation = UNCHANGED if augmentation is None else augmentation
         self.max_size = max_size
-        self.items: list[tuple[int, int | None]] = []  # index of the video, and the frame to be in the clip
-        for index, video in enumerate(dataset.videos):
-            frames: Sequence[int | None]
-            if clips_per_video is not None:
-                frames = [None] * clips_per_video
-            else:
-                frames = [frame for frame in range(video.length) if _is_populated(video, [frame])]
-            self.items.extend((index, frame) for frame in frames)
+        self.items: Sequence[tuple[int, int | None]]  # index of the video, and the frame to be in the clip
+        if clips_per_video is None:
+            self.items = populated_frames(dataset)
+        else:
+            self.items = [(index, None) for index in range(len(dataset.videos)) for _ in range(clips_per_video)]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -84,25 +96,16 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         video_index, reference = self.items[index]
         video = self.dataset.videos[video_index]
         for _ in range(MAX_DRAWS):
-            chosen = draw_frames(video.length, self.clip_frames, self.clip_range, reference)
-            if _is_populated(video, chosen):
+            chosen = draw_frames(video.length, self.clip_frames, self.clip_range, reference, self.clip_gap)
+            if shown_instances(video, chosen):
                 break
-        instances = [
-            instance
-            for instance in video.instances
-            if not instance.is_crowd and any(instance.segmentations[frame] is not None for frame in chosen)
-        ]
-        frames = read_frames(video, self.images, chosen)
-        masks = video.decode_masks(instances, chosen)
-        if self.augmentation is not None:
-            frames, masks = self.augmentation(frames, masks, self.max_size)
-        labels = torch.tensor(
-            [self.dataset.class_of(instance.category_id) for instance in instances], dtype=torch.int64
-        )
+        frames, masks, labels = read_clip(self.dataset, video, chosen, self.images, self.augmentation, self.max_size)
         return normalise(frames), clip_targets(labels, masks.view(torch.bool))
 
 
-def draw_frames(length: int, count: int, window: int | None = None, reference: int | None = None) -> list[int]:
+def draw_frames(
+    length: int, count: int, window: int | None = None, reference: int | None = None, gap: int = 1
+) -> list[int]:
     """Draw ``count`` of a video's frames at random, in temporal order.
 
     Args:
@@ -110,19 +113,77 @@ def draw_frames(length: int, count: int, window: int | None = None, reference: i
         count: frames to draw; each is drawn once before any is drawn twice.
         window: the frames drawn lie within this many consecutive ones; None: the whole video.
         reference: index of a frame that must be drawn; None: any.
+        gap: least distance between two of them; where the window has no room for that around the reference, the
+            greatest distance that there is room for.
     """
     window = length if window is None else min(window, length)
     if reference is None:
         reference = int(torch.randint(length, ()))
-    first, last = max(0, reference - window + 1), min(reference, length - window)
-    start = int(torch.randint(first, last + 1, ()))
-    others = [start + offset for offset in torch.randperm(window).tolist() if start + offset != reference]
-    order = [reference, *others]
-    return sorted(order[i % window] for i in range(count))
+    distinct = min(count, window)
+    splits = [  # frames of the window before and after the reference, and how many to draw of each
+        (reference - start, start + window - 1 - reference, before, distinct - 1 - before)
+        for start in range(max(0, reference - window + 1), min(reference, length - window) + 1)
+        for before in range(distinct)
+    ]
+    for spacing in range(gap, 0, -1):
+        ways = [_ways(early, before, spacing) * _ways(late, after, spacing) for early, late, before, after in splits]
+        if any(ways):
+            break
+    early, late, before, after = splits[int(torch.multinomial(torch.tensor(ways, dtype=torch.float64), 1))]
+    frames = [reference]
+    frames += [reference - distance for distance in _draw_distances(early, before, spacing)]
+    frames += [reference + distance for distance in _draw_distances(late, after, spacing)]
+    return sorted(frames[i % distinct] for i in range(count))
 
 
-def read_frames(video: Video, images: Path, frames: Sequence[int]) -> Tensor:
-    """Read T of a video's frames: (T, 3, height, width) uint8 RGB.
+def shown_instances(video: Video, frames: Sequence[int]) -> list[Instance]:
+    """The instances that any of the frames shows, without crowds."""
+    return [
+        instance
+        for instance in video.instances
+        if not instance.is_crowd and any(instance.segmentations[frame] is not None for frame in frames)
+    ]
+
+
+def populated_frames(dataset: VideoDataset) -> list[tuple[int, int]]:
+    """Index of the video and of the frame for every frame that shows an instance which is not a crowd."""
+    return [
+        (index, frame)
+        for index, video in enumerate(dataset.videos)
+        for frame in range(video.length)
+        if shown_instances(video, [frame])
+    ]
+
+
+def read_clip(
+    dataset: VideoDataset,
+    video: Video,
+    frames: Sequence[int],
+    images: Path,
+    augmentation: Augmentation,
+    max_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Read and augment T of a video's frames. A crop that would lose all n instances that they show is not made.
+
+    Returns:
+        (T, 3, H, W) uint8 RGB frames, (T, n, H, W) uint8 masks, zero or one, and (n,) int64 class indices.
+
+    Raises:
+        ValueError: a file is missing, is not an image, or is not of the video's size.
+    """
+    instances = shown_instances(video, frames)
+    geometry = augmentation.draw_geometry(video.height, video.width, max_size)
+    masks = video.decode_masks(instances, frames, geometry.rows, geometry.columns)
+    if instances and not masks.any():
+        geometry = replace(augmentation, crop=0.0).draw_geometry(video.height, video.width, max_size)
+        masks = video.decode_masks(instances, frames, geometry.rows, geometry.columns)
+    pixels = augmentation.change_colours(read_frames(video, images, frames, geometry))
+    labels = torch.tensor([dataset.class_of(instance.category_id) for instance in instances], dtype=torch.int64)
+    return pixels, masks, labels
+
+
+def read_frames(video: Video, images: Path, frames: Sequence[int], geometry: Geometry | None = None) -> Tensor:
+    """Read T of a video's frames: (T, 3, height, width) uint8 RGB, of the size of the geometry if there is one.
 
     Raises:
         ValueError: a file is missing, is not an image, or is not of the video's size.
@@ -143,7 +204,7 @@ def read_frames(video: Video, images: Path, frames: Sequence[int]) -> Tensor:
                 f"{path}: frame {frame} of video {video.id} is {image.shape[1]}x{image.shape[2]} (height x width), but "
                 f"the annotation file says {video.height}x{video.width}; resize the frames or correct the file"
             )
-        read[frame] = image
+        read[frame] = image if geometry is None else geometry.apply(image)  # by itself, as it was decoded, is fastest
     return torch.stack([read[frame] for frame in frames])
 
 
@@ -181,7 +242,7 @@ def collate_clips(clips: Sequence[tuple[Tensor, ClipTargets]]) -> ClipBatch:
     targets = [clip[1] for clip in clips]
     height, width = (max(f.shape[dim] for f in frames) for dim in (-2, -1))
     if all(f.shape[-2:] == (height, width) for f in frames):
-        return ClipBatch(frames=torch.stack(frames), padding=None, targets=targets)
+        return ClipBatch(frames=default_collate(frames), padding=None, targets=targets)
     padded = frames[0].new_zeros(len(frames), *frames[0].shape[:2], height, width)
     padding = torch.ones(len(frames), height, width, dtype=torch.bool)
     for i, f in enumerate(frames):
@@ -190,11 +251,12 @@ def collate_clips(clips: Sequence[tuple[Tensor, ClipTargets]]) -> ClipBatch:
     return ClipBatch(frames=padded, padding=padding, targets=targets)
 
 
-def _is_populated(video: Video, frames: Sequence[int]) -> bool:
-    """Whether any of the frames shows an instance that is not a crowd."""
-    return any(
-        instance.segmentations[frame] is not None
-        for instance in video.instances
-        if not instance.is_crowd
-        for frame in frames
-    )
+def _ways(places: int, count: int, spacing: int) -> int:
+    """How many different distances ``_draw_distances`` may give."""
+    return comb(max(0, places - count * (spacing - 1)), count)
+
+
+def _draw_distances(places: int, count: int, spacing: int) -> list[int]:
+    """``count`` distances up to ``places`` at random, the first and the steps between them no less than ``spacing``."""
+    free = torch.randperm(places - count * (spacing - 1))[:count].sort().values  # what is left without the spacing
+    return [distance + 1 + (i + 1) * (spacing - 1) for i, distance in enumerate(free.tolist())]

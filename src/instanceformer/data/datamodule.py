@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
-from instanceformer.data.annotations import Category, VideoDataset, read_youtube_vis
+from instanceformer.data.annotations import Category, VideoDataset
 from instanceformer.data.augment import Augmentation
 from instanceformer.data.batch import ClipTargets, VideoChunk
+from instanceformer.data.catalog import CATALOG, CatalogSplit, DatasetName, locate, map_categories
 from instanceformer.data.clips import ClipDataset, collate_clips
+from instanceformer.data.pseudo_video import PseudoClips, PseudoVideo
+from instanceformer.data.reading import read_annotations
 from instanceformer.data.streaming import StreamingVideos
 
 SplitName = Literal["train", "valid", "test", "predict"]
 SPLIT_OF_STAGE: dict[str, SplitName] = {"fit": "train", "validate": "valid", "test": "test", "predict": "predict"}
+CATALOG_SPLITS: dict[SplitName, CatalogSplit] = {
+    "train": "train",
+    "valid": "valid",
+    "test": "valid",  # the split of which results are published
+    "predict": "valid",
+}
 PAPER_AUGMENTATION = Augmentation()
 
 
@@ -28,7 +39,7 @@ class Split:
     """Where one part of a dataset lies.
 
     Attributes:
-        annotations: JSON file in YouTube-VIS format.
+        annotations: JSON file in the format of YouTube-VIS, or of COCO, whose images are videos of one frame.
         images: folder that the file names in it are relative to.
     """
 
@@ -36,18 +47,46 @@ class Split:
     images: Path
 
 
+@dataclass(frozen=True)
+class JointImages:
+    """Images to train on together with the videos, as the paper does with COCO.
+
+    Their categories are mapped onto those of the videos by name, see ``map_categories``.
+
+    Attributes:
+        share: fraction of an epoch's clips that are made of images, between 0 and 1; the images are drawn anew in each.
+        split: where they lie; none: COCO's training split under ``data.root``.
+        pseudo_video: how an image becomes a clip.
+    """
+
+    share: float = 0.5
+    split: Split | None = None
+    pseudo_video: PseudoVideo = PseudoVideo()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"data.joint.share: expected a fraction between 0 and 1, found {self.share}")
+
+
 class VideoDataModule(LightningDataModule):
     """Training clips, and streams of whole videos for validation, test and prediction.
+
+    A dataset of the catalogue needs only ``root`` and ``name``: its training split is trained on, its validation split
+    is tested and predicted, and validated on if it has annotations. A split that is given takes the place of that.
 
     Args:
         train: split to train on; must have annotations.
         valid: split to validate on; must have annotations.
-        test: split to test on; must have annotations.
+        test: split to test on; without annotations its results are written but not measured.
         predict: split to write results for; its annotations, if any, are not used.
+        root: folder with one folder for each dataset, such as ``root/ovis``.
+        name: dataset of the catalogue.
+        joint: images to train on together with the videos; none: videos alone.
         augmentation: random changes of the training clips.
         batch_size: training clips of each process.
         clip_frames: frames of a training clip.
         clip_range: a clip's frames lie within a window of this many consecutive frames; none: anywhere in the video.
+        clip_gap: least distance between the frames of a clip; 2 and more keep frames that are nearly alike apart.
         clips_per_video: clips an epoch has of each video; none: one around each frame in which an instance is visible.
         chunk_frames: frames that evaluation and prediction read at once.
         eval_size: shorter side in pixels of the frames in evaluation and prediction.
@@ -61,10 +100,14 @@ class VideoDataModule(LightningDataModule):
         valid: Split | None = None,
         test: Split | None = None,
         predict: Split | None = None,
+        root: Path | None = None,
+        name: DatasetName | None = None,
+        joint: JointImages | None = None,
         augmentation: Augmentation = PAPER_AUGMENTATION,
         batch_size: int = 1,
         clip_frames: int = 4,
         clip_range: int | None = None,
+        clip_gap: int = 1,
         clips_per_video: int | None = None,
         chunk_frames: int = 6,
         eval_size: int = 360,
@@ -78,19 +121,25 @@ class VideoDataModule(LightningDataModule):
             "eval_size": eval_size,
             "max_size": max_size,
         }
-        for name, value in options.items():
+        for option, value in options.items():
             if value < 1:
-                raise ValueError(f"data.{name}: expected 1 or more, found {value}")
+                raise ValueError(f"data.{option}: expected 1 or more, found {value}")
+        if root is None and (name is not None or (joint is not None and joint.split is None)):
+            found = f"data.name={name}" if name is not None else "data.joint without a split"
+            raise ValueError(f"data.root: found none, expected the folder of all datasets, which {found} needs")
+        self.root, self.dataset_name, self.joint = root, name, joint
         self.splits: dict[SplitName, Split | None] = {"train": train, "valid": valid, "test": test, "predict": predict}
         self.augmentation = augmentation
         self.batch_size = batch_size
         self.clip_frames = clip_frames
         self.clip_range = clip_range
+        self.clip_gap = clip_gap
         self.clips_per_video = clips_per_video
         self.chunk_frames = chunk_frames
         self.eval_size = eval_size
         self.max_size = max_size
         self.num_workers = num_workers
+        self.find_finished: Callable[[], frozenset[int]] = frozenset  # ids of videos that test and predict leave out
         self._datasets: dict[SplitName, VideoDataset] = {}
 
     @property
@@ -101,7 +150,9 @@ class VideoDataModule(LightningDataModule):
         for name, split in self.splits.items():
             if split is not None:
                 return self._dataset(name).categories
-        raise ValueError("data: none of train, valid, test and predict is given; expected one at least")
+        if self.dataset_name is not None:
+            return CATALOG[self.dataset_name].categories
+        raise ValueError("data: none of name, train, valid, test and predict is given; expected one at least")
 
     @property
     def num_classes(self) -> int:
@@ -131,11 +182,13 @@ class VideoDataModule(LightningDataModule):
                 categories, or there are too few clips for one batch.
         """
         names = [SPLIT_OF_STAGE[stage]]
-        if stage == "fit" and self.splits["valid"] is not None:
+        if stage == "fit" and self._validates:
             names.append("valid")
         for name in names:
             self._check(name)
         if stage == "fit":
+            if self.joint is not None:
+                self._check_first_frames("data.joint", self._joint_images, self._joint_split)
             clips = len(self._clips())
             needed = self.batch_size * (1 if self.trainer is None else self.trainer.world_size)
             if clips < needed:
@@ -159,7 +212,7 @@ class VideoDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[VideoChunk] | list[DataLoader[VideoChunk]]:
         """The chunks of this rank's share of the validation videos; no loader where no such split is given."""
-        return self._stream("valid") if self.splits["valid"] is not None else []
+        return self._stream("valid") if self._validates else []
 
     def test_dataloader(self) -> DataLoader[VideoChunk]:
         """The chunks of this rank's share of the test videos."""
@@ -169,16 +222,29 @@ class VideoDataModule(LightningDataModule):
         """The chunks of this rank's share of the videos to predict."""
         return self._stream("predict")
 
-    def _clips(self) -> ClipDataset:
-        return ClipDataset(
+    def _clips(self) -> ClipDataset | ConcatDataset[tuple[Tensor, ClipTargets]]:
+        clips = ClipDataset(
             self._dataset("train"),
             self._split("train").images,
             clip_frames=self.clip_frames,
             clip_range=self.clip_range,
+            clip_gap=self.clip_gap,
             clips_per_video=self.clips_per_video,
             augmentation=self.augmentation,
             max_size=self.max_size,
         )
+        if self.joint is None:
+            return clips
+        pseudo_clips = PseudoClips(
+            self._joint_images,
+            self._joint_split.images,
+            length=max(1, round(len(clips) * self.joint.share / (1 - self.joint.share))),
+            clip_frames=self.clip_frames,
+            pseudo_video=self.joint.pseudo_video,
+            augmentation=self.augmentation,
+            max_size=self.max_size,
+        )
+        return ConcatDataset([clips, pseudo_clips])
 
     def _stream(self, name: SplitName) -> DataLoader[VideoChunk]:
         # Lightning warns of any iterable dataset that has a length; the workers of this one do share the chunks.
@@ -189,6 +255,7 @@ class VideoDataModule(LightningDataModule):
             chunk_frames=self.chunk_frames,
             size=self.eval_size,
             max_size=self.max_size,
+            skip=self.find_finished() if name in ("test", "predict") else frozenset(),
         )
         return DataLoader(
             videos,
@@ -199,21 +266,46 @@ class VideoDataModule(LightningDataModule):
 
     def _split(self, name: SplitName) -> Split:
         split = self.splits[name]
-        if split is None:
-            raise ValueError(f"data.{name} is not given; expected its `annotations` file and its folder of `images`")
-        return split
+        if split is not None:
+            return split
+        if self.dataset_name is None or self.root is None:
+            raise ValueError(
+                f"data.{name} is not given; expected its `annotations` file and its folder of `images`, or a data.name "
+                f"of the catalogue, one of {', '.join(CATALOG)}"
+            )
+        return Split(*locate(self.root, self.dataset_name, CATALOG_SPLITS[name]))
+
+    @property
+    def _validates(self) -> bool:
+        """Whether a training has a validation split."""
+        if self.splits["valid"] is not None or self.dataset_name is None:
+            return self.splits["valid"] is not None
+        return CATALOG[self.dataset_name].splits[CATALOG_SPLITS["valid"]].annotated
 
     def _dataset(self, name: SplitName) -> VideoDataset:
         if name not in self._datasets:
-            self._datasets[name] = read_youtube_vis(self._split(name).annotations)
+            self._datasets[name] = read_annotations(self._split(name).annotations)
         return self._datasets[name]
+
+    @property
+    def _joint_split(self) -> Split:
+        assert self.joint is not None
+        if self.joint.split is not None:
+            return self.joint.split
+        assert self.root is not None  # looked at in the beginning
+        return Split(*locate(self.root, "coco", "train"))
+
+    @cached_property
+    def _joint_images(self) -> VideoDataset:
+        """The images in the categories of the videos."""
+        return map_categories(read_annotations(self._joint_split.annotations), self._dataset("train").categories)
 
     def _check(self, name: SplitName) -> None:
         split, dataset = self._split(name), self._dataset(name)
-        if name != "predict" and not dataset.is_annotated:
+        if name in ("train", "valid") and not dataset.is_annotated:
             raise ValueError(
                 f"data.{name}: {split.annotations} has no annotations; expected some, to train on or to measure "
-                "against; give such a file as data.predict, which only writes results"
+                "against; give such a file as data.test or data.predict, which then only write results"
             )
         for known, other in self._datasets.items():
             if other.categories != dataset.categories:
@@ -223,10 +315,19 @@ class VideoDataModule(LightningDataModule):
                     f"{self._split(known).annotations}; the first that is not in both is {unlike}. Class indices would "
                     "not mean the same; give both files the same list of categories"
                 )
+        self._check_first_frames(f"data.{name}", dataset, split)
+
+    def _check_first_frames(self, option: str, dataset: VideoDataset, split: Split) -> None:
+        """See that every video's first frame is there, before a long run finds out that it is not."""
         for video in dataset.videos:
+            if not video.file_names:
+                raise ValueError(
+                    f"{option}: video {video.id} of {split.annotations} has no file_names; expected its frames, "
+                    f"relative to {option}.images = {split.images}"
+                )
             path = split.images / video.file_names[0]
             if not path.is_file():
                 raise FileNotFoundError(
-                    f"data.{name}: {path}, the first frame of video {video.id} in {split.annotations}, does not exist; "
-                    f"is data.{name}.images = {split.images} the folder that file_names are relative to?"
+                    f"{option}: {path}, the first frame of video {video.id} in {split.annotations}, does not exist; "
+                    f"is {option}.images = {split.images} the folder that file_names are relative to?"
                 )

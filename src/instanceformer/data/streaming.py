@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -22,18 +23,22 @@ class StreamingVideos(IterableDataset[VideoChunk]):
     collects from its workers in turn too, so that chunks arrive in order and a video is finished before the next
     begins, however many workers there are. Use it with ``DataLoader(..., batch_size=None)``.
 
+    A rank that gets no video yields one empty chunk, of a video of length 0 with the id -1: Lightning runs no hook of a
+    loop without batches, and the other ranks would wait for this one.
+
     Args:
         dataset: the videos; their instances are not looked at.
         images: folder that the videos' file names are relative to.
         chunk_frames: frames of a chunk; the last chunk of a video may have fewer.
         size: shorter side of the frames in pixels after resizing.
         max_size: greatest length of the longer side in pixels.
+        skip: ids of videos to leave out.
         rank: this process's number; None: that of torch.distributed, or 0 where it is not in use.
         world_size: number of processes that share the videos; None likewise.
 
     Raises:
-        ValueError: an option is out of its range, or there are fewer videos than ranks; on iteration, a frame is
-            missing, unreadable or not of its video's size.
+        ValueError: chunk_frames is out of its range; on iteration, a frame is missing, unreadable or not of its video's
+            size.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class StreamingVideos(IterableDataset[VideoChunk]):
         chunk_frames: int = 6,
         size: int = 360,
         max_size: int = 768,
+        skip: frozenset[int] = frozenset(),
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -54,26 +60,24 @@ class StreamingVideos(IterableDataset[VideoChunk]):
             rank = dist.get_rank() if distributed else 0
         if world_size is None:
             world_size = dist.get_world_size() if distributed else 1
-        if len(dataset.videos) < world_size:  # a rank without work would leave the others waiting for its results
-            raise ValueError(
-                f"{len(dataset.videos)} videos cannot be shared by {world_size} processes, of which each needs one; "
-                f"use {len(dataset.videos)} devices or fewer"
-            )
         self.images = Path(images)
         self.chunk_frames = chunk_frames
         self.size = size
         self.max_size = max_size
-        share = balance([video.length for video in dataset.videos], world_size)[rank]
-        self.videos = [dataset.videos[index] for index in share]
+        videos = [video for video in dataset.videos if video.id not in skip]
+        share = balance([video.length for video in videos], world_size)[rank]
+        self.videos = [videos[index] for index in share]
         self.chunks = [(video, start) for video in self.videos for start in range(0, video.length, chunk_frames)]
 
     def __len__(self) -> int:
         """Number of this rank's chunks."""
-        return len(self.chunks)
+        return max(1, len(self.chunks))
 
     def __iter__(self) -> Iterator[VideoChunk]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if not self.chunks and first == 0:
+            yield VideoChunk(torch.empty(1, 0, 3, 0, 0), video_id=-1, start=0, length=0, size=(0, 0))
         for video, start in islice(self.chunks, first, None, step):
             frames = read_frames(video, self.images, range(start, min(start + self.chunk_frames, video.length)))
             yield VideoChunk(
