@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(data: Path, tmp_path: Path) -> Path:
     split = f"{{annotations: {data}/%s.json, images: {data}/JPEGImages}}"
-    path = tmp_path / "config.yaml"
+    path = tmp_path / "experiment.yaml"
     path.write_text(f"""
 seed_everything: 0
 trainer:
@@ -83,6 +83,10 @@ def test_fit_then_validate_test_predict_and_evaluate(
     checkpoint = tmp_path / "best.ckpt"
     assert checkpoint.exists()
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/videos/val/videos/*.mp4"))
+    resume = [f"--ckpt_path={checkpoint}", "--trainer.max_steps=3", "--model.init_from=nowhere.ckpt"]
+    main(["fit", "--config", str(config), *resume, f"--trainer.default_root_dir={tmp_path / 'resumed'}"])  # no init
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt"):
+        main(["fit", "--config", str(config), "--model.init_from=nowhere.ckpt"])
     for command in ("validate", "test", "predict"):
         main([command, "--config", str(config), "--ckpt_path", str(checkpoint), f"--results.path={command}.json"])
     assert not (tmp_path / "validate.json").exists()

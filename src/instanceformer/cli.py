@@ -7,13 +7,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import ArgumentParser
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from instanceformer.data.catalog import CATALOG, CatalogSplit, DatasetName, locate
+from instanceformer.data.check import check_dataset
 from instanceformer.data.datamodule import VideoDataModule
+from instanceformer.data.importers import import_binary_masks, import_cocovid, import_davis, import_mots
 from instanceformer.data.synthetic import SyntheticOptions, synthesize
+from instanceformer.data.writing import write_youtube_vis
 from instanceformer.evaluation.video_ap import evaluate_files
 from instanceformer.training.callbacks import ResultsWriter
 from instanceformer.training.module import InstanceFormerModule
@@ -61,7 +66,69 @@ def run_evaluate(args: Sequence[str]) -> None:
         print("\n".join(f"{name:6} {value:7.4f}" for name, value in evaluation.summary.items()))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"synthesize": run_synthesize, "evaluate": run_evaluate}
+def run_import(args: Sequence[str]) -> None:
+    """Turn a video export of a labelling tool, or label images, into an annotation file in YouTube-VIS format."""
+    parser = ArgumentParser(prog="instanceformer import", description=run_import.__doc__)
+    parser.add_argument(
+        "format",
+        type=Literal["cocovid", "davis", "mots", "masks"],
+        help="cocovid: COCO-style JSON of images that belong to videos; davis: label images whose values are "
+        "instances; mots: of values class * 1000 + instance; masks: a folder of binary masks for each instance",
+    )
+    parser.add_argument("source", type=Path, help="the JSON file, or the folder of the videos' label images")
+    parser.add_argument("output", type=Path, help="annotation file to write")
+    parser.add_argument("--images", type=Path, help="folder of the videos' frames; not of a cocovid, which names them")
+    parser.add_argument("--names", type=Path, help="JSON file {video: {instance: category}} for davis and masks")
+    found = parser.parse_args(list(args))
+    if (found.format == "cocovid") == (found.images is not None):
+        parser.error(f"--images: expected {'none' if found.images else 'a folder'} for {found.format}")
+    if found.names is not None and found.format not in ("davis", "masks"):
+        parser.error(f"--names: expected none, since {found.format} has categories of its own")
+    match found.format:
+        case "cocovid":
+            dataset = import_cocovid(found.source)
+        case "davis":
+            dataset = import_davis(found.source, found.images, found.names)
+        case "mots":
+            dataset = import_mots(found.source, found.images)
+        case _:
+            dataset = import_binary_masks(found.source, found.images, found.names)
+    write_youtube_vis(found.output, dataset)
+    instances = sum(len(video.instances) for video in dataset.videos)
+    print(f"{len(dataset.videos)} videos with {instances} instances written to {found.output}")
+
+
+def run_check(args: Sequence[str]) -> None:
+    """Look for what is wrong with a dataset, before a long run finds out."""
+    parser = ArgumentParser(prog="instanceformer check", description=run_check.__doc__)
+    parser.add_argument("annotations", type=Path, nargs="?", help="JSON file; may be left out with --root and --name")
+    parser.add_argument("--images", type=Path, help="folder of the frames; without it they are not looked for")
+    parser.add_argument("--decode", action="store_true", help="read every frame")
+    parser.add_argument("--root", type=Path, help="folder of all datasets, such as ROOT/ovis")
+    parser.add_argument("--name", type=DatasetName, help="dataset of the catalogue that is expected")
+    parser.add_argument("--split", type=CatalogSplit, default="train", help="split of that dataset")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    found = parser.parse_args(list(args))
+    annotations, images = found.annotations, found.images
+    if annotations is None:
+        if found.root is None or found.name is None:
+            parser.error("expected an annotation file, or --root and --name")
+        annotations, located = locate(found.root, found.name, found.split)
+        images = images or located
+    entry = None if found.name is None else CATALOG[found.name]
+    split = None if entry is None else entry.splits.get(found.split)
+    report = check_dataset(annotations, images, decode=found.decode, entry=entry, split=split)
+    print(json.dumps(report.to_json()) if found.json else report)
+    if not report.is_sound:
+        sys.exit(1)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "synthesize": run_synthesize,
+    "import": run_import,
+    "check": run_check,
+    "evaluate": run_evaluate,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:

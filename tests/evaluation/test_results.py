@@ -1,4 +1,6 @@
 import json
+import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from instanceformer.evaluation.results import (
     encode_mask,
     read_results,
     write_results,
+    zip_results,
 )
 
 
@@ -42,7 +45,7 @@ def test_a_track_is_compressed_with_empty_masks_as_absent():
 
 def test_written_results_are_read_back_exactly(tmp_path):
     path = tmp_path / "results.json"
-    write_results(path, make_tracks())
+    assert write_results(path, make_tracks()) == 3
     assert read_results(path) == make_tracks()
     assert set(json.loads(path.read_text())[0]) == {"video_id", "category_id", "score", "segmentations"}
 
@@ -50,6 +53,21 @@ def test_written_results_are_read_back_exactly(tmp_path):
 def test_no_tracks_make_a_valid_file(tmp_path):
     write_results(tmp_path / "results.json", [])
     assert read_results(tmp_path / "results.json") == []
+
+
+def test_the_zip_holds_the_file_alone_and_is_always_the_same(tmp_path, monkeypatch):
+    path = tmp_path / "mine.json"
+    write_results(path, make_tracks())
+    packed = zip_results(path)
+    assert packed == tmp_path / "mine.zip"
+    with zipfile.ZipFile(packed) as archive:
+        assert archive.namelist() == ["results.json"]
+        assert archive.testzip() is None
+        assert archive.read("results.json") == path.read_bytes()
+    first = packed.read_bytes()
+    os.utime(path, (1e9, 1e9))
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    assert zip_results(path).read_bytes() == first
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):

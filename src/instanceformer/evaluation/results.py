@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, cast
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import numpy as np
 import numpy.typing as npt
@@ -83,22 +86,45 @@ def compress_track(segmentations: Sequence[object], height: int, width: int) -> 
     ]
 
 
-def write_results(path: str | Path, tracks: Iterable[Track]) -> None:
+def write_results(path: str | Path, tracks: Iterable[Track]) -> int:
     """Write the challenge's result file: a list of {video_id, category_id, score, segmentations}.
 
     The file appears under its name only when it is complete.
+
+    Returns:
+        Number of tracks.
     """
     path = Path(path)
+    count = 0
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w") as file:
             file.write("[")
-            for index, track in enumerate(tracks):
-                file.write((",\n" if index else "") + json.dumps(vars(track)))
+            for track in tracks:
+                file.write((",\n" if count else "") + json.dumps(vars(track)))
+                count += 1
             file.write("]\n")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    return count
+
+
+def zip_results(path: Path) -> Path:
+    """Pack a result file as the challenge servers take it: alone in a zip, as ``results.json``.
+
+    Equal files give equal zips.
+
+    Returns:
+        Path of the zip, beside the file.
+    """
+    entry = ZipInfo("results.json")  # its date is a constant
+    entry.compress_type = ZIP_DEFLATED
+    entry.external_attr = 0o644 << 16
+    entry.file_size = path.stat().st_size  # beyond 2 GiB the format is another
+    with ZipFile(path.with_suffix(".zip"), "w") as archive, archive.open(entry, "w") as packed, path.open("rb") as file:
+        shutil.copyfileobj(file, packed)
+    return path.with_suffix(".zip")
 
 
 def read_results(path: str | Path) -> list[Track]:
@@ -109,19 +135,74 @@ def read_results(path: str | Path) -> list[Track]:
         ValueError: if it is not a result file, or if a mask is damaged or differs in size from the first of its track;
             the message names the file, the entry and the field.
     """
-    try:
-        entries = json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file ({error}); expected a list of predicted tracks") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: found a JSON {type(entries).__name__}, expected a list of predicted tracks")
     tracks = []
-    for index, entry in enumerate(entries):
+    for index, track in enumerate(iterate_results(path)):
+        visible = [segmentation for segmentation in track.segmentations if segmentation is not None]
         try:
-            tracks.append(_parse_track(entry))
+            if visible:
+                compress_masks(track.segmentations, *visible[0]["size"])  # refuses damaged counts and a change of size
         except ValueError as error:
             raise ValueError(f"{path}: entry {index}: {error}") from error
+        tracks.append(track)
     return tracks
+
+
+def iterate_results(path: str | Path) -> Iterator[Track]:
+    """Read a result file track by track, of which only the text is in memory; what masks hold is not looked into.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: where it is no result file any more; the message names the file, the entry and the field.
+    """
+    for index, entry in enumerate(_iterate_entries(path)):
+        try:
+            track = _parse_track(entry)
+        except RecursionError as error:
+            raise ValueError(f"{path}: entry {index}: found lists in lists without end, expected a track") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: entry {index}: {error}") from error
+        yield track
+
+
+def _iterate_entries(path: str | Path) -> Iterator[Any]:
+    """The entries of the list in a JSON file."""
+    expected = "expected a list of predicted tracks"
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        begin = _skip_blanks(text, 0)
+        is_list = text.startswith("[", begin)
+        if is_list:
+            yield from _iterate_list(text, begin)
+        else:
+            found = type(json.loads(text)).__name__
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error}); {expected}") from error
+    if not is_list:
+        raise ValueError(f"{path}: found a JSON {found}, {expected}")
+
+
+def _iterate_list(text: str, begin: int) -> Iterator[Any]:
+    """Parse the JSON list that begins at a place of a text and ends with it, entry by entry."""
+    decoder = json.JSONDecoder()
+    at = _skip_blanks(text, begin + 1)
+    more = not text.startswith("]", at)
+    while more:
+        entry, at = decoder.raw_decode(text, at)
+        yield entry
+        at = _skip_blanks(text, at)
+        more = text.startswith(",", at)
+        if more:
+            at = _skip_blanks(text, at + 1)
+        elif not text.startswith("]", at):
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+    if _skip_blanks(text, at + 1) != len(text):
+        raise json.JSONDecodeError("Extra data", text, at + 1)
+
+
+def _skip_blanks(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\n\r":
+        at += 1
+    return at
 
 
 def _parse_track(entry: Any) -> Track:
@@ -142,6 +223,8 @@ def _parse_track(entry: Any) -> Track:
             raise ValueError(
                 f"{field} is {str(entry[field])[:80]}, expected {' or '.join(t.__name__ for t in expected)}"
             )
+    if abs(entry["score"]) > sys.float_info.max:
+        raise ValueError(f"score is {str(entry['score'])[:80]}, expected a finite number")
     for frame, segmentation in enumerate(entry["segmentations"]):
         match segmentation:
             case None | {"size": [int(), int()], "counts": str()}:
@@ -151,7 +234,4 @@ def _parse_track(entry: Any) -> Track:
                     f"frame {frame} is {str(segmentation)[:80]}, expected null or compressed run lengths "
                     '{"size": [height, width], "counts": "..."}'
                 )
-    visible = [segmentation for segmentation in entry["segmentations"] if segmentation is not None]
-    if visible:
-        compress_masks(entry["segmentations"], *visible[0]["size"])  # refuses damaged counts and a change of size
     return Track(**{field: entry[field] for field in types})

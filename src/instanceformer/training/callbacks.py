@@ -1,7 +1,10 @@
-"""What happens beside the training: result files and films."""
+"""What happens beside the network: result files and films."""
 
 from __future__ import annotations
 
+import hashlib
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,20 +15,54 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from instanceformer.data.datamodule import VideoDataModule
-from instanceformer.evaluation.results import Track, write_results
+from instanceformer.evaluation.parts import ResultParts
+from instanceformer.evaluation.results import Track
 from instanceformer.inference.film import film_results, select_tracks, select_video
+from instanceformer.model.network import InstanceFormer
+from instanceformer.training.module import InstanceFormerModule
 
 
 class ResultsWriter(Callback):
-    """Writes the tracks of ``test`` and ``predict``, from all ranks, in the challenge's format.
+    """Writes the results of ``test`` and ``predict`` as the challenge servers take them, and resumes a run.
+
+    The tracks of a video are kept as soon as it is finished, see ``ResultParts``. A run that was killed takes them over
+    when it is started again. When all videos are finished, rank 0 writes the result file and, beside it, its zip. All
+    ranks must see the same folder; their number may change. Nothing is written where ``limit_test_batches`` or
+    ``limit_predict_batches`` leaves videos out.
 
     Args:
-        path: of the file; a relative one lies in the trainer's ``default_root_dir``.
+        path: of the result file, which ends in .json; a relative one lies in the trainer's ``default_root_dir``.
     """
 
     def __init__(self, path: Path = Path("results.json")) -> None:
+        if path.suffix != ".json":
+            raise ValueError(f"results.path: found {path}, expected a name that ends in .json; its zip comes beside it")
         self.path = path
-        self._tracks: list[Track] = []
+        self._parts: ResultParts | None = None
+        self._finished: frozenset[int] = frozenset()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the data module leave out what is finished."""
+        self._parts = None
+        if stage not in ("test", "predict"):
+            return
+        assert isinstance(pl_module, InstanceFormerModule)
+        pl_module.data.find_finished = frozenset
+        limit = trainer.limit_test_batches if stage == "test" else trainer.limit_predict_batches
+        if isinstance(limit, int) or limit < 1:
+            pl_module.print(f"no results are written, since only {limit} of the batches are asked for")
+            return
+        trainer.predict_loop.return_predictions = False  # they are on disk
+        pl_module.data.find_finished = partial(self._find_finished, trainer, pl_module, stage)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the folder of parts, now that nothing can be refused any more."""
+        if self._parts is not None:
+            if trainer.is_global_zero and (found := self._parts.start()):
+                pl_module.print(found)
+            trainer.strategy.barrier("parts")
+
+    on_predict_start = on_test_start
 
     def on_test_batch_end(
         self,
@@ -37,28 +74,67 @@ class ResultsWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the tracks of a finished video."""
-        self._tracks += outputs["tracks"] if outputs else []
+        if self._parts is not None and outputs is not None:
+            self._parts.write(batch.video_id, outputs["tracks"])
 
     on_predict_batch_end = on_test_batch_end
 
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the metric, which the module computes next, have this rank's share of what was taken over."""
+        if self._parts is not None:
+            assert isinstance(pl_module, InstanceFormerModule)
+            for video_id in sorted(self._finished)[trainer.global_rank :: trainer.world_size]:
+                pl_module.count_tracks(video_id, self._parts.read(video_id))
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file."""
-        self._write(trainer)
+        """Write the result file when all ranks have finished."""
+        if self._parts is not None:
+            trainer.strategy.barrier("results")
+            if trainer.is_global_zero:
+                pl_module.print(self._parts.merge())
 
     on_predict_end = on_test_end
 
-    def _write(self, trainer: Trainer) -> None:
-        shares: list[list[Track]] = [self._tracks]
-        if trainer.world_size > 1:
-            shares = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(shares, self._tracks)
-        self._tracks = []
+    def _find_finished(self, trainer: Trainer, module: InstanceFormerModule, stage: str) -> frozenset[int]:
+        """Ids of the videos that are finished; all ranks go by what rank 0 finds."""
+        parts = None
         if trainer.is_global_zero:
-            tracks = sorted((track for share in shares for track in share), key=lambda track: track.video_id)
+            videos = module.data.videos(stage)[0].videos
             path = Path(trainer.default_root_dir) / self.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_results(path, tracks)
-            print(f"{len(tracks)} tracks written to {path}")
+            parts = ResultParts(path, describe_run(module, stage), [video.id for video in videos])
+        self._parts = trainer.strategy.broadcast(parts)
+        assert self._parts is not None
+        self._finished = trainer.strategy.broadcast(self._parts.finished())
+        return self._finished
+
+
+def describe_run(module: InstanceFormerModule, stage: str) -> dict[str, object]:
+    """By name all that the tracks of ``test`` or ``predict`` depend on; of the images only where they are."""
+    trainer, data = module.trainer, module.data
+    with data.annotations_path(stage).open("rb") as file:
+        annotations = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "weights": hash_weights(module.network),
+        **{f"model.network.{name}": value for name, value in module.network.options.items()},
+        **{f"model.inference.{name}": value for name, value in vars(module.inference).items()},
+        "annotations": annotations,
+        "images": data.videos(stage)[1].resolve(),
+        "data.chunk_frames": data.chunk_frames,
+        "data.eval_size": data.eval_size,
+        "data.max_size": data.max_size,
+        "precision": trainer.precision,
+        "device": trainer.strategy.root_device.type,
+        "version": version("instanceformer"),
+        "version of torch": torch.__version__,
+    }
+
+
+def hash_weights(network: InstanceFormer) -> str:
+    """SHA-256 of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class VideoLogger(Callback):

@@ -68,35 +68,36 @@ class InstanceFormerModule(LightningModule):
 
     # Set-up ----------------------------------------------------------------------------------------------------------
 
-    def prepare_data(self) -> None:
-        """Download on one process what ``setup`` will load on all."""
-        if self._starts_from_imagenet:
-            self.network.backbone.load_imagenet_weights()
-
     def setup(self, stage: str) -> None:
-        """Check that network and data agree and load initial weights, before anything runs."""
+        """Check that network and data agree, before anything runs."""
         found = self.data.num_classes
         if found != self.network.num_classes:
             raise ValueError(
                 f"model.network.num_classes: found {self.network.num_classes}, expected {found}, the number of "
                 f"categories of the data ({', '.join(self.data.category_names[:5])}, ...)"
             )
-        if stage != "fit":
+
+    def on_fit_start(self) -> None:
+        """Load initial weights, unless the training is resumed."""
+        if self.trainer.ckpt_path is not None:
             return
         options = self.network.options
-        initialised = self._starts_from_imagenet or self.init_from is not None or self.trainer.ckpt_path is not None
-        if options["backbone_norm"] == "frozen" and options["backbone"].startswith("res") and not initialised:
+        if self.init_from is not None:
+            left_new = self._take_over(self.init_from)
+            if left_new:
+                self.print(f"{self.init_from}: not taken over, since shapes or names differ: {', '.join(left_new)}")
+        elif self.backbone_weights == "imagenet":
+            if self.trainer.local_rank == 0:  # downloads what the others then find
+                self.network.backbone.load_imagenet_weights()
+            self.trainer.strategy.barrier("imagenet")
+            if self.trainer.local_rank > 0:
+                self.network.backbone.load_imagenet_weights(progress=False)
+        elif options["backbone_norm"] == "frozen" and options["backbone"].startswith("res"):
             raise ValueError(
                 "model.network.backbone_norm: found frozen on a backbone with random weights, whose first stage would "
                 "never learn; expected --model.backbone_weights imagenet, --model.init_from or --ckpt_path, or "
                 "--model.network.backbone_norm batch to train from random weights"
             )
-        if self._starts_from_imagenet:
-            self.network.backbone.load_imagenet_weights(progress=False)
-        if self.init_from is not None and self.trainer.ckpt_path is None:
-            left_new = self._take_over(self.init_from)
-            if left_new:
-                print(f"{self.init_from}: not taken over, since shapes or names differ: {', '.join(left_new)}")
 
     @property
     def data(self) -> VideoDataModule:
@@ -105,11 +106,6 @@ class InstanceFormerModule(LightningModule):
         if not isinstance(data, VideoDataModule):
             raise TypeError(f"InstanceFormerModule needs a VideoDataModule, found {type(data).__name__}")
         return data
-
-    @property
-    def _starts_from_imagenet(self) -> bool:
-        fitting = self.trainer.state.fn == "fit" and self.trainer.ckpt_path is None
-        return fitting and self.backbone_weights == "imagenet" and self.init_from is None
 
     def _take_over(self, path: Path) -> list[str]:
         """Load what fits of another network's weights; names of the parameters that start anew."""
@@ -222,18 +218,30 @@ class InstanceFormerModule(LightningModule):
         """Log AP and AR of the videos seen."""
         self._log_metric("test")
 
+    def count_tracks(self, video_id: int, tracks: list[Track]) -> None:
+        """Let all tracks of a video count in the metric, if there is one."""
+        if self.metric is not None:
+            self.metric.update(video_id, tracks)
+
     def _start_evaluation(self, stage: str) -> None:
         self._videos.clear()
-        self.metric = VideoAveragePrecision(self.data.annotations_path(stage), only_updated=True).to(self.device)
+        self.metric = None
+        annotations = self.data.annotations_path(stage)
+        if self.data.videos(stage)[0].is_annotated:
+            self.metric = VideoAveragePrecision(annotations, only_updated=True).to(self.device)
+        else:
+            self.print(f"{annotations} has no annotations, so that no AP is computed")
 
     def _evaluate(self, chunk: VideoChunk) -> VideoOutput | None:
         output = self._run_video(chunk)
-        if output is not None and self.metric is not None:
-            self.metric.update(chunk.video_id, output["tracks"])
+        if output is not None:
+            self.count_tracks(chunk.video_id, output["tracks"])
         return output
 
     def _run_video(self, chunk: VideoChunk) -> VideoOutput | None:
         """Take in a chunk; state starts anew with the first one of a video."""
+        if chunk.length == 0:  # this rank has no video
+            return None
         if chunk.start == 0:
             self._videos[chunk.video_id] = VideoInference(self.network, self.inference, chunk.size)
         video = self._videos[chunk.video_id]
@@ -244,8 +252,8 @@ class InstanceFormerModule(LightningModule):
         return {"tracks": video.tracks(chunk.video_id, [category.id for category in self.data.categories])}
 
     def _log_metric(self, stage: str) -> None:
-        assert self.metric is not None
-        for name, value in self.metric.compute().items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == "AP", sync_dist=True)
+        if self.metric is not None:
+            for name, value in self.metric.compute().items():
+                self.log(f"{stage}/{name}", value, prog_bar=name == "AP", sync_dist=True)
         self.metric = None
         self._videos.clear()

@@ -1,0 +1,267 @@
+"""Result files of ``test`` and ``predict``, also of runs that are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import pytest
+import torch
+import yaml
+from tests.conftest import TINY
+
+from instanceformer import InstanceFormer
+from instanceformer.cli import main
+from instanceformer.evaluation.results import read_results
+from instanceformer.training.callbacks import ResultsWriter
+from instanceformer.training.module import InstanceFormerModule
+
+VIDEOS = [1, 2, 3, 4]
+RECORDER = """
+import json, os, signal, time
+from pathlib import Path
+from lightning import Callback
+
+class Recorder(Callback):
+    '''Notes the videos that are begun and the final metrics; dies where the environment says so, after all before.'''
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_test_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        if batch.start == 0 and batch.length > 0:
+            with (self.folder / "begun").open("a") as file:
+                file.write(f"{batch.video_id} ")
+        elif os.environ.get("DIE_IN") == str(batch.video_id):
+            while len(list(self.folder.glob("results.parts/*.*.json"))) < batch.video_id - 1:
+                time.sleep(0.01)
+            os.killpg(0, signal.SIGKILL)
+        elif os.environ.get("FAIL_IN") == str(batch.video_id):
+            raise OSError("no space left")
+
+    def on_test_end(self, trainer, module):
+        if trainer.is_global_zero:
+            metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+            (self.folder / "metrics.json").write_text(json.dumps(metrics))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four videos of eight frames, each two chunks; a checkpoint; a callback."""
+    folder = tmp_path_factory.mktemp("data")
+    main(
+        ["synthesize", str(folder), "--train_videos=1", "--valid_videos=4", "--length=8", "--workers=1", "--overwrite"]
+    )
+    (folder / "recorder.py").write_text(RECORDER)
+    for seed in (0, 1):
+        save_checkpoint(folder / f"{seed}.ckpt", seed)
+    return folder
+
+
+def save_checkpoint(path: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    weights = InstanceFormerModule(InstanceFormer(4, **TINY, backbone_norm="batch")).state_dict()
+    torch.save({"state_dict": weights, "pytorch-lightning_version": "2.5.0"}, path)
+
+
+@pytest.fixture
+def command(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Writes a configuration and gives the arguments of a test with it."""
+    monkeypatch.syspath_prepend(data)
+
+    def build(name: str = "results", **trainer: Any) -> list[str]:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        split = {"annotations": str(data / "valid.json"), "images": str(data / "JPEGImages")}
+        config = {
+            "seed_everything": 0,
+            "trainer": {
+                "accelerator": "cpu",
+                "devices": 1,
+                "logger": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "default_root_dir": str(folder),
+                "callbacks": [{"class_path": "recorder.Recorder", "init_args": {"folder": str(folder)}}],
+                **trainer,
+            },
+            "model": {
+                "network": {"num_classes": 4, "backbone_norm": "batch", **TINY},
+                "inference": {"max_tracks": 5},
+            },
+            "data": {"test": split, "predict": split, "chunk_frames": 4, "eval_size": 96, "num_workers": 0},
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        return ["test", f"--config={folder / 'config.yaml'}", f"--ckpt_path={data / '0.ckpt'}"]
+
+    return build
+
+
+def begun(folder: Path) -> list[int]:
+    """Ids of the videos that were begun since the last call, in order."""
+    path = folder / "begun"
+    ids = [int(word) for word in path.read_text().split()]
+    path.write_text("")
+    return ids
+
+
+def parts(folder: Path) -> set[int]:
+    return {int(path.name.split(".")[0]) for path in (folder / "results.parts").glob("*.*.json")}
+
+
+def start(arguments: list[str], data: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the program as a group of processes of its own."""
+    (data / "run.py").write_text("from instanceformer.cli import main\n\nmain()\n")
+    return subprocess.run(
+        [sys.executable, str(data / "run.py"), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_killed_run_ends_like_one_that_was_not(command, data: Path, tmp_path: Path, capsys) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "results"
+    main(command("whole"))
+    assert begun(whole) == VIDEOS
+    assert "20 tracks of 4 videos written to" in capsys.readouterr().out
+
+    arguments = command()
+    killed = start(arguments, data, DIE_IN="3")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert begun(folder) == [1, 2, 3]
+    assert parts(folder) == {1, 2}
+    assert not (folder / "results.json").exists()
+
+    main(arguments)
+    assert begun(folder) == [3, 4]
+    assert "2 of 4 videos taken over from" in capsys.readouterr().out
+    for name in ("results.json", "results.zip", "metrics.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not (folder / "results.parts").exists()
+    with ZipFile(folder / "results.zip") as archive:
+        assert archive.namelist() == ["results.json"]
+        assert archive.read("results.json") == (folder / "results.json").read_bytes()
+    assert "test/AP" in json.loads((folder / "metrics.json").read_text())
+
+    main(arguments)  # a finished run is not resumed
+    assert begun(folder) == VIDEOS
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_two_ranks_is_resumed_by_one_or_two(command, data: Path, tmp_path: Path) -> None:
+    """The one video that is left is fewer than there are ranks."""
+    main(command("whole"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    killed = start(command("two", devices=2, strategy="ddp"), data, DIE_IN="4")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert parts(two) == {1, 2, 3}
+    shutil.copytree(two, one)
+    begun(one), begun(two)
+
+    main(command("one"))
+    resumed = start(command("two", devices=2, strategy="ddp"), data)
+    assert resumed.returncode == 0, resumed.stderr
+    for folder in (one, two):
+        assert begun(folder) == [4]
+        for name in ("results.json", "results.zip", "metrics.json"):
+            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def fail(arguments: list[str], monkeypatch: pytest.MonkeyPatch, video_id: int) -> None:
+    """Run until a video is half done."""
+    with monkeypatch.context() as patch:
+        patch.setenv("FAIL_IN", str(video_id))
+        with pytest.raises(OSError, match="no space left"):
+            main(arguments)
+
+
+def test_what_is_finished_but_not_merged_is_merged(command, tmp_path: Path, monkeypatch) -> None:
+    arguments, folder = command(), tmp_path / "results"
+    with monkeypatch.context() as patch:
+        patch.setattr("instanceformer.evaluation.parts.zip_results", lambda path: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(arguments)
+    assert parts(folder) == set(VIDEOS)
+    metrics = (folder / "metrics.json").read_text()
+    assert not (folder / "results.json").exists()
+    assert begun(folder) == VIDEOS
+    main(arguments)
+    assert begun(folder) == []
+    assert [track.video_id for track in read_results(folder / "results.json")] == sorted(5 * VIDEOS)
+    assert (folder / "metrics.json").read_text() == metrics
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("--ckpt_path={data}/1.ckpt", "weights"),
+        ("--data.eval_size=80", "data.eval_size"),
+        ("--model.network.memory_tokens=5", "model.network.memory_tokens"),
+    ],
+)
+def test_a_different_run_takes_nothing_over(
+    command, data: Path, tmp_path: Path, monkeypatch, capsys, change: str, reason: str
+) -> None:
+    arguments, folder = command(), tmp_path / "results"
+    fail(arguments, monkeypatch, 3)
+    assert begun(folder) == [1, 2, 3]
+    main([*arguments, change.format(data=data)])
+    assert begun(folder) == VIDEOS
+    assert f"2 videos in {folder / 'results.parts'} discarded, since their run differs in {reason}\n" in (
+        capsys.readouterr().out
+    )
+    assert {track.video_id for track in read_results(folder / "results.json")} == set(VIDEOS)
+
+
+def test_a_run_that_is_refused_leaves_the_parts_of_another(command, tmp_path: Path, monkeypatch) -> None:
+    arguments, folder = command(), tmp_path / "results"
+    fail(arguments, monkeypatch, 3)
+    with pytest.raises(ValueError, match="num_classes: found 7"):
+        main([*arguments, "--model.network.num_classes=7"])
+    assert parts(folder) == {1, 2}
+
+
+def test_without_annotations_results_are_written_and_nothing_is_measured(
+    command, data: Path, tmp_path: Path, capsys
+) -> None:
+    arguments, folder = command(), tmp_path / "results"
+    content = json.loads((data / "valid.json").read_text())
+    del content["annotations"]
+    (tmp_path / "unannotated.json").write_text(json.dumps(content))
+    main([*arguments, f"--data.test.annotations={tmp_path / 'unannotated.json'}"])
+    said = capsys.readouterr().out
+    assert "unannotated.json has no annotations, so that no AP is computed" in said
+    assert "20 tracks of 4 videos written to" in said
+    assert json.loads((folder / "metrics.json").read_text()) == {}
+    assert {track.video_id for track in read_results(folder / "results.json")} == set(VIDEOS)
+    written = (folder / "results.json").read_bytes()
+    main(["predict", *arguments[1:]])
+    assert (folder / "results.json").read_bytes() == written
+
+
+def test_a_limited_run_neither_writes_nor_resumes(command, tmp_path: Path, monkeypatch, capsys) -> None:
+    arguments, folder = command(), tmp_path / "results"
+    fail(arguments, monkeypatch, 2)
+    begun(folder)
+    main([*arguments, "--trainer.limit_test_batches=2"])
+    assert begun(folder) == [1]
+    assert "no results are written, since only 2 of the batches are asked for" in capsys.readouterr().out
+    assert parts(folder) == {1}
+    assert not (folder / "results.json").exists()
+
+
+def test_the_result_file_must_be_json() -> None:
+    with pytest.raises(ValueError, match=r"results\.path: found results\.zip, expected a name that ends in \.json"):
+        ResultsWriter(Path("results.zip"))
