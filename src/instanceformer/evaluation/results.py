@@ -226,12 +226,17 @@ def _parse_track(entry: Any) -> Track:
     if abs(entry["score"]) > sys.float_info.max:
         raise ValueError(f"score is {str(entry['score'])[:80]}, expected a finite number")
     for frame, segmentation in enumerate(entry["segmentations"]):
-        match segmentation:
-            case None | {"size": [int(), int()], "counts": str()}:
-                pass
-            case _:
-                raise ValueError(
-                    f"frame {frame} is {str(segmentation)[:80]}, expected null or compressed run lengths "
-                    '{"size": [height, width], "counts": "..."}'
-                )
+        if segmentation is not None and not _is_compressed(segmentation):
+            raise ValueError(
+                f"frame {frame} is {str(segmentation)[:80]}, expected null or compressed run lengths "
+                '{"size": [height, width], "counts": "..."}'
+            )
     return Track(**{field: entry[field] for field in types})
+
+
+def _is_compressed(segmentation: Any) -> bool:
+    """Whether it is ``{"size": [int, int], "counts": str}``."""
+    if type(segmentation) is not dict or type(segmentation.get("counts")) is not str:
+        return False
+    size = segmentation.get("size")
+    return type(size) is list and len(size) == 2 and type(size[0]) is type(size[1]) is int
