@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from instanceformer.evaluation.evaluate import evaluate_files
 from instanceformer.evaluation.ground_truth import occlusion_degree
-from instanceformer.evaluation.results import Track, compress_track, encode_mask, read_results, write_results
+from instanceformer.evaluation.results import Track, encode_mask, read_results, write_results
 from instanceformer.evaluation.summary import NAMES
 from instanceformer.evaluation.track_iou import decode_tracks, track_ious
 from instanceformer.evaluation.video_ap import VideoAveragePrecision
@@ -659,22 +659,9 @@ def test_the_genuine_ovis_excerpt():
     with pytest.warns(UserWarning, match=r"ovis_85aa3b0e_3frames\.json: the areas are those of the boxes"):
         metric = VideoAveragePrecision(OVIS)
     areas = [track.area for tracks in metric._ground_truth.tracks.values() for track in tracks]
-    masks = [
-        np.mean(
-            [
-                float(
-                    coco_mask.area(coco_mask.frPyObjects(rle, *rle["size"]) if isinstance(rle["counts"], list) else rle)
-                )
-                for rle in a["segmentations"]
-            ]
-        )
-        for a in content["annotations"]
-    ]
+    masks = [np.mean([float(coco_mask.area(rle)) for rle in a["segmentations"]]) for a in content["annotations"]]
     assert areas == pytest.approx(masks)
-    tracks = [
-        Track(1, a["category_id"], 0.5, compress_track(a["segmentations"], a["height"], a["width"]))
-        for a in content["annotations"]
-    ]
+    tracks = [Track(1, a["category_id"], 0.5, a["segmentations"]) for a in content["annotations"]]
     metric.update(1, tracks)
     evaluation = metric.evaluate()
     assert (evaluation.summary["AP"], evaluation.extras["APso"]) == (1, 1)
