@@ -14,7 +14,7 @@ WRONG = st.one_of(
     st.booleans(),
     st.integers(-2, 3),
     st.sampled_from(
-        [1e300, -0.5, float("nan"), float("inf"), 2**31, 2**70, "", "1", "Q1", "\u00e9", "\ud800", "P" * 30]
+        [1e300, -0.5, float("nan"), float("inf"), 2**31, 2**70, 10**400, "", "1", "Q1", "\u00e9", "\ud800", "P" * 30]
     ),
     st.text(max_size=3),
     st.lists(st.one_of(st.integers(-1, 5), st.floats(), st.none(), st.text(max_size=1)), max_size=3),

@@ -109,6 +109,9 @@ def test_fit_then_validate_test_predict_and_evaluate(
         assert network(torch.randn(1, 1, 3, 96, 160))[0].logits.shape == (1, 1, 10, 4)
 
 
+NO_TORCH = "import sys; from instanceformer.cli import main; main(); assert 'torch' not in sys.modules"
+
+
 def test_evaluation_needs_no_torch_and_reports(data: Path, tmp_path: Path) -> None:
     truth = json.loads((data / "valid.json").read_text())
     results = [
@@ -117,9 +120,8 @@ def test_evaluation_needs_no_torch_and_reports(data: Path, tmp_path: Path) -> No
     ]
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "long.json").write_text(json.dumps({**truth, "videos": truth["videos"][:1], "annotations": []}))
-    code = "import sys; from instanceformer.cli import main; main(); assert 'torch' not in sys.modules"
     arguments = ["evaluate", str(data / "valid.json"), "results.json", "--report=report", "--long_videos=long.json"]
-    run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", NO_TORCH, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert lines[0].split() == ["AP", "1.0000"]
@@ -149,11 +151,20 @@ def test_a_labelling_tools_export_is_imported_and_checked(
     Path("export.json").write_text(json.dumps(content))
     main(["import", "cocovid", "export.json", "videos.json"])
     assert "1 videos with 1 instances written to videos.json" in capsys.readouterr().out
-    main(["check", "videos.json"])
-    assert "no problem found" in capsys.readouterr().out
+    for command in (["check", "videos.json"], ["import", "cocovid", "export.json", "again.json"]):
+        assert subprocess.run([sys.executable, "-c", NO_TORCH, *command]).returncode == 0
+    assert Path("again.json").read_text() == Path("videos.json").read_text()
+    for output, more in (("videos.json", []), ("export.json", ["--overwrite"])):
+        with pytest.raises(SystemExit, match=f"{output} exists"):
+            main(["import", "cocovid", "export.json", output, *more])
+    main(["import", "cocovid", "export.json", "videos.json", "--overwrite"])
     with pytest.raises(SystemExit):
-        main(["import", "davis", "export.json", "videos.json"])
+        main(["import", "davis", "export.json", "other.json"])
     assert "--images: expected a folder for davis" in capsys.readouterr().err
+    for arguments, message in (["--decode"], "--decode: expected --images"), (["--root=."], "--root: expected none"):
+        with pytest.raises(SystemExit):
+            main(["check", "videos.json", *arguments])
+        assert message in capsys.readouterr().err
 
 
 def test_every_shipped_config_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -24,6 +25,7 @@ def main(args: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else list(args)
     if given and given[0] in COMMANDS:
         module, _ = COMMANDS[given[0]]
+        warnings.showwarning = lambda message, *_: print(f"instanceformer {given[0]}: {message}", file=sys.stderr)
         try:
             import_module(f"instanceformer.commands.{module}").run(given[1:])
         except (ValueError, OSError) as error:

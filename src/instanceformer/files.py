@@ -14,6 +14,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # so that the name never comes before the content, not even in a power failure
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -116,8 +116,6 @@ def test_splits() -> None:
     assert annotated == {*product(DATASETS, ["train"]), ("coco", "valid")}
     totals = {n: sum(entry.videos or 0 for entry in CATALOG[n].splits.values()) for n in DATASETS}
     assert totals == {"ytvis19": 2883, "ytvis21": 3859, "ytvis22": 3859 + 71 + 89, "ovis": 901, "coco": 163957}
-    long = [(n, s) for n, s in product(DATASETS, SPLITS) if CATALOG[n].splits[s].long_annotations]
-    assert long == [("ytvis22", "valid")]
 
 
 def dataset(categories: list[Category], *videos: list[int]) -> VideoDataset:

@@ -63,10 +63,14 @@ def test_every_problem_is_found_in_one_go(tiny_dataset: Callable[..., Any]) -> N
         "empty track": ("warning", 1),
         "area is not that of the mask": ("warning", 1),
     }
+    assert [finding.severity for finding in report.findings] == ["error"] * 8 + ["warning"] * 3
     assert report.instances == 2  # the sound ones
     examples = {finding.kind: finding.examples[0] for finding in report.findings}
     assert examples["damaged mask"].startswith("annotations[0].segmentations[0].counts: expected run lengths")
-    assert examples["image of wrong size"].endswith("v1/00001.jpg is 10x10, expected 24x40 as video 2 has it")
+    assert examples["image of wrong size"].endswith(
+        "a frame of video 2 is 10x10 (height x width), but the annotation file says 24x40; "
+        "resize the frames or correct the file"
+    )
 
 
 def tiny_mask(height: int, width: int) -> dict[str, Any]:
@@ -77,6 +81,16 @@ def test_areas_of_boxes_are_told_from_those_of_masks(tiny_dataset: Callable[...,
     report = check_dataset(shared / "real" / "formats" / "ovis_85aa3b0e_3frames.json", entry=CATALOG["ovis"])
     assert found(report) == {"areas are those of the boxes": ("warning", 30)}
     assert report.is_sound
+
+
+def test_videos_of_unknown_frames_are_errors_where_images_are_looked_for(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(3, 2))
+    del tiny.content["videos"][1]["file_names"]
+    assert found(check_dataset(tiny.write())) == {}
+    report = check_dataset(tiny.annotations, tiny.images)
+    assert found(report) == {"no file_names": ("error", 1)}
+    assert report.findings[0].examples == ["video 2"]
+    assert report.images_found == 3
 
 
 def test_many_findings_of_a_kind_are_counted_and_a_few_shown(tiny_dataset: Callable[..., Any]) -> None:
@@ -93,6 +107,20 @@ def test_the_catalogue_says_what_is_expected(tiny_dataset: Callable[..., Any]) -
     kinds = found(report)
     assert kinds["category not as in ytvis19"] == ("error", 40)  # ids 3 and 7 have other names
     assert kinds["another number of videos"] == ("warning", 1)
+    assert "another number of annotations" not in kinds  # which is not known
+
+
+def test_no_annotations_are_expected_where_the_official_file_has_none(tiny_dataset: Callable[..., Any]) -> None:
+    tiny, entry = tiny_dataset(), CATALOG["ytvis19"]
+
+    def examples() -> list[str]:
+        findings = check_dataset(tiny.annotations, entry=entry, split=entry.splits["valid"]).findings
+        return [place for finding in findings if "annotations" in finding.kind for place in finding.examples]
+
+    assert examples() == ["4, expected 0 as in ytvis19"]
+    del tiny.content["annotations"]
+    tiny.write()
+    assert examples() == []
 
 
 def test_the_command_prints_a_table_or_json_and_its_exit_code_tells(

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torchvision.transforms.v2 import functional as F
 from instanceformer.data.augment import IMAGE_MEAN, IMAGE_STD, Augmentation, Geometry
 from instanceformer.data.batch import ClipBatch
 from instanceformer.data.clips import ClipDataset, clip_targets, collate_clips, draw_frames, mask_boxes
+from instanceformer.data.images import read_image
 from instanceformer.data.reading import read_annotations
 
 
@@ -182,6 +184,30 @@ def test_crop_that_loses_every_instance_is_not_made(tiny_dataset: Callable[..., 
         shapes.add(frames.shape[-2:])
     assert (24, 40) in shapes
     assert len(shapes) > 5
+
+
+def test_colours_of_a_clip_change_and_its_targets_do_not(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(4,))  # of which a clip has every frame
+    off = {"flip": 0.0, "sizes": (), "crop": 0.0}
+    frames, targets = clips_of(tiny, augmentation=Augmentation(**off))[0]
+    changed, same = clips_of(tiny, augmentation=Augmentation(**off, photometric=1.0))[0]
+    assert not any(torch.equal(a, b) for a, b in zip(frames, changed, strict=True))
+    assert torch.equal(same.masks, targets.masks)
+
+
+def test_a_frame_that_a_clip_repeats_is_decoded_once(
+    tiny_dataset: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+
+    def read(path: Path, *rest: Any) -> Tensor:
+        decoded.append(path.name)
+        return read_image(path, *rest)
+
+    monkeypatch.setattr("instanceformer.data.clips.read_image", read)
+    frames, _ = clips_of(tiny_dataset(lengths=(2,)))[0]
+    assert frame_codes(frames) == [0, 0, 1, 1]
+    assert decoded == ["00000.jpg", "00001.jpg"]
 
 
 def test_images_of_different_size_serve_as_clips_of_one_frame(tiny_dataset: Callable[..., Any]) -> None:

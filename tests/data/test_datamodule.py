@@ -10,11 +10,13 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from instanceformer.data.augment import Augmentation
 from instanceformer.data.batch import ClipBatch, VideoChunk
+from instanceformer.data.clips import ClipDataset
 from instanceformer.data.datamodule import JointImages, Split, VideoDataModule
-from instanceformer.data.pseudo_video import PseudoVideo
+from instanceformer.data.pseudo_video import PseudoClips, PseudoVideo
 
 PLAIN = Augmentation(sizes=(), crop=0)
 
@@ -242,6 +244,45 @@ def test_videos_and_images_are_trained_on_together(root: Path) -> None:
     assert sorted(labels) == [[0, 1]] * 4 + [[1]] * 12
 
 
+def test_every_option_reaches_the_training_clips(tiny_dataset: Callable[..., Any]) -> None:
+    videos, images = split_of(tiny_dataset(lengths=(9, 8))), split_of(tiny_dataset(lengths=(1, 1), name="images"))
+    augmentation, pseudo_video = Augmentation(flip=0.25, sizes=(20,), crop=0), PseudoVideo(rotation=5)
+    data = VideoDataModule(
+        videos,
+        joint=JointImages(0.5, images, pseudo_video),
+        augmentation=augmentation,
+        clip_frames=3,
+        clip_range=7,
+        clip_gap=2,
+        clips_per_video=4,
+        max_size=33,
+        num_workers=0,
+    )
+    together = data.train_dataloader().dataset
+    assert isinstance(together, ConcatDataset)
+    clips, pseudo_clips = together.datasets
+    assert isinstance(clips, ClipDataset)
+    assert isinstance(pseudo_clips, PseudoClips)
+    assert (len(clips), len(pseudo_clips)) == (8, 8)
+    assert (clips.images, pseudo_clips.images) == (videos.images, images.images)
+    assert (clips.clip_frames, clips.clip_range, clips.clip_gap) == (3, 7, 2)
+    assert (pseudo_clips.clip_frames, pseudo_clips.pseudo_video) == (3, pseudo_video)
+    for part in (clips, pseudo_clips):
+        assert (part.augmentation, part.max_size) == (augmentation, 33)
+
+
+def test_images_of_a_split_of_their_own_are_looked_for_before_training(
+    tiny_dataset: Callable[..., Any], tmp_path: Path
+) -> None:
+    videos, images = tiny_dataset(), tiny_dataset(lengths=(1, 1), name="images")
+    # the root, which has no COCO, does not matter then
+    data = VideoDataModule(split_of(videos), root=tmp_path, joint=JointImages(split=split_of(images)), num_workers=0)
+    data.setup("fit")
+    (images.images / "v1" / "00000.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"data\.joint: .*images/v1/00000\.jpg, the first frame of video 2 "):
+        data.setup("fit")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -263,6 +304,15 @@ def test_the_share_of_images_is_a_fraction(share: float) -> None:
 def test_too_few_clips_for_a_batch_are_refused(tiny_dataset: Callable[..., Any]) -> None:
     data = VideoDataModule(split_of(tiny_dataset()), batch_size=3, clips_per_video=1)
     with pytest.raises(ValueError, match=r"data\.train: 2 clips an epoch are too few for one batch of 3"):
+        data.setup("fit")
+
+
+def test_every_device_needs_clips_for_its_batch(tiny_dataset: Callable[..., Any]) -> None:
+    data = VideoDataModule(split_of(tiny_dataset()), batch_size=2, clips_per_video=1)
+    data.trainer = trainer()
+    data.setup("fit")
+    data.trainer = trainer(devices=2, strategy="ddp")
+    with pytest.raises(ValueError, match=r"2 clips an epoch are too few for one batch of 4 \(batch_size 2 on each"):
         data.setup("fit")
 
 

@@ -11,6 +11,8 @@ from pycocotools import mask as mask_utils
 
 from instanceformer.data.annotations import Category, VideoDataset
 from instanceformer.data.reading import read_annotations
+from instanceformer.data.records import Problem
+from instanceformer.data.youtube_vis import parse_youtube_vis
 
 
 def uncompressed(mask: np.ndarray) -> dict[str, Any]:
@@ -151,7 +153,8 @@ def set_value(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
     [
         (set_value("videos", value=[]), r"videos: expected a list .* found \[\]"),
         (set_value("categories", value=None), r"categories: expected a list .* found nothing"),
-        (set_value("annotations", value=[1]), r"annotations: expected a list of objects"),
+        (set_value("annotations", value=1), r"annotations: expected a list of objects .* found 1"),
+        (set_value("annotations", 2, value=7), r"annotations\[2\]: expected an object, found 7"),
         (set_value("videos", 1, "file_names", value=[]), r"videos\[1\]\.file_names: expected .*`images`"),
         (set_value("videos", 1, "height", value=24.5), r"videos\[1\]\.height: expected a whole number, found 24\.5"),
         (set_value("videos", 0, "width", value=0), r"videos\[0\]: expected positive sizes .* width 0"),
@@ -223,6 +226,48 @@ def test_damaged_run_lengths_are_refused_and_placed(tiny_dataset: Callable[..., 
     assert str(path) in str(error.value)
 
 
+def many_annotations() -> dict[str, Any]:
+    """200 annotations of two videos in turn, of one frame and of twenty and unlike in size, each with its own mask."""
+    generator, annotations = np.random.default_rng(0), []
+    for index in range(200):
+        length, size = ((1, [24, 40]), (20, [30, 36]))[index % 2]
+        code = mask_utils.encode(np.asfortranarray(generator.integers(2, size=size, dtype=np.uint8)))
+        segmentation = {"size": size, "counts": code["counts"].decode()}
+        record = {"id": index + 1, "video_id": length, "category_id": 3, "segmentations": [segmentation] * length}
+        annotations.append(record)
+    return {
+        "categories": [{"id": 3, "name": "three"}],
+        "videos": [
+            {"id": 1, "height": 24, "width": 40, "length": 1},
+            {"id": 20, "height": 30, "width": 36, "length": 20},
+        ],
+        "annotations": annotations,
+    }
+
+
+def test_many_annotations_are_all_read_in_their_order() -> None:
+    content = many_annotations()
+    for video in parse_youtube_vis(content, "many").videos:
+        assert [(instance.id, instance.segmentations) for instance in video.instances] == [
+            (record["id"], tuple(segmentation["counts"].encode() for segmentation in record["segmentations"]))
+            for record in content["annotations"]
+            if record["video_id"] == video.id
+        ]
+
+
+@pytest.mark.parametrize("index", [0, 100, 197, 199])
+def test_of_many_annotations_the_damaged_one_is_named_and_left_out(index: int) -> None:
+    content = many_annotations()
+    segmentations = content["annotations"][index]["segmentations"]
+    segmentations[-1] = {**segmentations[-1], "counts": "1"}
+    problems: list[Problem] = []
+    dataset = parse_youtube_vis(content, "many", problems)
+    ids = sorted(instance.id for video in dataset.videos for instance in video.instances)
+    assert ids == [id_ for id_ in range(1, 201) if id_ != index + 1]
+    frame = len(segmentations) - 1
+    assert [problem.where for problem in problems] == [f"annotations[{index}].segmentations[{frame}].counts"]
+
+
 def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.json: no such file"):
         read_annotations(tmp_path / "none.json")
@@ -230,7 +275,7 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cut\.json: not valid JSON"):
         read_annotations(tmp_path / "cut.json")
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"list\.json: categories: expected"):
+    with pytest.raises(ValueError, match=r"list\.json: expected an object with .* \(is it a result file"):
         read_annotations(tmp_path / "list.json")
 
 

@@ -35,26 +35,33 @@ def test_the_same_run_finds_its_parts_and_sweeps_what_a_kill_left(tmp_path: Path
     first = make_parts(tmp_path)
     first.start()
     first.write(7, [track(7)])
-    for name in (".4.json.123.tmp", "results.json", "results.zip"):
+    for name in (".video_4.json.123.tmp", "results.json", "results.zip"):
         (first.folder / name).write_text("half")
     second = make_parts(tmp_path)
     assert second.finished() == {7}
-    assert second.start() == f"1 of 3 videos taken over from {tmp_path}/results.parts"
+    assert second.start() == f"1 of 3 videos taken over from {second.folder}"
     assert second.read(7) == [track(7)]
-    assert len(list(second.folder.iterdir())) == 2  # the part and what run it is of
+    assert {path.name for path in second.folder.iterdir()} == {"video_7.json", "run.json"}
 
 
-def test_parts_of_another_run_are_discarded_with_the_reason(tmp_path: Path) -> None:
+@pytest.mark.parametrize("record", ["sound", "cut"])
+def test_parts_of_another_run_are_left_with_the_difference(tmp_path: Path, record: str) -> None:
     first = make_parts(tmp_path)
     first.start()
     first.write(7, [track(7)])
+    if record == "cut":
+        (first.folder / "run.json").write_text('{"wei')
+    (first.folder.parent / "notes.txt").write_text("mine")
     second = make_parts(tmp_path, weights="b")
     assert second.finished() == frozenset()
-    assert first.finished() == {7}  # until the other run starts
-    assert second.start() == f"1 videos in {tmp_path}/results.parts discarded, since their run differs in weights"
-    assert first.finished() == frozenset()
-    first.write(4, [track(4)])  # by a process that outlived its run
-    assert second.finished() == frozenset()
+    unlike = {"sound": "weights", "cut": "what cannot be read any more"}[record]
+    assert second.start() == f"{first.folder}: an unfinished run that differs in {unlike}; left as it is"
+    for video_id in second.video_ids:
+        second.write(video_id, [track(video_id)])
+    second.merge()
+    assert first.finished() == {7}
+    assert (first.folder.parent / "notes.txt").read_text() == "mine"
+    assert not second.folder.exists()
 
 
 def test_nothing_is_written_while_a_part_is_missing(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from instanceformer.evaluation.evaluate import evaluate_files
 from instanceformer.evaluation.ground_truth import occlusion_degree
 from instanceformer.evaluation.results import Track, encode_mask, read_results, write_results
 from instanceformer.evaluation.summary import NAMES
-from instanceformer.evaluation.track_iou import decode_tracks, track_ious
+from instanceformer.evaluation.track_iou import track_ious
 from instanceformer.evaluation.video_ap import VideoAveragePrecision
 
 SHARED = Path(os.environ.get("INSTANCEFORMER_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
@@ -278,9 +278,26 @@ def test_track_ious_equal_the_official_ones(name):
         mine.sort(key=lambda track: -track.score)
         video = metric._ground_truth.videos[video_id]
         predicted = [[None if rle is None else rle["counts"].encode() for rle in t.segmentations] for t in mine]
-        runs = decode_tracks(predicted, video.height * video.width)
-        computed = track_ious(runs, metric._ground_truth.decode(video_id, [category_id])[category_id])
+        truth = [track.segmentations for track in metric._ground_truth.tracks[video_id, category_id]]
+        everything = np.ones((len(predicted), len(truth)), dtype=bool)
+        _, computed = track_ious(predicted, truth, (video.height, video.width), everything)
         np.testing.assert_allclose(computed, np.array(ious), rtol=0, atol=1e-9)
+
+
+def test_long_tracks_are_compared_piece_by_piece():
+    rng = np.random.default_rng(0)
+    height, width, frames = 7, 11, 75  # more than twice what is compared at once, and some
+    tracks = (rng.random((5, frames, height, width)) < 0.3) & (rng.random((5, frames, 1, 1)) < 0.8)
+    tracks[0, :, :, 5:] = tracks[1, :, :, :6] = False  # never meet
+    tracks[2, 30:] = False
+    masks = [[rle and rle["counts"].encode() for rle in map(encode_mask, track)] for track in tracks]
+    comparable = ~np.eye(5, dtype=bool)
+    areas, ious = track_ious(masks, masks, (height, width), comparable)
+    np.testing.assert_array_equal(areas, tracks.sum((2, 3)))
+    for d, g in np.ndindex(5, 5):
+        expected = (tracks[d] & tracks[g]).sum() / (tracks[d] | tracks[g]).sum() if d != g else 0
+        assert ious[d, g] == pytest.approx(expected, rel=0, abs=1e-12)
+    assert ious[0, 1] == 0
 
 
 @pytest.mark.parametrize("first", range(0, 200, 20))
@@ -640,6 +657,14 @@ def test_areas_of_boxes_are_replaced_by_those_of_masks_and_it_is_said_so(tmp_pat
     with pytest.warns(UserWarning, match=r"gt\.json: the areas are those of the boxes; those of the masks are used"):
         summary = evaluate_files(tmp_path / "gt.json", tmp_path / "results.json").summary
     assert (summary["APs"], summary["APm"]) == (0.5, -1)
+
+
+def test_a_few_odd_areas_do_not_hide_that_all_others_are_those_of_boxes():
+    content, tracks = boxed_case()
+    content["annotations"] += [content["annotations"][0] | {"id": 10 + i} for i in range(20)]
+    content["annotations"][-1] = content["annotations"][-1] | {"areas": [22499, None, 22400]}
+    with pytest.warns(UserWarning, match="the areas are those of the boxes"):
+        assert evaluate(content, tracks).summary["APm"] == -1
 
 
 def test_other_areas_stand_as_they_are(recwarn):

@@ -25,11 +25,15 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     found = parser.parse_args(list(args))
     annotations, images = found.annotations, found.images
+    if annotations is not None and found.root is not None:
+        parser.error("--root: expected none with an annotation file, whose frames --images says")
     if annotations is None:
         if found.root is None or found.name is None:
             parser.error("expected an annotation file, or --root and --name")
         annotations, located = locate(found.root, found.name, found.split)
         images = images or located
+    if found.decode and images is None:
+        parser.error("--decode: expected --images, the folder of the frames")
     entry = None if found.name is None else CATALOG[found.name]
     split = None if entry is None else entry.splits.get(found.split)
     report = check_dataset(annotations, images, decode=found.decode, entry=entry, split=split)

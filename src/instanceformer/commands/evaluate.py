@@ -29,6 +29,8 @@ def run(args: Sequence[str]) -> None:
     long_videos = None
     if found.long_videos is not None:
         long_videos = [video.id for video in read_annotations(found.long_videos).videos]
+    if found.report is not None:
+        found.report.mkdir(parents=True, exist_ok=True)  # before the evaluation, in case that it cannot be made
     evaluation = evaluate_files(
         found.ground_truth, found.results, long_frames=found.long_frames, long_videos=long_videos
     )

@@ -25,7 +25,12 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("output", type=Path, help="annotation file to write")
     parser.add_argument("--images", type=Path, help="folder of the videos' frames; not of a cocovid, which names them")
     parser.add_argument("--names", type=Path, help="JSON file {video: {instance: category}} for davis and masks")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     found = parser.parse_args(list(args))
+    if found.output.exists() and (not found.overwrite or found.output.samefile(found.source)):
+        raise FileExistsError(
+            f"{found.output} exists; give another output, or --overwrite to replace one of an earlier run"
+        )
     if (found.format == "cocovid") == (found.images is not None):
         parser.error(f"--images: expected {'none' if found.images else 'a folder'} for {found.format}")
     if found.names is not None and found.format not in ("davis", "masks"):

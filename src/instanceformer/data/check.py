@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pycocotools import mask as mask_utils
-from torchvision.io import ImageReadMode, decode_image
 from tqdm import tqdm
 
 from instanceformer.data.annotations import Instance, Video, VideoDataset
@@ -53,7 +52,7 @@ class DatasetReport:
         instances: number of sound annotations, crowds included.
         crowds: how many of them are crowds.
         masks: number of frames in which an instance is visible, over all instances.
-        categories: instances of each category, by name.
+        categories: instances of each category, by name, with its id where others have the same name.
         images_found: number of frames whose file exists; None where no folder of images was given.
         images_read: number of frames that were decoded; None where that was not asked for.
         findings: errors first.
@@ -139,6 +138,7 @@ def check_dataset(
     lengths = sorted(video.length for video in dataset.videos) or [0]
     instances = [instance for video in dataset.videos for instance in video.instances]
     count = Counter(instance.category_id for instance in instances)
+    names = Counter(category.name for category in dataset.categories)
     report = DatasetReport(
         annotations=str(annotations),
         videos=len(dataset.videos),
@@ -148,7 +148,10 @@ def check_dataset(
         instances=len(instances),
         crowds=sum(instance.is_crowd for instance in instances),
         masks=sum(counts is not None for instance in instances for counts in instance.segmentations),
-        categories={category.name: count[category.id] for category in dataset.categories},
+        categories={
+            category.name if names[category.name] == 1 else f"{category.name} ({category.id})": count[category.id]
+            for category in dataset.categories
+        },
     )
     findings = _Findings()
     for problem in problems:
@@ -244,15 +247,16 @@ def _check_images(dataset: VideoDataset, images: Path, decode: bool, findings: _
     if not decode:
         return len(found), None
 
+    from instanceformer.data.images import ImageSizeError, read_image  # here, since torch takes seconds to come
+
     def read(frame: tuple[Video, str]) -> tuple[str, str] | None:
         video, name = frame
         try:
-            height, width = decode_image(str(images / name), mode=ImageReadMode.RGB).shape[1:]
-        except RuntimeError as error:
-            return "image that cannot be decoded", f"{images / name} ({str(error).splitlines()[0]})"
-        if (height, width) != (video.height, video.width):
-            expected = f"{video.height}x{video.width} as video {video.id} has it"
-            return "image of wrong size", f"{images / name} is {height}x{width}, expected {expected}"
+            read_image(images / name, video.height, video.width, f"a frame of video {video.id}")
+        except ImageSizeError as error:
+            return "image of wrong size", str(error)
+        except ValueError as error:
+            return "image that cannot be decoded", str(error)
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
-from torchvision.io import ImageReadMode, decode_image
 
 from instanceformer.data.annotations import Instance, Video, VideoDataset
 from instanceformer.data.augment import Augmentation, Geometry, normalise
 from instanceformer.data.batch import ClipBatch, ClipTargets
+from instanceformer.data.images import read_image
 
 MAX_DRAWS = 10
 """How often the frames of a clip are drawn before one without any instance is accepted."""
@@ -193,17 +193,7 @@ def read_frames(video: Video, images: Path, frames: Sequence[int], geometry: Geo
         if frame in read:
             continue
         path = images / video.file_names[frame]
-        try:
-            image = decode_image(str(path), mode=ImageReadMode.RGB)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{path}: frame {frame} of video {video.id} cannot be read as an image ({error})"
-            ) from error
-        if image.shape[1:] != (video.height, video.width):
-            raise ValueError(
-                f"{path}: frame {frame} of video {video.id} is {image.shape[1]}x{image.shape[2]} (height x width), but "
-                f"the annotation file says {video.height}x{video.width}; resize the frames or correct the file"
-            )
+        image = read_image(path, video.height, video.width, f"frame {frame} of video {video.id}")
         read[frame] = image if geometry is None else geometry.apply(image)  # by itself, as it was decoded, is fastest
     return torch.stack([read[frame] for frame in frames])
 

@@ -101,7 +101,7 @@ class PseudoVideo:
 
 
 class PseudoClips(Dataset[tuple[Tensor, ClipTargets]]):
-    """Clips made of images that are drawn at random, whatever the index; random numbers are torch's.
+    """Clips made of images that are drawn at random; random numbers are torch's.
 
     Args:
         dataset: the images, as videos of one frame; of longer videos, every frame serves as an image.
@@ -157,7 +157,8 @@ class PseudoClips(Dataset[tuple[Tensor, ClipTargets]]):
         Raises:
             ValueError: an image is missing, unreadable or not of the size that its annotations say.
         """
-        video, frame = self.items[int(torch.randint(len(self.items), ()))]
+        # ranks that draw the same number have different indices
+        video, frame = self.items[(int(torch.randint(len(self.items), ())) + index) % len(self.items)]
         image, masks, labels = read_clip(
             self.dataset, self.dataset.videos[video], [frame], self.images, self.augmentation, self.max_size
         )

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeGuard
 
 from instanceformer.data.annotations import Category
 from instanceformer.data.run_lengths import MaskError, MaskSizeError, compress_tracks, show
@@ -53,7 +53,8 @@ def load_json(path: Path) -> object:
         ValueError: it is not JSON; the message names the file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a JSON file")
+        found = "a folder" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {found}; expected a JSON file")
     try:
         content: object = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -93,14 +94,25 @@ class Records:
         Raises:
             ValueError: there is no such list of objects; the message names the file.
         """
-        found = root.get(key) if isinstance(root, dict) else root
-        if optional and isinstance(root, dict) and found in (None, []):
+        if not isinstance(root, dict):
+            raise ValueError(
+                f"{self.name}: expected an object with categories, videos and annotations, found {show(root)} (is it a "
+                "result file?)"
+            )
+        found = root.get(key)
+        if optional and found in (None, []):
             return []
-        if not isinstance(found, list) or not found or not all(isinstance(record, dict) for record in found):
+        if not isinstance(found, list) or not found:
             raise ValueError(
                 f"{self.name}: {key}: expected a list of objects with at least one entry, found {show(found)}"
             )
-        return [(f"{key}[{index}]", record) for index, record in enumerate(found)]
+        records = []
+        for index, record in enumerate(found):
+            with self.tolerate():
+                if not isinstance(record, dict):
+                    self.fail(f"{key}[{index}]", "an object", show(record))
+                records.append((f"{key}[{index}]", record))
+        return records
 
     def categories(self, root: object) -> tuple[Category, ...]:
         """The categories in ascending order of id."""
@@ -189,6 +201,9 @@ class Records:
         raise AnnotationError(Problem(kind, where, f"expected {expected}, found {found}"))
 
 
-def is_finite(value: object) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
     """Whether a value found in a JSON file is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond what a float can be
+        return False

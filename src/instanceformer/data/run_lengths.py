@@ -6,7 +6,9 @@ A mask is read column by column as runs of equal pixels, zeros first. The compre
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,9 @@ import numpy.typing as npt
 from pycocotools import mask as mask_utils
 
 from instanceformer.data.runs import decode_runs
+
+BATCH = 2**18
+"""Characters of compressed counts that are decoded at once: enough that calls cost little."""
 
 
 class MaskError(ValueError):
@@ -96,16 +101,30 @@ def mask_areas(masks: Sequence[bytes], pixels: int | npt.NDArray[np.int64]) -> l
     pycocotools does not notice runs that do not fill the mask: its decode returns arbitrary pixels, and its iou does
     not return.
     """
-    return decode_runs(masks, pixels).areas.tolist() if masks else []
+    areas: list[int] = []
+    all_pixels = np.broadcast_to(pixels, len(masks))
+    start = size = 0
+    for index, mask in enumerate(masks, 1):
+        size += len(mask)
+        if size > BATCH or index == len(masks):
+            areas += decode_runs(masks[start:index], all_pixels[start:index]).areas.tolist()
+            start, size = index, 0
+    return areas
 
 
 def show(value: object) -> str:
     """A value found in a JSON file, in at most 60 characters."""
-    try:
-        text = "nothing" if value is None else json.dumps(value, default=str)
-    except RecursionError:
-        text = "lists in lists without end"
+    text = "nothing" if value is None else json.dumps(_beginning(value), default=str)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _beginning(value: object, depth: int = 3) -> object:
+    """The first entries of lists and objects, and of those in them."""
+    if isinstance(value, list):
+        return [_beginning(entry, depth - 1) for entry in value[:30]] if depth else "..."
+    if isinstance(value, dict):
+        return {key: _beginning(entry, depth - 1) for key, entry in islice(value.items(), 10)} if depth else "..."
+    return value
 
 
 def _compress(segmentation: object, height: int, width: int, where: str) -> bytes | str | None:
@@ -141,7 +160,8 @@ def _fill_polygons(polygons: list[Any], height: int, width: int, where: str) -> 
             not isinstance(polygon, list)
             or len(polygon) < 6
             or len(polygon) % 2
-            or not all(type(number) in (int, float) and -margin <= number <= 2 * margin for number in polygon)
+            or not {*map(type, polygon)} <= {int, float}
+            or not (min(polygon) >= -margin and max(polygon) <= 2 * margin and math.isfinite(sum(polygon)))
         ):
             expected = "polygons [x1, y1, x2, y2, ...] of three points or more in or near the frame"
             raise MaskError(where, expected, show(polygon))

@@ -115,7 +115,7 @@ def _is_area_of(area: float | None, box: object) -> bool:
     match box:
         case None | []:
             return not area
-        case [_, _, (int() | float()) as width, (int() | float()) as height]:
-            return abs((area or 0) - width * height) < 0.5
+        case [_, _, width, height] if is_finite(width) and is_finite(height):
+            return abs((area or 0) - float(width) * float(height)) < 0.5
         case _:
             return False

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, groupby, islice
+from itertools import groupby
 from pathlib import Path
+
+import numpy as np
 
 from instanceformer.data.annotations import Video
 from instanceformer.data.run_lengths import compress_masks
@@ -15,7 +16,7 @@ from instanceformer.evaluation.ground_truth import GroundTruth, read_ground_trut
 from instanceformer.evaluation.matching import MAX_TRACKS
 from instanceformer.evaluation.results import Track, iterate_results
 from instanceformer.evaluation.summary import Candidates, VideoEvaluation, summarize
-from instanceformer.evaluation.track_iou import TrackRuns, decode_tracks, mean_visible, track_ious
+from instanceformer.evaluation.track_iou import Masks, mean_visible, track_ious
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,6 @@ def compare_tracks(
             f"{name}: video {video_id} is not in the ground truth; were the files made from the same annotations?"
         )
     video = ground_truth.videos[video_id]
-    by_category: dict[int, list[tuple[str, Track]]] = defaultdict(list)
     for name, track in tracks:
         if track.video_id != video_id:
             raise ValueError(f"{name} says that it is of video {track.video_id}")
@@ -87,18 +87,24 @@ def compare_tracks(
             raise ValueError(f"{name} has category {track.category_id}, which is not in the ground truth's categories")
         if len(track.segmentations) != video.length:
             raise ValueError(f"{name} has {len(track.segmentations)} frames, expected the video's {video.length}")
-        by_category[track.category_id].append((name, track))
-    compared = []
-    truth = ground_truth.decode(video_id, by_category)
-    decoded = iter(_decode(list(chain.from_iterable(by_category.values())), video))
-    for category_id, candidates in by_category.items():
-        runs = list(islice(decoded, len(candidates)))
-        ious = track_ious(runs, truth[category_id]).tolist()
-        compared += [
-            ComparedTrack(category_id, track.score, mean_visible(of_track.areas.tolist()), row)
-            for (_, track), of_track, row in zip(candidates, runs, ious, strict=True)
-        ]
-    return compared
+    true = [
+        (category_id, true_track)
+        for category_id in sorted({track.category_id for _, track in tracks})
+        for true_track in ground_truth.tracks.get((video_id, category_id), ())
+    ]
+    predicted_ids = np.array([track.category_id for _, track in tracks], dtype=np.int64)
+    true_ids = np.array([category_id for category_id, _ in true], dtype=np.int64)
+    comparable = predicted_ids[:, None] == true_ids
+    truth = [true_track.segmentations for _, true_track in true]
+    size = video.height, video.width
+    try:
+        areas, ious = track_ious(_counts(tracks, video), truth, size, comparable)
+    except ValueError:  # a damaged mask, of which compress_masks says where it is
+        areas, ious = track_ious(_compress(tracks, video), truth, size, comparable)
+    return [
+        ComparedTrack(track.category_id, track.score, mean_visible(row.tolist()), found[own].tolist())
+        for (_, track), row, found, own in zip(tracks, areas, ious, comparable, strict=True)
+    ]
 
 
 def select_candidates(compared: Iterable[ComparedTrack]) -> dict[int, Candidates]:
@@ -116,19 +122,28 @@ def select_candidates(compared: Iterable[ComparedTrack]) -> dict[int, Candidates
     }
 
 
-def _decode(tracks: Sequence[tuple[str, Track]], video: Video) -> list[TrackRuns]:
-    """The masks of named tracks of a video."""
+def _counts(tracks: Sequence[tuple[str, Track]], video: Video) -> list[Masks]:
+    """The compressed counts of named tracks as they stand, for ``track_ious`` to look into.
+
+    Raises:
+        ValueError: a mask is of another size than the video.
+    """
     size = [video.height, video.width]
-    if all(rle is None or rle["size"] == size for _, track in tracks for rle in track.segmentations):
-        with suppress(ValueError):  # of a damaged mask, of which compress_masks says where it is
-            return decode_tracks(
-                [[rle and rle["counts"].encode() for rle in track.segmentations] for _, track in tracks],
-                video.height * video.width,
-            )
-    masks = []
+    if any(rle is not None and rle["size"] != size for _, track in tracks for rle in track.segmentations):
+        raise ValueError(f"expected masks of size {size}")
+    return [[rle and rle["counts"].encode() for rle in track.segmentations] for _, track in tracks]
+
+
+def _compress(tracks: Sequence[tuple[str, Track]], video: Video) -> list[Masks]:
+    """The compressed counts of named tracks, without empty masks.
+
+    Raises:
+        ValueError: a mask is damaged or of another size than the video; the message says where.
+    """
+    compressed: list[Masks] = []
     for name, track in tracks:
         try:
-            masks.append(compress_masks(track.segmentations, video.height, video.width))
+            compressed.append(compress_masks(track.segmentations, video.height, video.width))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    return decode_tracks(masks, video.height * video.width)
+    return compressed

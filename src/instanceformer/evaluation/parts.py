@@ -6,16 +6,21 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from instanceformer.evaluation.results import Track, iterate_results, write_results, zip_results
+from instanceformer.files import replacing
+
+RECORD = "run.json"
+"""What a run is, in the folder of its parts."""
 
 
 class ResultParts:
-    """The tracks of finished videos, in a folder ``results.parts`` beside the result file until all are there.
+    """The tracks of finished videos, in a folder beside the result file until all are there.
 
-    The names of parts carry a digest of what the run is, so that none gets into the results of a different run, not
-    even from a process that has outlived its own. Processes that share the file system may share the folder.
+    Every run has a folder of its own in ``results.parts``, named by a digest of what it is, so that no run takes over
+    or removes the parts of a different one. Processes that share the file system may share the folder.
 
     Args:
         path: of the result file, which ends in ``.json``.
@@ -24,36 +29,33 @@ class ResultParts:
     """
 
     def __init__(self, path: Path, run: Mapping[str, object], video_ids: Iterable[int]) -> None:
-        self.path, self.folder = path, path.with_suffix(".parts")
         self.run = {name: str(value) for name, value in run.items()}
         self.video_ids = frozenset(video_ids)
-        self._ending = f".{hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()[:16]}.json"
+        digest = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()[:16]
+        self.path, self.folder = path, path.with_suffix(".parts") / digest
 
     def finished(self) -> frozenset[int]:
         """Ids of the videos whose parts are there."""
-        return frozenset(int(part.name.removesuffix(self._ending)) for part in self.folder.glob(f"*{self._ending}"))
+        return frozenset(int(part.stem.removeprefix("video_")) for part in self.folder.glob("video_*.json"))
 
     def start(self) -> str:
-        """Make the folder, or clear it of all but this run's parts; to be done by one process before any writes.
+        """Make the folder, or clear it of what a killed run left half done; by one process before any writes.
 
         Returns:
             What was found there, in words; empty if it was nothing.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        record, own = self.folder / "run.json", {self._part(video_id) for video_id in self.finished()}
-        foreign = [part for part in self.folder.glob("*.*.json") if part not in own]
+        for left in (*self.folder.glob(".*.tmp"), self.folder / self.path.name, self._archive(self.folder)):
+            left.unlink(missing_ok=True)
+        with replacing(self.folder / RECORD) as temporary:
+            temporary.write_text(json.dumps(self.run, indent=2))
         found = []
-        if own:
+        if own := self.finished():
             found.append(f"{len(own)} of {len(self.video_ids)} videos taken over from {self.folder}")
-        theirs = json.loads(record.read_text()) if foreign and record.exists() else self.run
-        unlike = sorted(name for name in self.run if self.run[name] != theirs.get(name))
-        if unlike:
-            found.append(
-                f"{len(foreign)} videos in {self.folder} discarded, since their run differs in {', '.join(unlike)}"
-            )
-        for file in set(self.folder.iterdir()) - own - {record}:
-            file.unlink()
-        record.write_text(json.dumps(self.run, indent=2))
+        for record in sorted(self.folder.parent.glob(f"*/{RECORD}")):
+            if record.parent != self.folder:
+                unlike = ", ".join(self._unlike(record))
+                found.append(f"{record.parent}: an unfinished run that differs in {unlike}; left as it is")
         return "\n".join(found)
 
     def write(self, video_id: int, tracks: Iterable[Track]) -> None:
@@ -84,9 +86,22 @@ class ResultParts:
         count = write_results(merged, (track for video_id in sorted(self.video_ids) for track in self.read(video_id)))
         archive = zip_results(merged)
         merged.replace(self.path)
-        archive.replace(self.path.with_suffix(".zip"))
+        archive.replace(self._archive(self.path.parent))
         shutil.rmtree(self.folder)
+        with suppress(OSError):  # another run's parts may be there
+            self.folder.parent.rmdir()
         return f"{count} tracks of {len(self.video_ids)} videos written to {self.path} and {archive.name}"
 
     def _part(self, video_id: int) -> Path:
-        return self.folder / f"{video_id}{self._ending}"
+        return self.folder / f"video_{video_id}.json"
+
+    def _archive(self, folder: Path) -> Path:
+        return folder / self.path.with_suffix(".zip").name
+
+    def _unlike(self, record: Path) -> list[str]:
+        """What another run's record says otherwise than this one's."""
+        try:
+            theirs = json.loads(record.read_text())
+            return sorted(name for name in self.run if self.run[name] != theirs.get(name))
+        except (ValueError, AttributeError):
+            return ["what cannot be read any more"]

@@ -38,11 +38,11 @@ def write_report(evaluation: VideoEvaluation, folder: str | Path, names: Mapping
     content = {**evaluation.summary, **evaluation.extras, "per_category": evaluation.per_category}
     files[0].write_text(json.dumps(content, indent=1) + "\n")
     rows = {id_: [id_, names.get(id_, "")] for id_ in evaluation.precision}
-    with files[1].open("w", newline="") as file:
+    with files[1].open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["category_id", "name", *NAMES])
         writer.writerows([*row, *evaluation.per_category[id_].values()] for id_, row in rows.items())
-    with files[2].open("w", newline="") as file:
+    with files[2].open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["category_id", "name", "iou_threshold", *(f"{recall:.2f}" for recall in RECALLS)])
         for id_, row in rows.items():
@@ -76,7 +76,7 @@ def plot(evaluation: VideoEvaluation, names: Mapping[int, str]) -> Figure:
     values = [evaluation.per_category[id_]["AP"] for id_ in shown]
     places = bars.barh(range(len(shown)), values, color=(0.0, 0.45, 0.70))
     bars.bar_label(places, fmt="%.2f", padding=2, fontsize=8)
-    bars.set_yticks(range(len(shown)), [names.get(id_, str(id_)) for id_ in shown], fontsize=8)
+    bars.set_yticks(range(len(shown)), [names.get(id_, str(id_)) for id_ in shown], fontsize=8, parse_math=False)
     bars.set(xlabel="AP", xlim=(0, 1.1), ylim=(-0.6, max(len(shown), 1) - 0.4))
     bars.set_title("AP by category" if len(shown) == len(ids) else f"AP of the {len(shown)} lowest categories")
     return figure

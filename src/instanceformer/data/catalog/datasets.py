@@ -23,10 +23,6 @@ class SplitEntry:
         annotated: whether the official file has annotations; where not, only the evaluation server has them.
         videos: number of videos (of images in COCO), None where it is not known for sure.
         instances: number of annotations, crowds included, None where it is not known for sure.
-        long_annotations: where the ground truth of the long videos alone may lie, relative to the same root; empty for
-            a split that is measured as a whole. The number of frames does not tell long videos from short ones, since
-            the long ones are sampled at a lower rate: the official evaluation tells them by this file, and the short
-            ones, the videos of YouTube-VIS 2021, by a ``gt_short.json`` beside it.
     """
 
     annotations: tuple[str, ...]
@@ -34,7 +30,6 @@ class SplitEntry:
     annotated: bool
     videos: int | None = None
     instances: int | None = None
-    long_annotations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,9 +80,7 @@ def locate(root: Path, name: DatasetName, split: CatalogSplit) -> tuple[Path, Pa
     )
 
 
-def _youtube_vis(
-    folders: tuple[str, ...], split: CatalogSplit, videos: int, long_annotations: tuple[str, ...] = ()
-) -> SplitEntry:
+def _youtube_vis(folders: tuple[str, ...], split: CatalogSplit, videos: int) -> SplitEntry:
     """A split of YouTube-VIS; copies of the 2019 version often call the validation split ``val``."""
     alias = "val" if split == "valid" else split
     files = (f"{split}.json", f"{split}/instances.json", f"annotations/instances_{alias}_sub.json")
@@ -96,7 +89,6 @@ def _youtube_vis(
         images=tuple(f"{folder}/{part}/JPEGImages" for folder in folders for part in dict.fromkeys((split, alias))),
         annotated=split == "train",
         videos=videos,
-        long_annotations=long_annotations,
     )
 
 
@@ -186,7 +178,6 @@ CATALOG: Mapping[DatasetName, DatasetEntry] = {
                 ("ytvis22",),
                 "valid",
                 videos=421 + 71,  # those of 2021, and the long ones
-                long_annotations=("ytvis22/gt_long.json", "ytvis22/annotations/gt_long.json"),
             ),
             "test": _youtube_vis(("ytvis22",), "test", videos=453 + 89),
         },

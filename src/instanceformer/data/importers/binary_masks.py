@@ -14,9 +14,9 @@ def import_binary_masks(source: Path, images: Path, names: Path | None = None) -
     """Read binary masks, one PNG for each instance and frame, in the layout of SA-V and of SAM 2's own output.
 
     ``source/<video>/<instance>/<frame>.png`` is an image of zeros and one other value, ``<instance>`` a number. Masks
-    may overlap. Frames are the images of ``images/<video>``, in order of the numbers in their names; where one has no
-    mask, or an empty one, the instance is not visible; an instance that never is is left out. Ids of instances are
-    their numbers, see ``with_unique_ids`` where videos share them.
+    may overlap. Frames are the images of ``images/<video>`` for which any instance has a mask, in order of the numbers
+    in their names; an instance that has none there, or an empty one, is not visible; one that never is is left out. Ids
+    of instances are their numbers, see ``with_unique_ids`` where videos share them.
 
     Args:
         source: folder of the videos' masks.
@@ -34,14 +34,16 @@ def import_binary_masks(source: Path, images: Path, names: Path | None = None) -
         frames = find_frames(images, folder.name)
         instances: dict[int, Instance] = {}
         found: dict[int, Path] = {}
-        for path in subfolders(folder, "instance"):
+        labels = {path: find_labels(path, frames) for path in subfolders(folder, "instance")}
+        frames = frames.labelled({name for files in labels.values() for name in files})
+        for path, files in labels.items():
             if not path.name.isdecimal():
                 raise ValueError(f"{path}: expected a folder for each instance, named by its number")
             id_ = int(path.name)
             if id_ in found:
                 raise ValueError(f"{path}: expected a number of its own, found {found[id_].name} too")
             found[id_] = path
-            masks = _masks(path, frames)
+            masks = _masks(files, frames)
             if any(masks):
                 instances[id_] = Instance(id_, categories.category_id(folder.name, id_), False, masks)
         videos.append(
@@ -50,13 +52,14 @@ def import_binary_masks(source: Path, images: Path, names: Path | None = None) -
     return VideoDataset(categories.categories, with_unique_ids(videos))
 
 
-def _masks(folder: Path, frames: Frames) -> tuple[bytes | None, ...]:
+def _masks(files: dict[str, Path], frames: Frames) -> tuple[bytes | None, ...]:
     """For each frame the compressed mask, None where there is none."""
     masks: list[bytes | None] = []
-    for path in find_labels(folder, frames):
-        if path is None:
+    for name in frames.names:
+        if name not in files:
             masks.append(None)
             continue
+        path = files[name]
         labels = read_labels(path, frames, ("1", "L", "P"))
         values = np.flatnonzero(np.bincount(labels.ravel()))
         if len(values[values > 0]) > 1:

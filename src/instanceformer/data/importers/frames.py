@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,20 @@ class Frames:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def labelled(self, names: Collection[str]) -> Frames:
+        """The frames of these names alone, with a warning where others are left out.
+
+        Nothing is known of what they show: many datasets label every fifth frame of a video.
+        """
+        kept = [index for index, name in enumerate(self.names) if name in names]
+        if len(kept) == len(self):
+            return self
+        folder = Path(self.file_names[0]).parent
+        warnings.warn(f"{folder}: {len(self) - len(kept)} of {len(self)} frames have no label, left out", stacklevel=2)
+        return Frames(
+            tuple(self.names[i] for i in kept), tuple(self.file_names[i] for i in kept), self.height, self.width
+        )
 
 
 def natural_order(name: str) -> tuple[Any, ...]:
@@ -82,8 +97,8 @@ def find_frames(images: Path, video: str) -> Frames:
     return Frames(tuple(files), tuple(f"{video}/{path.name}" for path in files.values()), *size)
 
 
-def find_labels(folder: Path, frames: Frames) -> list[Path | None]:
-    """Find the label image of each frame, the PNG of the same name; None where there is none.
+def find_labels(folder: Path, frames: Frames) -> dict[str, Path]:
+    """Find the label images of a video: by name of the frame the PNG of the same name.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -93,7 +108,7 @@ def find_labels(folder: Path, frames: Frames) -> list[Path | None]:
     for name in files.keys() - set(frames.names):
         images = Path(frames.file_names[0]).parent
         raise ValueError(f"{files[name]}: expected a frame of the name {name} in the images of {images}, found none")
-    return [files.get(name) for name in frames.names]
+    return files
 
 
 def read_labels(path: Path, frames: Frames, modes: Sequence[str]) -> NDArray[Any]:

@@ -23,8 +23,8 @@ def import_davis(source: Path, images: Path, names: Path | None = None) -> Video
 
     ``source/<video>/<frame>.png`` is an 8-bit image, with or without a palette, whose values are the numbers of
     instances, the same all through a video; 0 is background, 255 is ignored (it becomes background). Frames are the
-    images of ``images/<video>``, in order of the numbers in their names; where one has no label image, no instance is
-    visible. Ids of instances are their numbers, see ``with_unique_ids`` where videos share them.
+    images of ``images/<video>`` that have a label image, in order of the numbers in their names. Ids of instances are
+    their numbers, see ``with_unique_ids`` where videos share them.
 
     Args:
         source: folder of the videos' label images, such as ``DAVIS/Annotations/480p``.
@@ -98,11 +98,11 @@ class _LabelVideo:
 def _label_videos(source: Path, images: Path, modes: Sequence[str]) -> Iterator[_LabelVideo]:
     for folder in subfolders(source, "video"):
         frames = find_frames(images, folder.name)
+        files = find_labels(folder, frames)
+        frames = frames.labelled(files)
         masks: dict[int, list[bytes | None]] = {}
-        for frame, path in enumerate(find_labels(folder, frames)):
-            if path is None:
-                continue
-            labels = read_labels(path, frames, modes)
+        for frame, name in enumerate(frames.names):
+            labels = read_labels(files[name], frames, modes)
             for label in np.flatnonzero(np.bincount(labels.ravel())).tolist():
                 if label > 0:
                     masks.setdefault(label, [None] * len(frames))[frame] = compress(labels == label)
