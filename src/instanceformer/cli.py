@@ -11,6 +11,7 @@ COMMANDS = {
     "synthesize": ("synthesize", "make a dataset of moving, occluding shapes in YouTube-VIS format"),
     "import": ("importing", "turn a labelling tool's export or label images into YouTube-VIS format"),
     "check": ("check", "look for what is wrong with a dataset, before a long run finds out"),
+    "convert": ("convert", "weights of the authors' release, Deformable-DETR or SeqFormer, or ours in another format"),
     "evaluate": ("evaluate", "compare a results file with ground truth: the official AP and AR"),
 }
 """By name the module in ``instanceformer.commands`` and what it does; all other commands are LightningCLI's."""

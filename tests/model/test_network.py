@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from instanceformer import InstanceFormer
+from instanceformer.model.heads import upsample_aligned
 from instanceformer.model.network import ClipPrediction, duplicates
 from instanceformer.model.state import TrackState
 
@@ -16,6 +17,13 @@ VARIANTS = {
     "refined, renewed, filtered": {"location": "refined", "free_queries": "renew", "min_confidence": 0.02},
     "fine masks": {"mask_stride": 4, "num_levels": 3},
     "five levels": {"num_levels": 5},
+    "the authors' release": {
+        "location_from": "position",
+        "cross_position": False,
+        "class_prior": False,
+        "temporal_index": "place",
+        "mask_upsampling": "aligned",
+    },
 }
 
 
@@ -144,6 +152,8 @@ def test_state_keeps_its_shapes(tiny) -> None:
         ({"propagate_queries": False}, 1),
         ({"memory_frames": 1}, 2),
         ({"memory_tokens": 1}, 1),
+        ({"location": "additive"}, 1),
+        ({"temporal_index": "place"}, 1),
         ({"min_confidence": 0.9}, 1),
     ],
 )
@@ -173,6 +183,27 @@ def test_renewed_queries_start_from_their_learned_content(tiny) -> None:
         torch.testing.assert_close(streamed.logits[:, t], alone.logits[:, 0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("option", [{"location_from": "position"}, {"cross_position": False}])
+@torch.no_grad()
+def test_what_sees_the_position_embedding_acts_from_the_first_frame_on(tiny, option) -> None:
+    full = tiny()
+    other = InstanceFormer(**{**full.options, **option}).eval()
+    other.load_state_dict(full.state_dict())
+    frames = torch.randn(1, 1, 3, 64, 96)
+    assert (full(frames)[0].logits - other(frames)[0].logits).abs().max() > 1e-4
+
+
+def test_aligned_masks_lie_two_pixels_further_right_and_down() -> None:
+    """A plane over the pixels' centres, 8 apart: cell j of the result has its value at pixel 4j + 2, less 2."""
+    y, x = (8 * torch.arange(n) + 4.0 for n in (5, 7))
+    plane = (3 * y[:, None] + x)[None, None]
+    found = upsample_aligned(plane)
+    y, x = (4 * torch.arange(2 * n) + 2.0 for n in (5, 7))
+    expected = 3 * (y[:, None] - 2) + (x - 2)
+    torch.testing.assert_close(found[0, 0, 1:, 1:], expected[1:, 1:])
+    torch.testing.assert_close(found[0, 0, 0], found[0, 0, 1])
+
+
 @torch.no_grad()
 def test_masks_are_made_for_the_queries_asked_for(tiny) -> None:
     network = tiny()
@@ -181,19 +212,6 @@ def test_masks_are_made_for_the_queries_asked_for(tiny) -> None:
     some, _ = network(frames, segment=torch.tensor([7, 2]))
     torch.testing.assert_close(some.masks, everything.masks[:, :, [7, 2]], rtol=0, atol=1e-5)
     assert network(frames)[0].masks is None
-
-
-@torch.no_grad()
-def test_checkpoint_round_trip(tiny, tmp_path) -> None:
-    network = tiny(location="refined")
-    weights = {f"network.{name}": value for name, value in network.state_dict().items()}
-    torch.save({"state_dict": weights, "network_options": network.options}, tmp_path / "a.ckpt")
-    loaded = InstanceFormer.from_checkpoint(tmp_path / "a.ckpt")
-    frames = torch.randn(1, 2, 3, 64, 96)
-    assert torch.equal(loaded(frames)[0].logits, network(frames)[0].logits)
-    torch.save({"model": {}}, tmp_path / "b.pth")
-    with pytest.raises(ValueError, match="network_options"):
-        InstanceFormer.from_checkpoint(tmp_path / "b.pth")
 
 
 def test_padding_must_be_a_margin(tiny) -> None:

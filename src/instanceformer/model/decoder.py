@@ -44,9 +44,18 @@ class DecoderLayer(nn.Module):
     """Self-attention among queries, deformable attention to the frame, memory attention, feed-forward network."""
 
     def __init__(
-        self, dim: int, heads: int, levels: int, points: int, feedforward_dim: int, dropout: float, memory: bool
+        self,
+        dim: int,
+        heads: int,
+        levels: int,
+        points: int,
+        feedforward_dim: int,
+        dropout: float,
+        memory: bool,
+        cross_position: bool,
     ) -> None:
         super().__init__()
+        self.cross_position = cross_position
         self.self_attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
         self.norm_self = nn.LayerNorm(dim)
         self.cross_attention = DeformableAttention(dim, heads, levels, points)
@@ -68,7 +77,8 @@ class DecoderLayer(nn.Module):
         located = queries + position
         attended, _ = self.self_attention(located, located, queries, need_weights=False)
         queries = self.norm_self(queries + self.dropout(attended))
-        attended = self.cross_attention(queries + position, reference, features.tokens, features.levels)
+        located = queries + position if self.cross_position else queries
+        attended = self.cross_attention(located, reference, features.tokens, features.levels)
         queries = self.norm_cross(queries + self.dropout(attended))
         if self.memory_attention is not None and memory is not None:
             queries = self.memory_attention(queries, position, memory)
@@ -90,10 +100,12 @@ class Decoder(nn.Module):
         dropout: float,
         memory: bool,
         num_classes: int,
+        cross_position: bool,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            DecoderLayer(dim, heads, levels, points, feedforward_dim, dropout, memory) for _ in range(layers)
+            DecoderLayer(dim, heads, levels, points, feedforward_dim, dropout, memory, cross_position)
+            for _ in range(layers)
         )
         self.class_heads = nn.ModuleList(class_head(dim, num_classes) for _ in range(layers))
         self.box_heads = nn.ModuleList(box_head(dim, first=i == 0) for i in range(layers))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ HIDDEN = 8
 
 COORDINATE_SCALE = 64.0
 """Pixels to one unit of the relative coordinates that enter the dynamic layers."""
+
+Upsampling = Literal["centred", "aligned"]
 
 PARAMETERS = (2 + HIDDEN) * HIDDEN + HIDDEN * HIDDEN + HIDDEN + HIDDEN + HIDDEN + 1
 """Weights (10 x 8, 8 x 8, 8 x 1), then biases (8, 8, 1) of one query's dynamic layers: 169."""
@@ -59,11 +61,13 @@ class MaskHead(nn.Module):
         stride: 8, the paper's, whose logits are upsampled twofold; or 4, which adds the backbone's C2 and shows
             smaller things.
         lateral: channels of C2, used at stride 4 only.
+        upsampling: of stride 8, bilinear: ``centred`` between the centres of cells; ``aligned`` as in CondInst and the
+            authors' release, whose logits lie a quarter of a cell, two pixels, further right and down.
     """
 
-    def __init__(self, dim: int, stride: int, lateral: int) -> None:
+    def __init__(self, dim: int, stride: int, lateral: int, upsampling: Upsampling = "centred") -> None:
         super().__init__()
-        self.stride = stride
+        self.stride, self.upsampling = stride, upsampling
         self.merge = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(3))
         self.lateral = nn.Conv2d(lateral, dim, 1) if stride == 4 else None
         self.reduce = nn.Conv2d(dim, dim // 4, 3, padding=1)
@@ -121,7 +125,10 @@ class MaskHead(nn.Module):
                 return masks
             if features.levels.padded is not None:
                 masks = repeat_border(masks, features.sizes, self.stride)
-            masks = F.interpolate(masks, scale_factor=2.0, mode="bilinear", align_corners=False)
+            if self.upsampling == "centred":
+                masks = F.interpolate(masks, scale_factor=2.0, mode="bilinear", align_corners=False)
+            else:
+                masks = upsample_aligned(masks)
             return masks[..., : features.grid[0], : features.grid[1]]
 
 
@@ -163,6 +170,14 @@ def dynamic_layers(features: Tensor, parameters: Tensor, centres: Tensor, stride
 def upsample_nearest(x: Tensor, size: torch.Size) -> Tensor:
     """Double a feature map and cut it to ``size``: cell i becomes cells 2i and 2i + 1, whatever the padding."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")[..., : size[0], : size[1]]
+
+
+def upsample_aligned(masks: Tensor) -> Tensor:
+    """Double (B, n, h, w): cell i lands on 2i + 1, and 2i is the mean of cells i - 1 and i (Tian et al., CondInst)."""
+    height, width = masks.shape[-2:]
+    masks = F.pad(masks, (1, 0, 1, 0), mode="replicate")
+    size = (2 * height + 1, 2 * width + 1)
+    return F.interpolate(masks, size, mode="bilinear", align_corners=True)[..., 1:, 1:]
 
 
 def repeat_border(masks: Tensor, sizes: Tensor, stride: int) -> Tensor:

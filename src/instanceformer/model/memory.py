@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from instanceformer.model.position import sine_position
+from instanceformer.model.position import pixel_position, sine_position
 from instanceformer.model.state import TrackState, push
+
+TemporalIndex = Literal["age", "place"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,16 @@ class Memory(nn.Module):
     """Reads the queue: m = W_m [q, class scores, box] (equation 3), and its temporal index.
 
     What the queue holds carries no gradient; W_m learns because a token is projected when it is read, not when it is
-    written. The temporal index is the position embedding of the query that wrote the token, plus a sine of its age.
+    written. The temporal index is the position embedding of the query that wrote the token, plus a code of its frame:
+
+    - ``age``: the sine of t - f, as the paper's relative index;
+    - ``place``: the position of f among the d places of the queue, the oldest frame that left a token coming first, as
+      pixels of one column have it; so does the authors' release. The same age has another code until the queue is full.
     """
 
-    def __init__(self, dim: int, num_classes: int) -> None:
+    def __init__(self, dim: int, num_classes: int, index: TemporalIndex = "age") -> None:
         super().__init__()
+        self.index = index
         self.projection = nn.Linear(dim + num_classes + 4, dim)
 
     def forward(self, state: TrackState, position: Tensor) -> MemoryTokens:
@@ -46,11 +54,19 @@ class Memory(nn.Module):
         """
         inputs = torch.cat((state.memory_queries, state.memory_scores, state.memory_boxes), dim=-1)
         values = self.projection(inputs)
-        ages = torch.arange(1, inputs.shape[1] + 1, device=inputs.device)
-        index = position[state.memory_indices] + sine_position(ages, position.shape[-1])[None, :, None]
+        index = position[state.memory_indices] + self._frame_codes(state.memory_filled, position.shape[-1])[:, :, None]
         return MemoryTokens(
             keys=(values + index).flatten(1, 2), values=values.flatten(1, 2), filled=state.memory_filled.flatten(1, 2)
         )
+
+    def _frame_codes(self, filled: Tensor, dim: int) -> Tensor:
+        """Code of each frame of the queue, newest first: (B, d, k) bool gives (1 or B, d, C)."""
+        ages = torch.arange(1, filled.shape[1] + 1, device=filled.device)
+        if self.index == "age":
+            return sine_position(ages, dim)[None]
+        column = torch.ones(1, len(ages), 1, dtype=torch.bool, device=filled.device)
+        oldest = (filled.any(dim=-1) * ages).amax(dim=1, keepdim=True)
+        return pixel_position(column, dim)[0, :, 0][(oldest - ages).clamp(min=0)]
 
 
 class MemoryAttention(nn.Module):

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from instanceformer import checkpoints
 from instanceformer.model.attention import Levels
 from instanceformer.model.backbone import Backbone, Norm
 from instanceformer.model.decoder import Decoder, FramePrediction, of_queries
 from instanceformer.model.encoder import STRIDES, Encoder, FrameFeatures, Projection
-from instanceformer.model.heads import MaskHead
-from instanceformer.model.memory import Memory, remember
-from instanceformer.model.propagation import ClassPrior, LocationPropagation, LocationRule
+from instanceformer.model.heads import MaskHead, Upsampling
+from instanceformer.model.memory import Memory, TemporalIndex, remember
+from instanceformer.model.propagation import ClassPrior, LocationPropagation, LocationRule, LocationSource
 from instanceformer.model.state import TrackState, push
 
 FreeQueries = Literal["propagate", "renew"]
@@ -60,14 +61,21 @@ class InstanceFormer(nn.Module):
         decoder_layers: layers of the decoder.
         feedforward_dim: hidden channels of the feed-forward networks.
         dropout: probability.
+        cross_position: whether the decoder's deformable attention sees a query's position embedding beside its content;
+            it does in Deformable-DETR, not in the authors' release.
         mask_stride: of the mask features: 8 as the paper, or 4 with the backbone's finest level.
+        mask_upsampling: from stride 8 to 4, ``centred`` or ``aligned`` as in the authors' release, see MaskHead.
         propagate_queries: whether a query's final content is its content at the next frame (representation
             propagation); off, every frame starts from the learned content.
         location: rule by which reference points are propagated, see LocationPropagation.
+        location_from: what places a query: its ``content``, the paper, or its ``position`` embedding, as in
+            Deformable-DETR and the authors' release.
         class_prior: whether class logits are smoothed over the last ``memory_frames`` frames (equation 2).
         memory: whether the decoder attends to tokens of earlier frames (equations 3 and 4).
         memory_frames: d, how many earlier frames memory and class prior reach back.
         memory_tokens: k, the most instances remembered of each frame.
+        temporal_index: what tells the frames in memory apart: their ``age``, the paper, or their ``place`` in the
+            queue, as in the authors' release, see Memory.
         min_confidence: score in [0, 1] below which inference does not take a query for an instance: it does not
             enter the memory. 0, the paper: the k best do, whatever their score.
         max_overlap: box IoU in (0, 1] above which inference takes a query that has held no instance for a duplicate of
@@ -99,13 +107,17 @@ class InstanceFormer(nn.Module):
         decoder_layers: int = 6,
         feedforward_dim: int = 1024,
         dropout: float = 0.1,
+        cross_position: bool = True,
         mask_stride: Literal[4, 8] = 8,
+        mask_upsampling: Upsampling = "centred",
         propagate_queries: bool = True,
         location: LocationRule = "paper",
+        location_from: LocationSource = "content",
         class_prior: bool = True,
         memory: bool = True,
         memory_frames: int = 4,
         memory_tokens: int = 10,
+        temporal_index: TemporalIndex = "age",
         min_confidence: float = 0.0,
         max_overlap: float = 1.0,
         free_queries: FreeQueries = "propagate",
@@ -125,30 +137,42 @@ class InstanceFormer(nn.Module):
         self.encoder = Encoder(dim, encoder_layers, num_heads, num_levels, num_points, feedforward_dim, dropout)
         self.query_content = nn.Parameter(torch.randn(num_queries, dim))
         self.query_position = nn.Parameter(torch.randn(num_queries, dim))
-        self.location = LocationPropagation(dim, location)
-        self.memory = Memory(dim, num_classes) if memory else None
+        self.location = LocationPropagation(dim, location, location_from)
+        self.memory = Memory(dim, num_classes, temporal_index) if memory else None
         self.decoder = Decoder(
-            dim, decoder_layers, num_heads, num_levels, num_points, feedforward_dim, dropout, memory, num_classes
+            dim,
+            decoder_layers,
+            num_heads,
+            num_levels,
+            num_points,
+            feedforward_dim,
+            dropout,
+            memory,
+            num_classes,
+            cross_position,
         )
         self.class_prior = ClassPrior(num_classes) if class_prior else None
-        self.mask_head = MaskHead(dim, mask_stride, self.backbone.channels[0])
+        self.mask_head = MaskHead(dim, mask_stride, self.backbone.channels[0], mask_upsampling)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> InstanceFormer:
-        """The network of a Lightning checkpoint, with its weights, in evaluation mode, on the CPU.
+        """The network of a checkpoint, with its weights, in evaluation mode, on the CPU.
+
+        Args:
+            path: what ``fit`` or ``instanceformer convert`` wrote: a Lightning checkpoint or safetensors.
 
         Raises:
-            ValueError: the file holds no network of this package.
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, or holds no network of this package.
         """
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or "network_options" not in checkpoint:
+        checkpoint = checkpoints.read(path)
+        try:
+            network = cls(**checkpoint.options)
+            network.load_state_dict(checkpoint.weights)
+        except (RuntimeError, TypeError) as error:
             raise ValueError(
-                f"{path}: found no 'network_options', expected a checkpoint that `instanceformer fit` wrote"
-            )
-        network = cls(**checkpoint["network_options"])
-        prefix = "network."
-        weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-        network.load_state_dict(weights)
+                f"{path}: its options or weights are not those of this version's network; {error}"
+            ) from error
         return network.eval()
 
     def forward(
@@ -289,7 +313,7 @@ class InstanceFormer(nn.Module):
         queries = self.query_content.expand(state.carried.shape[0], -1, -1)
         if self.propagate_queries:
             queries = torch.where(state.carried[..., None], state.queries, queries)
-        references = self.location(queries, state.references, state.carried)
+        references = self.location(queries, self.query_position, state.references, state.carried)
         memory = None if self.memory is None else self.memory(state, self.query_position)
         prediction: FramePrediction = self.decoder(queries, self.query_position, references, features, memory)
         if self.class_prior is None:

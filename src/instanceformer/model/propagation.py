@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-LocationRule = Literal["none", "paper", "refined"]
+LocationRule = Literal["none", "paper", "additive", "refined"]
+LocationSource = Literal["content", "position"]
 
 
 class LocationPropagation(nn.Module):
@@ -18,13 +19,17 @@ class LocationPropagation(nn.Module):
     - ``none``: sigmoid(W_ref q), the previous location is not used;
     - ``paper``: sigmoid(sigmoid(W_ref q) * ref_{t-1}), equation 1 to the letter, which puts every reference between
       0.5 and 0.73 and leaves the way back to the decoder's box refinement;
+    - ``additive``: sigmoid(sigmoid(W_ref q) + ref_{t-1}), a variant of the authors' release;
     - ``refined``: sigmoid(W_step q + logit(centre_{t-1})), the incremental change that the text describes, from the
       centre of the query's last box. W_step is zero at first: without having learned, nothing moves.
+
+    What W_ref sees as q is the current content, as equation 1 says, or under source ``position`` the query's position
+    embedding, which never changes: so do Deformable-DETR and the authors' release.
     """
 
-    def __init__(self, dim: int, rule: LocationRule) -> None:
+    def __init__(self, dim: int, rule: LocationRule, source: LocationSource = "content") -> None:
         super().__init__()
-        self.rule = rule
+        self.rule, self.source = rule, source
         self.reference = nn.Linear(dim, 2)
         nn.init.xavier_uniform_(self.reference.weight)
         nn.init.zeros_(self.reference.bias)
@@ -33,22 +38,26 @@ class LocationPropagation(nn.Module):
             nn.init.zeros_(self.step.weight)
             nn.init.zeros_(self.step.bias)
 
-    def forward(self, queries: Tensor, previous: Tensor, carried: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, position: Tensor, previous: Tensor, carried: Tensor) -> Tensor:
         """Compute ref_t.
 
         Args:
             queries: (B, N, C) current content q_t.
+            position: (N, C) position embedding.
             previous: (B, N, 2) in [0, 1]: ref_{t-1}, or the centre of the last box under ``refined``.
             carried: (B, N) bool, whether there is a previous location.
 
         Returns:
             (B, N, 2) float32 (x, y) in (0, 1).
         """
-        start: Tensor = self.reference(queries).float().sigmoid()
+        seen = queries if self.source == "content" else position.expand_as(queries)
+        start: Tensor = self.reference(seen).float().sigmoid()
         if self.rule == "none":
             return start
         if self.rule == "paper":
             moved = (start * previous).sigmoid()
+        elif self.rule == "additive":
+            moved = (start + previous).sigmoid()
         else:
             moved = (self.step(queries).float() + logit(previous)).sigmoid()
         return torch.where(carried[..., None], moved, start)

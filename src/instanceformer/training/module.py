@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
+from instanceformer.checkpoints.files import describe
 from instanceformer.data.batch import ClipBatch, VideoChunk
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.evaluation.postprocess import InferenceOptions, VideoInference
@@ -116,8 +117,15 @@ class InstanceFormerModule(LightningModule):
         return sorted(set(ours) - set(fitting))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let a checkpoint say which network its weights belong to, see ``InstanceFormer.from_checkpoint``."""
-        checkpoint["network_options"] = self.network.options
+        """Let a checkpoint say what its network and its classes are, see ``checkpoints.read``."""
+        checkpoint.update(describe(self.network.options, self.data.categories))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say which options of the network are not those that the weights were trained with."""
+        trained, options = checkpoint.get("network_options", {}), self.network.options
+        unlike = [f"{name}={options[name]} ({value})" for name, value in trained.items() if options.get(name) != value]
+        if unlike:
+            self.print(f"model.network: other options than the checkpoint's, in brackets: {', '.join(unlike)}")
 
     # Training --------------------------------------------------------------------------------------------------------
 

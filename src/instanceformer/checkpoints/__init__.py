@@ -1,0 +1,3 @@
+from instanceformer.checkpoints.files import Checkpoint, read, write
+
+__all__ = ["Checkpoint", "read", "write"]

@@ -1,0 +1,333 @@
+"""Weights of the authors' release, Deformable-DETR and SeqFormer as checkpoints of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from instanceformer.checkpoints.files import Checkpoint, check_suffix, is_own, load, read, write
+from instanceformer.checkpoints.sources import RELEASE, SOURCES, Source
+from instanceformer.data.annotations import Category
+from instanceformer.data.catalog import CATALOG, DatasetName
+from instanceformer.model.heads import COORDINATE_SCALE, HIDDEN
+from instanceformer.model.network import InstanceFormer
+
+RULES = {"multiplicative": "paper", "additive": "additive", "none": "none"}
+"""The release's ways to propagate reference points and the rules of LocationPropagation that they are."""
+
+RESNETS = {
+    (2, 2, 2, 2, False): "resnet18",
+    (3, 4, 6, 3, False): "resnet34",
+    (3, 4, 6, 3, True): "resnet50",
+    (3, 4, 23, 3, True): "resnet101",
+    (3, 8, 36, 3, True): "resnet152",
+}
+"""Blocks of the four stages, and whether they are bottlenecks."""
+
+DATASETS: dict[int, tuple[DatasetName, ...]] = {27: ("ovis",), 42: ("ytvis19", "ytvis21"), 91: ("coco",)}
+"""What the number of class channels says of the dataset."""
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What weights do not say of the network that they belong to, with the defaults of the authors' release.
+
+    The first three are of the authors' release; what is made of the others has the paper's memory and location rule.
+
+    Attributes:
+        location: how reference points are propagated.
+        tokens: queries remembered of each frame; without meaning for a release that was trained without memory.
+        support: ``memory_support``: frames that the memory spans, the current one included.
+        heads: attention heads.
+        dataset: whose category ids the class channels are; null: by their number, 27 OVIS, 91 COCO, 42 one of the
+            YouTube-VIS, which cannot be told apart, so that the checkpoint then lacks the names of the classes.
+        all_channels: keep every class channel, so that class index c is category id c. If false, the classes are the
+            categories of the dataset in ascending order of id, as the data module has them, and channels of no category
+            are dropped; the memory then lacks their scores, so that outputs differ a little from the source's.
+    """
+
+    location: Literal["multiplicative", "additive", "none"] = "multiplicative"
+    tokens: int = 10
+    support: int = 4
+    heads: int = 8
+    dataset: DatasetName | None = None
+    all_channels: bool = False
+
+    def __post_init__(self) -> None:
+        if self.support < 2:
+            raise ValueError(f"support: found {self.support}, expected at least 2, the current frame and one before it")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint made of a state dict, and what became of every entry of both.
+
+    Attributes:
+        source: title of the source.
+        checkpoint: the network.
+        mapped: entries of the source that are in it.
+        dropped: entries of the source that are not, with the reason.
+        left_new: parameters of ours that the source has nothing for, with the values of a network that learned nothing.
+        classes: what became of the class channels.
+    """
+
+    source: str
+    checkpoint: Checkpoint
+    mapped: tuple[str, ...]
+    dropped: Mapping[str, str]
+    left_new: tuple[str, ...]
+    classes: str
+
+    def __str__(self) -> str:
+        defaults = InstanceFormer.__init__.__kwdefaults__ or {}
+        unlike = [f"{k}={v}" for k, v in self.checkpoint.options.items() if k in defaults and v != defaults[k]]
+        lines = [
+            self.source,
+            f"  network: {', '.join(unlike) or 'every option at its default'}",
+            f"  classes: {self.classes}",
+            f"  mapped: {len(self.mapped)} entries",
+        ]
+        for reason in dict.fromkeys(self.dropped.values()):
+            names = [name for name, why in self.dropped.items() if why == reason]
+            lines.append(f"  dropped: {len(names)} entries such as {names[0]}: {reason}")
+        if self.left_new:
+            modules = sorted({_module(name) for name in self.left_new})
+            lines.append(f"  left new: {len(self.left_new)} parameters of {', '.join(modules)}")
+        return "\n".join(lines)
+
+
+def convert_file(source: Path, output: Path, options: SourceOptions = SourceOptions()) -> str:
+    """Write the weights of others as a checkpoint, or a checkpoint of this package in another format.
+
+    Args:
+        source: a ``.pth`` whose ``model`` entry is a state dict, a plain state dict, or a checkpoint of this package.
+        output: ``.ckpt`` or ``.safetensors``.
+        options: for weights of others.
+
+    Returns:
+        A report of a few lines.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the source is damaged or fits nothing, or the output has another suffix.
+    """
+    check_suffix(output)
+    content = load(source)
+    if is_own(content):
+        if options != SourceOptions():
+            raise ValueError(f"{source}: found a checkpoint of this package, which says its own options; give none")
+        checkpoint, report = read(source), f"{source}: a checkpoint of this package"
+    else:
+        try:
+            conversion = convert(content.get("model", content), options)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        checkpoint, report = conversion.checkpoint, str(conversion)
+    write(checkpoint, output)
+    return f"{report}\n  written to {output}"
+
+
+def convert(weights: Mapping[str, Any], options: SourceOptions = SourceOptions()) -> Conversion:
+    """Give weights of others our names, our layout and the options under which our network computes the same.
+
+    Args:
+        weights: a state dict of the authors' release, of Deformable-DETR with box refinement, or of SeqFormer.
+        options: what it does not say.
+
+    Raises:
+        ValueError: it is of no known source, has entries that have no place, lacks some, or shapes do not agree.
+    """
+    source = _recognise(weights)
+    layers = tuple(_count_layers(weights, source, part) for part in ("encoder", "decoder"))
+    mapped, dropped, unknown = _sort(weights, source.mapped(*layers), source.dropped(*layers))
+    if unknown:
+        raise ValueError(
+            f"found {len(unknown)} entries that {source.title} has no place for here, such as "
+            f"{', '.join(unknown[:3])}; expected a model with a ResNet, box refinement and one stage"
+        )
+    if f"{source.prefix}transformer.decoder.bbox_embed.0.layers.0.weight" not in weights:
+        raise ValueError(
+            f"found {source.title} without transformer.decoder.bbox_embed, that is without iterative box refinement; "
+            "expected a model trained with --with_box_refine, since ours refines boxes in every layer"
+        )
+    architecture = _architecture(weights, source, layers, options)
+    channels, categories, classes = _classes(_shape(weights, source, "class_embed.0.weight")[0], options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same file every time
+        network = InstanceFormer(len(channels), **architecture)
+
+    expected = network.state_dict()
+    ours: dict[str, Tensor] = {}
+    for name, target in mapped.items():
+        for new, x in _translate(name, target, weights[name], channels).items():
+            if new not in expected or x.shape != expected[new].shape:
+                wanted = f"shape {tuple(expected[new].shape)}" if new in expected else "no such entry"
+                raise ValueError(f"{name}: found shape {tuple(x.shape)} for our {new}, expected {wanted}")
+            ours[new] = x.to(expected[new].dtype)
+    left_new = tuple(name for name in expected if name not in ours)
+    lacking = [name for name in left_new if not source.left_new & set(name.split("."))]
+    if lacking:
+        raise ValueError(
+            f"found nothing in {source.title} for {len(lacking)} of our parameters, such as {', '.join(lacking[:3])}; "
+            "expected a whole state dict"
+        )
+    checkpoint = Checkpoint(network.options, {**expected, **ours}, categories)
+    return Conversion(source.title, checkpoint, tuple(mapped), dropped, left_new, classes)
+
+
+def _recognise(weights: Mapping[str, Any]) -> Source:
+    """The source that the state dict is of."""
+    for source in SOURCES:
+        if f"{source.prefix}{source.marker}.weight" in weights:
+            strange = [name for name, x in weights.items() if not isinstance(x, Tensor)]
+            if strange:
+                raise ValueError(f"{strange[0]}: found {type(weights[strange[0]]).__name__}, expected a tensor")
+            return source
+    found = ", ".join(list(map(str, weights))[:3]) or "nothing"
+    raise ValueError(
+        f"found {len(weights)} entries such as {found}; expected a state dict, plain or under 'model', of "
+        f"{'; '.join(source.title for source in SOURCES)}"
+    )
+
+
+def _sort(
+    weights: Mapping[str, Any], mapped: Mapping[str, str], dropped: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Our name of each entry that has one, the reason to drop each that has none, and the entries nobody knows."""
+    kept, left, unknown = {}, {}, []
+    for name in weights:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        module = next((prefix for prefix in prefixes if prefix in mapped or prefix in dropped), None)
+        if module is None:
+            unknown.append(name)
+        elif parts[-1] == "num_batches_tracked":
+            left[name] = "frozen batch norm counts nothing"
+        elif module in dropped:
+            left[name] = dropped[module]
+        else:
+            kept[name] = mapped[module] + name[len(module) :]
+    return kept, left, unknown
+
+
+def _count_layers(weights: Mapping[str, Tensor], source: Source, part: str) -> int:
+    found = (f"{source.prefix}transformer.{part}.layers.{i}.norm2.weight" in weights for i in count())
+    return next(i for i, present in enumerate(found) if not present)
+
+
+def _architecture(
+    weights: Mapping[str, Tensor], source: Source, layers: tuple[int, ...], options: SourceOptions
+) -> dict[str, Any]:
+    """Options of our network, but the number of classes, as the source, the shapes and ``options`` say them."""
+    num_queries, both = _shape(weights, source, "query_embed.weight")
+    num_levels = _shape(weights, source, "transformer.level_embed")[0]
+    attention = _shape(weights, source, "transformer.encoder.layers.0.self_attn.attention_weights.weight")[0]
+    architecture = {
+        **source.options,
+        "backbone": _resnet(weights, f"{source.prefix}backbone.0.body"),
+        "num_queries": num_queries,
+        "dim": both // 2,
+        "num_heads": options.heads,
+        "num_levels": num_levels,
+        "num_points": attention // (num_levels * options.heads),
+        "encoder_layers": layers[0],
+        "decoder_layers": layers[1],
+        "feedforward_dim": _shape(weights, source, "transformer.encoder.layers.0.linear1.weight")[0],
+    }
+    if source is RELEASE:
+        architecture |= {
+            "location": RULES[options.location],
+            "memory": f"{source.prefix}transformer.mem_token_proj.weight" in weights,
+            "memory_frames": options.support - 1,
+            "memory_tokens": options.tokens,
+        }
+    return architecture
+
+
+def _shape(weights: Mapping[str, Tensor], source: Source, name: str) -> torch.Size:
+    name = f"{source.prefix}{name}"
+    if name not in weights:
+        raise ValueError(f"found no {name} in {source.title}, expected a whole state dict")
+    return weights[name].shape
+
+
+def _resnet(weights: Mapping[str, Tensor], body: str) -> str:
+    """Name of the ResNet whose weights start with ``body``."""
+    blocks = [
+        next(i for i in count() if f"{body}.layer{stage}.{i}.conv1.weight" not in weights) for stage in range(1, 5)
+    ]
+    bottleneck = f"{body}.layer1.0.conv3.weight" in weights
+    name = RESNETS.get((blocks[0], blocks[1], blocks[2], blocks[3], bottleneck))
+    if name is None:
+        raise ValueError(
+            f"backbone: found stages of {blocks} blocks under {body}, expected {', '.join(RESNETS.values())}"
+        )
+    return name
+
+
+def _classes(channels: int, options: SourceOptions) -> tuple[list[int], tuple[Category, ...], str]:
+    """Class channels to keep, the categories that they are if that is known, and a line of report."""
+    if options.all_channels:
+        return list(range(channels)), (), f"all {channels} channels, class index = category id"
+    candidates = DATASETS.get(channels, ()) if options.dataset is None else (options.dataset,)
+    if not candidates:
+        known = ", ".join(f"{number} ({' or '.join(names)})" for number, names in DATASETS.items())
+        raise ValueError(f"found {channels} class channels, expected {known}; give a dataset, or keep all channels")
+    categories = CATALOG[candidates[0]].categories
+    kept = [category.id for category in categories]
+    if kept[-1] >= channels:
+        raise ValueError(f"found {channels} class channels, but {candidates[0]} has category ids up to {kept[-1]}")
+    line = f"{len(kept)} of {channels} channels, the categories of {' or '.join(candidates)} in ascending order of id"
+    if len(candidates) > 1:
+        return kept, (), f"{line}; without names, since the weights do not say which dataset"
+    return kept, categories, line
+
+
+def _translate(name: str, target: str, x: Tensor, channels: list[int]) -> dict[str, Tensor]:
+    """Entry ``name`` of a source as one or two of ours."""
+    try:
+        return _in_our_layout(target, x, channels)
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{name}: found shape {tuple(x.shape)}, which does not go with the others ({error})"
+        ) from error
+
+
+def _in_our_layout(target: str, x: Tensor, channels: list[int]) -> dict[str, Tensor]:
+    if target == "query.weight":
+        position, content = x.chunk(2, dim=1)
+        return {"query_position": position.contiguous(), "query_content": content.contiguous()}
+    if target.startswith("decoder.class_heads."):
+        return {target: x[channels]}
+    if target == "memory.projection.weight":
+        dim = x.shape[0]
+        columns = [*range(dim), *(dim + channel for channel in channels), *range(x.shape[1] - 4, x.shape[1])]
+        return {target: x[:, columns]}
+    if target.startswith("mask_head.controller.4."):
+        return {target: _dynamic_parameters(x)}
+    return {target: x}
+
+
+def _dynamic_parameters(x: Tensor) -> Tensor:
+    """Rows of the controller's last layer, (169, ...): weights stored output by input become input by output.
+
+    Our relative coordinates are theirs divided by COORDINATE_SCALE, so their weights are multiplied by it.
+    """
+    first, second, rest = x.split(((2 + HIDDEN) * HIDDEN, HIDDEN * HIDDEN, x.shape[0] - (2 + 2 * HIDDEN) * HIDDEN))
+    first = first.unflatten(0, (HIDDEN, 2 + HIDDEN)).transpose(0, 1)
+    first = torch.cat((first[:2] * COORDINATE_SCALE, first[2:]))
+    second = second.unflatten(0, (HIDDEN, HIDDEN)).transpose(0, 1)
+    return torch.cat((first.flatten(0, 1), second.flatten(0, 1), rest))
+
+
+def _module(name: str) -> str:
+    """The part of a parameter's name that says what it is for, without layers' numbers."""
+    return next(
+        (part for part in name.split(".") if part in {"memory", "memory_attention", "mask_head"}), name.split(".")[0]
+    )
