@@ -106,7 +106,7 @@ class VideoInstanceSegmenter:
         Raises:
             ValueError: the frame is something else, or too small.
         """
-        return self._track(self._encode([frame]))
+        return self._track(self._encode([frame])[0])
 
     def segment(self, source: Source) -> Iterator[FrameInstances]:
         """A whole video, after a reset.
