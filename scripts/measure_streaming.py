@@ -4,9 +4,9 @@
     python scripts/measure_streaming.py full --frames 80 # frames of 360x640 through the paper's network
 
 Random weights and moving squares, with thresholds such that tracks come and go. Memory is that of all that
-`instanceformer segment` does, film, result file and label images: the peak of the process (VmHWM) after 50 frames and at
-the end. Time is that of `step`, by which the segmenter that has seen all frames and one that has seen 50 go on in turns, so
-that a machine that others use too is as busy for one as for the other.
+`instanceformer segment` does, film, result file and label images: the peak of the process (VmHWM) after 50 frames and
+at the end. Time is that of `step`, by which the segmenter that has seen all frames and one that has seen 50 go on in
+turns, so that a machine that others use too is as busy for one as for the other.
 """
 
 from __future__ import annotations

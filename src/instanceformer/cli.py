@@ -148,11 +148,14 @@ def run_segment(args: Sequence[str]) -> None:
     video = open_video(found.video, found.fps)
     segmenter = VideoInstanceSegmenter.from_checkpoint(found.checkpoint, found.device, options)
     try:
-        segment_video(video, segmenter, outputs, start=found.start, end=found.end, stride=found.stride, progress=True)
+        count = segment_video(
+            video, segmenter, outputs, start=found.start, end=found.end, stride=found.stride, progress=True
+        )
     except BrokenVideo as error:
         raise ValueError(f"{error}; what was seen is written") from error
     except KeyboardInterrupt:
         sys.exit(130)
+    print(f"{count} frames; written: {', '.join(str(path) for path in vars(outputs).values() if path is not None)}")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -296,3 +296,12 @@ def test_a_camera_or_stream_that_is_not_there_is_refused():
         open_video("99")
     with pytest.raises(ValueError, match=r"tcp://127\.0\.0\.1:1: cannot be opened as a video"):
         open_video("tcp://127.0.0.1:1")
+
+
+def test_a_film_with_dropped_frames_is_whole(tmp_path):
+    """AVI has an entry of no bytes for each."""
+    times = [0.0, 0.1, 0.2, 0.5, 0.9]
+    path = write_film(tmp_path / "film.avi", moving_square(5), "mjpeg", "yuvj420p", seconds=times)
+    found = open_video(path)
+    assert found.length is None or found.length > 5
+    assert [frame.seconds for frame in found.frames] == pytest.approx(times, abs=2e-3)

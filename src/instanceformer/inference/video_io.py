@@ -114,14 +114,13 @@ def _open_stream(name: str, fps: float, device: str | None = None) -> OpenVideo:
 
 
 def _decode(container: InputContainer, stream: VideoStream, name: str, fps: float) -> Iterator[TimedFrame]:
-    count = packets = damaged = 0
+    count = damaged = missing = 0
     first = seconds = 0.0
     shape: tuple[int, ...] = ()
     problem = ""
     with container:
         try:
             for packet in container.demux(stream):
-                packets += packet.size > 0
                 try:
                     frames = packet.decode()
                     damaged += packet.is_corrupt
@@ -145,8 +144,9 @@ def _decode(container: InputContainer, stream: VideoStream, name: str, fps: floa
                     yield TimedFrame(image, seconds)
         except av.FFmpegError as error:
             problem = f"reading failed ({error})"
-        missing = len(stream.index_entries) - packets
-    if not problem and missing > 0:
+        if container.size > 0:
+            missing = sum(entry.pos + entry.size > container.size for entry in stream.index_entries)
+    if not problem and missing:
         problem = f"the file is cut off, {missing} of its frames are not there"
     elif not problem and damaged:
         problem = f"{damaged} packets of data were damaged"
