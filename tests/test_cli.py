@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,53 @@ def test_fit_then_validate_test_predict_and_evaluate(
     assert network.options["num_queries"] == 10
     with torch.no_grad():
         assert network(torch.randn(1, 1, 3, 96, 160))[0].logits.shape == (1, 1, 10, 4)
+
+
+def test_evaluation_needs_no_torch_and_reports(data: Path, tmp_path: Path) -> None:
+    truth = json.loads((data / "valid.json").read_text())
+    results = [
+        {"video_id": a["video_id"], "category_id": a["category_id"], "score": 0.5, "segmentations": a["segmentations"]}
+        for a in truth["annotations"]
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "long.json").write_text(json.dumps({**truth, "videos": truth["videos"][:1], "annotations": []}))
+    code = "import sys; from instanceformer.cli import main; main(); assert 'torch' not in sys.modules"
+    arguments = ["evaluate", str(data / "valid.json"), "results.json", "--report=report", "--long_videos=long.json"]
+    run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert lines[0].split() == ["AP", "1.0000"]
+    assert ["AP_L", "1.0000"] in [line.split() for line in lines]
+    assert "report/precision_recall.png" in lines
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
+        "metrics.json",
+        "per_category.csv",
+        "precision_recall.csv",
+        "precision_recall.png",
+    ]
+
+
+def test_a_labelling_tools_export_is_imported_and_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mask = [[1, 1, 9, 1, 9, 7, 1, 7]]
+    content = {
+        "categories": [{"id": 1, "name": "box"}],
+        "images": [{"id": t, "file_name": f"v/{t}.jpg", "height": 8, "width": 10} for t in range(2)],
+        "annotations": [
+            {"id": t, "image_id": t, "category_id": 1, "segmentation": mask, "attributes": {"track_id": 3}}
+            for t in range(2)
+        ],
+    }
+    Path("export.json").write_text(json.dumps(content))
+    main(["import", "cocovid", "export.json", "videos.json"])
+    assert "1 videos with 1 instances written to videos.json" in capsys.readouterr().out
+    main(["check", "videos.json"])
+    assert "no problem found" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["import", "davis", "export.json", "videos.json"])
+    assert "--images: expected a folder for davis" in capsys.readouterr().err
 
 
 def test_every_shipped_config_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from tests.broken import broken, broken_text
 from instanceformer.data.annotations import VideoDataset
 from instanceformer.data.check import check_dataset
 from instanceformer.data.reading import read_annotations
+from instanceformer.evaluation.evaluate import evaluate_files
 from instanceformer.evaluation.results import read_results
-from instanceformer.evaluation.video_ap import evaluate_files
 
 HEIGHT, WIDTH = 4, 6
 POLYGON = [[0.0, 0.0, 4.0, 0.0, 4.0, 4.0]]

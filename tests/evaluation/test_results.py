@@ -8,7 +8,6 @@ import pytest
 from instanceformer.evaluation.results import (
     RLE,
     Track,
-    compress_track,
     decode_mask,
     encode_mask,
     read_results,
@@ -35,12 +34,6 @@ def test_masks_survive_encoding():
     assert isinstance(rle["counts"], str)
     np.testing.assert_array_equal(decode_mask(rle), make_mask())
     assert encode_mask(np.zeros((5, 7), dtype=bool)) is None
-
-
-def test_a_track_is_compressed_with_empty_masks_as_absent():
-    rle = encode_mask(make_mask())
-    runs = {"size": [5, 7], "counts": [11, 3, 2, 3, 2, 3, 2, 3, 6]}  # column by column, of make_mask's rectangle
-    assert compress_track([runs, None, {"size": [5, 7], "counts": "S1"}, rle], 5, 7) == [rle, None, None, rle]
 
 
 def test_written_results_are_read_back_exactly(tmp_path):

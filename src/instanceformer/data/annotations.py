@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from instanceformer.data.runs import decode_runs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Video:
         Returns:
             (T, n, h, w) uint8, one inside the instance and zero elsewhere.
         """
+        import torch  # here, so that what only looks at annotations starts without it
+
         row_indices = np.arange(self.height) if rows is None else rows.numpy()
         column_indices = np.arange(self.width) if columns is None else columns.numpy()
         masks = np.zeros((len(frames), len(instances), len(row_indices), len(column_indices)), dtype=np.uint8)

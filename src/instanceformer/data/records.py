@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from instanceformer.data.annotations import Category
-from instanceformer.data.run_lengths import MaskError, MaskSizeError, compress_masks, show
+from instanceformer.data.run_lengths import MaskError, MaskSizeError, compress_tracks, show
 
 MAX_PIXELS = 2**29 - 1
 """Most pixels of a frame: a run of a mask must fit into pycocotools' compressed counts."""
@@ -135,18 +135,17 @@ class Records:
             self.fail(where, f"positive sizes in pixels, {MAX_PIXELS} pixels at most", found)
         return height, width
 
-    def masks(self, segmentations: list[Any], height: int, width: int, where: str) -> tuple[bytes | None, ...]:
-        """Compressed counts of a track's masks, see ``compress_masks``."""
-        try:
-            return tuple(compress_masks(segmentations, height, width))
-        except MaskError as error:
-            kind: ProblemKind = "mask of wrong size" if isinstance(error, MaskSizeError) else "damaged mask"
-            raise AnnotationError(Problem(kind, f"{where}.{error.where}", error.message)) from error
+    def masks(self, found: list[bytes | None] | MaskError, where: str) -> tuple[bytes | None, ...]:
+        """What ``compress_tracks`` found of a track."""
+        if isinstance(found, MaskError):
+            kind: ProblemKind = "mask of wrong size" if isinstance(found, MaskSizeError) else "damaged mask"
+            raise AnnotationError(Problem(kind, f"{where}.{found.where}", found.message))
+        return tuple(found)
 
     def mask(self, record: dict[str, Any], height: int, width: int, where: str) -> bytes | None:
         """Compressed counts of the one mask of a COCO annotation."""
         try:
-            return self.masks([record.get("segmentation")], height, width, where)[0]
+            return self.masks(compress_tracks([([record.get("segmentation")], height, width)])[0], where)[0]
         except AnnotationError as error:
             place = error.problem.where.replace("segmentations[0]", "segmentation")
             raise AnnotationError(replace(error.problem, where=place)) from error

@@ -28,7 +28,7 @@ class Runs:
     areas: npt.NDArray[np.int64]
 
 
-def decode_runs(masks: Sequence[bytes], pixels: int) -> Runs:
+def decode_runs(masks: Sequence[bytes], pixels: int | npt.NDArray[np.int64]) -> Runs:
     """Decode and check compressed counts.
 
     A run is written in 5-bit digits, the least first, each as the character 48 + digit, + 32 on all but the last; the
@@ -36,7 +36,7 @@ def decode_runs(masks: Sequence[bytes], pixels: int) -> Runs:
 
     Args:
         masks: one or more.
-        pixels: height x width, which the runs of a mask must fill.
+        pixels: height x width, which the runs of a mask must fill; of all masks, or (M,) of each.
     """
     if b"" in masks:
         masks = [counts or b"!" for counts in masks]  # without a character there is no run; "!" is no digit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,6 +10,7 @@ from typing import Any, TextIO
 from pycocotools import mask as mask_utils
 
 from instanceformer.data.annotations import VideoDataset
+from instanceformer.files import replacing
 
 
 def track_fields(segmentations: Sequence[bytes | None], height: int, width: int) -> dict[str, list[Any]]:
@@ -45,19 +45,14 @@ def write_youtube_vis(path: Path, dataset: VideoDataset) -> None:
         dataset: what to write; its videos have file names.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write('{"categories": [')
-            _write_items(file, (vars(category) for category in dataset.categories))
-            file.write('], "videos": [')
-            _write_items(file, _videos(dataset))
-            file.write('], "annotations": [')
-            _write_items(file, _annotations(dataset))
-            file.write("]}\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("w") as file:
+        file.write('{"categories": [')
+        _write_items(file, (vars(category) for category in dataset.categories))
+        file.write('], "videos": [')
+        _write_items(file, _videos(dataset))
+        file.write('], "annotations": [')
+        _write_items(file, _annotations(dataset))
+        file.write("]}\n")
 
 
 def _write_items(file: TextIO, items: Iterable[dict[str, Any]]) -> None:

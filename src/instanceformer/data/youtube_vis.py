@@ -7,7 +7,10 @@ from typing import Any
 
 from instanceformer.data.annotations import Instance, Video, VideoDataset
 from instanceformer.data.records import Problem, Records, is_finite
-from instanceformer.data.run_lengths import show
+from instanceformer.data.run_lengths import compress_tracks, show
+
+BATCH = 64
+"""Annotations whose masks are looked into at once."""
 
 
 def parse_youtube_vis(content: object, name: str, problems: list[Problem] | None = None) -> VideoDataset:
@@ -41,12 +44,19 @@ class _YouTubeVis(Records):
                 videos[video.id] = video
         instances: dict[int, list[Instance]] = {}
         places = {}
-        for where, record in self.objects(root, "annotations", optional=True):
-            with self.tolerate():
-                video = videos[self.known_id(record, "video_id", where, videos, "videos")]
-                category_id = self.known_id(record, "category_id", where, category_ids, "categories")
-                instance = self.instance(record, video, category_id, where, places)
-                instances.setdefault(video.id, []).append(instance)
+        records = self.objects(root, "annotations", optional=True)
+        for start in range(0, len(records), BATCH):
+            batch = []
+            for where, record in records[start : start + BATCH]:
+                with self.tolerate():
+                    video = videos[self.known_id(record, "video_id", where, videos, "videos")]
+                    batch.append((where, record, video, self.segmentations(record, video, where)))
+            found = compress_tracks([(masks, video.height, video.width) for _, _, video, masks in batch])
+            for (where, record, video, _), masks in zip(batch, found, strict=True):
+                with self.tolerate():
+                    category_id = self.known_id(record, "category_id", where, category_ids, "categories")
+                    instance = self.instance(record, video, category_id, self.masks(masks, where), where, places)
+                    instances.setdefault(video.id, []).append(instance)
         return VideoDataset(
             categories=categories,
             videos=tuple(replace(video, instances=tuple(instances.get(video.id, ()))) for video in videos.values()),
@@ -67,12 +77,21 @@ class _YouTubeVis(Records):
         height, width = self.size(record, where)
         return Video(self.new_id(record, where, places), height, width, tuple(file_names), length)
 
-    def instance(
-        self, record: dict[str, Any], video: Video, category_id: int, where: str, places: dict[int, str]
-    ) -> Instance:
+    def segmentations(self, record: dict[str, Any], video: Video, where: str) -> list[Any]:
         segmentations = self.per_frame(record, "segmentations", where, video.length)
         if segmentations is None:
             self.fail(f"{where}.segmentations", "a list with one entry for each frame", "nothing")
+        return segmentations
+
+    def instance(
+        self,
+        record: dict[str, Any],
+        video: Video,
+        category_id: int,
+        masks: tuple[bytes | None, ...],
+        where: str,
+        places: dict[int, str],
+    ) -> Instance:
         areas = self.per_frame(record, "areas", where, video.length)
         if areas is not None and not all(area is None or (is_finite(area) and area >= 0) for area in areas):
             self.fail(f"{where}.areas", "an area in pixels or null for each frame", show(areas))
@@ -84,7 +103,7 @@ class _YouTubeVis(Records):
             id=self.new_id(record, where, places),
             category_id=category_id,
             is_crowd=self.flag(record, "iscrowd", where),
-            segmentations=self.masks(segmentations, video.height, video.width, where),
+            segmentations=masks,
             areas=None if areas is None else tuple(float(area or 0) for area in areas),
             has_box_areas=areas is not None and boxes is not None and all(map(_is_area_of, areas, boxes)),
             occlusion=None if occlusion is None else tuple(occlusion),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
 from instanceformer.data.run_lengths import compress_masks
+from instanceformer.files import replacing
 
 
 class RLE(TypedDict):
@@ -69,23 +69,6 @@ def decode_mask(rle: RLE) -> npt.NDArray[np.bool_]:
     return cast("npt.NDArray[np.bool_]", coco_mask.decode(rle).astype(bool))
 
 
-def compress_track(segmentations: Sequence[object], height: int, width: int) -> list[RLE | None]:
-    """The masks of one track in any form that annotation files have; see ``compress_masks``, also for its errors.
-
-    Args:
-        segmentations: for each frame the mask or null.
-        height: of the video, in pixels.
-        width: of the video, in pixels.
-
-    Returns:
-        For each frame the compressed mask, sound and with at least one pixel; None where the track is absent.
-    """
-    return [
-        None if counts is None else RLE(size=[height, width], counts=counts.decode("ascii"))
-        for counts in compress_masks(segmentations, height, width)
-    ]
-
-
 def write_results(path: str | Path, tracks: Iterable[Track]) -> int:
     """Write the challenge's result file: a list of {video_id, category_id, score, segmentations}.
 
@@ -94,19 +77,13 @@ def write_results(path: str | Path, tracks: Iterable[Track]) -> int:
     Returns:
         Number of tracks.
     """
-    path = Path(path)
     count = 0
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write("[")
-            for track in tracks:
-                file.write((",\n" if count else "") + json.dumps(vars(track)))
-                count += 1
-            file.write("]\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(Path(path)) as temporary, temporary.open("w") as file:
+        file.write("[")
+        for track in tracks:
+            file.write((",\n" if count else "") + json.dumps(vars(track)))
+            count += 1
+        file.write("]\n")
     return count
 
 
@@ -226,12 +203,17 @@ def _parse_track(entry: Any) -> Track:
     if abs(entry["score"]) > sys.float_info.max:
         raise ValueError(f"score is {str(entry['score'])[:80]}, expected a finite number")
     for frame, segmentation in enumerate(entry["segmentations"]):
-        match segmentation:
-            case None | {"size": [int(), int()], "counts": str()}:
-                pass
-            case _:
-                raise ValueError(
-                    f"frame {frame} is {str(segmentation)[:80]}, expected null or compressed run lengths "
-                    '{"size": [height, width], "counts": "..."}'
-                )
+        if segmentation is not None and not _is_compressed(segmentation):
+            raise ValueError(
+                f"frame {frame} is {str(segmentation)[:80]}, expected null or compressed run lengths "
+                '{"size": [height, width], "counts": "..."}'
+            )
     return Track(**{field: entry[field] for field in types})
+
+
+def _is_compressed(segmentation: Any) -> bool:
+    """Whether it is ``{"size": [int, int], "counts": str}``."""
+    if type(segmentation) is not dict or type(segmentation.get("counts")) is not str:
+        return False
+    size = segmentation.get("size")
+    return type(size) is list and len(size) == 2 and type(size[0]) is type(size[1]) is int

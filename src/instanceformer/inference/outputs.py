@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 
 from instanceformer.data.annotations import Category
 from instanceformer.evaluation.results import RLE, Track, encode_mask, write_results
+from instanceformer.files import replacing
 from instanceformer.inference.instances import FrameInstances
 from instanceformer.inference.render import instance_color
 
@@ -96,9 +96,5 @@ def write_label_image(path: Path, instances: FrameInstances) -> None:
     image = Image.fromarray(labels if labels.max() > 255 else labels.astype(np.uint8))
     if image.mode == "L":
         image.putpalette(PALETTE)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         image.save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -116,7 +116,9 @@ def segment_video(
         except (BrokenVideo, KeyboardInterrupt) as reason:
             stopped = reason
         if count == 0:
-            raise stopped or ValueError(f"found no frame from frame {start} on, expected a longer video")
+            if isinstance(stopped, KeyboardInterrupt):
+                raise stopped
+            raise ValueError(f"found no frame from frame {start} on" + (f"; {stopped}" if stopped else "")) from stopped
     if stopped is not None:
         raise stopped
     return count

@@ -1,0 +1,38 @@
+"""``instanceformer check``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from instanceformer.data.catalog import CATALOG, CatalogSplit, DatasetName, locate
+from instanceformer.data.check import check_dataset
+
+
+def run(args: Sequence[str]) -> None:
+    """Look for what is wrong with a dataset, before a long run finds out."""
+    parser = ArgumentParser(prog="instanceformer check", description=run.__doc__)
+    parser.add_argument("annotations", type=Path, nargs="?", help="JSON file; may be left out with --root and --name")
+    parser.add_argument("--images", type=Path, help="folder of the frames; without it they are not looked for")
+    parser.add_argument("--decode", action="store_true", help="read every frame")
+    parser.add_argument("--root", type=Path, help="folder of all datasets, such as ROOT/ovis")
+    parser.add_argument("--name", type=DatasetName, help="dataset of the catalogue that is expected")
+    parser.add_argument("--split", type=CatalogSplit, default="train", help="split of that dataset")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    found = parser.parse_args(list(args))
+    annotations, images = found.annotations, found.images
+    if annotations is None:
+        if found.root is None or found.name is None:
+            parser.error("expected an annotation file, or --root and --name")
+        annotations, located = locate(found.root, found.name, found.split)
+        images = images or located
+    entry = None if found.name is None else CATALOG[found.name]
+    split = None if entry is None else entry.splits.get(found.split)
+    report = check_dataset(annotations, images, decode=found.decode, entry=entry, split=split)
+    print(json.dumps(report.to_json()) if found.json else report)
+    if not report.is_sound:
+        sys.exit(1)

@@ -1,0 +1,46 @@
+"""``instanceformer evaluate``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from instanceformer.data.reading import read_annotations
+from instanceformer.evaluation.evaluate import evaluate_files
+
+
+def run(args: Sequence[str]) -> None:
+    """Compare a results file with ground truth: the official AP and AR."""
+    parser = ArgumentParser(prog="instanceformer evaluate", description=run.__doc__)
+    parser.add_argument("ground_truth", type=Path, help="annotations in YouTube-VIS format")
+    parser.add_argument("results", type=Path, help="results.json in the challenge's format")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--report", type=Path, help="folder for tables, precision-recall curves and a plot of them")
+    parser.add_argument("--long_frames", type=int, help="measure the videos with more frames alone, too")
+    parser.add_argument(
+        "--long_videos",
+        type=Path,
+        help="also measure alone the videos of this file, such as YouTube-VIS 22's gt_long.json",
+    )
+    found = parser.parse_args(list(args))
+    long_videos = None
+    if found.long_videos is not None:
+        long_videos = [video.id for video in read_annotations(found.long_videos).videos]
+    evaluation = evaluate_files(
+        found.ground_truth, found.results, long_frames=found.long_frames, long_videos=long_videos
+    )
+    numbers = evaluation.summary | evaluation.extras
+    if found.json:
+        print(json.dumps({**numbers, "per_category": evaluation.per_category}))
+    else:
+        print("\n".join(f"{name:6} {value:7.4f}" for name, value in numbers.items()))
+    if found.report is not None:
+        from instanceformer.evaluation.report import write_report  # here, since matplotlib takes a second to come
+
+        names = {category.id: category.name for category in read_annotations(found.ground_truth).categories}
+        for path in write_report(evaluation, found.report, names):
+            if not found.json:
+                print(path)

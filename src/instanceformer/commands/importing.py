@@ -1,0 +1,44 @@
+"""``instanceformer import``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+
+from instanceformer.data.importers import import_binary_masks, import_cocovid, import_davis, import_mots
+from instanceformer.data.writing import write_youtube_vis
+
+
+def run(args: Sequence[str]) -> None:
+    """Turn a video export of a labelling tool, or label images, into an annotation file in YouTube-VIS format."""
+    parser = ArgumentParser(prog="instanceformer import", description=run.__doc__)
+    parser.add_argument(
+        "format",
+        type=Literal["cocovid", "davis", "mots", "masks"],
+        help="cocovid: COCO-style JSON of images that belong to videos; davis: label images whose values are "
+        "instances; mots: of values class * 1000 + instance; masks: a folder of binary masks for each instance",
+    )
+    parser.add_argument("source", type=Path, help="the JSON file, or the folder of the videos' label images")
+    parser.add_argument("output", type=Path, help="annotation file to write")
+    parser.add_argument("--images", type=Path, help="folder of the videos' frames; not of a cocovid, which names them")
+    parser.add_argument("--names", type=Path, help="JSON file {video: {instance: category}} for davis and masks")
+    found = parser.parse_args(list(args))
+    if (found.format == "cocovid") == (found.images is not None):
+        parser.error(f"--images: expected {'none' if found.images else 'a folder'} for {found.format}")
+    if found.names is not None and found.format not in ("davis", "masks"):
+        parser.error(f"--names: expected none, since {found.format} has categories of its own")
+    match found.format:
+        case "cocovid":
+            dataset = import_cocovid(found.source)
+        case "davis":
+            dataset = import_davis(found.source, found.images, found.names)
+        case "mots":
+            dataset = import_mots(found.source, found.images)
+        case _:
+            dataset = import_binary_masks(found.source, found.images, found.names)
+    write_youtube_vis(found.output, dataset)
+    instances = sum(len(video.instances) for video in dataset.videos)
+    print(f"{len(dataset.videos)} videos with {instances} instances written to {found.output}")

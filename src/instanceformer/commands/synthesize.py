@@ -1,0 +1,22 @@
+"""``instanceformer synthesize``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from instanceformer.data.synthetic import SyntheticOptions, synthesize
+
+
+def run(args: Sequence[str]) -> None:
+    """Make a dataset of moving, occluding shapes in YouTube-VIS format."""
+    parser = ArgumentParser(prog="instanceformer synthesize", description=run.__doc__)
+    parser.add_argument("directory", type=Path, help="where train.json, valid.json and JPEGImages/ go")
+    parser.add_argument("--overwrite", action="store_true", help="replace what the directory holds")
+    parser.add_class_arguments(SyntheticOptions)
+    found = parser.parse_args(list(args))
+    options = SyntheticOptions(**{field.name: found[field.name] for field in fields(SyntheticOptions)})
+    print(synthesize(found.directory, options, overwrite=found.overwrite))

@@ -1,0 +1,147 @@
+"""Ground truth as the metric sees it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from instanceformer.data.annotations import Instance, Video, VideoDataset
+from instanceformer.data.reading import parse_annotations, read_annotations
+from instanceformer.evaluation.track_iou import TrackRuns, decode_tracks, mean_visible
+
+OCCLUSION_LEVELS = {"no_occlusion": 0.0, "slight_occlusion": 0.25, "severe_occlusion": 0.75}
+
+
+@dataclass(frozen=True)
+class TrueTrack:
+    """One annotated instance.
+
+    Attributes:
+        segmentations: for each frame the compressed counts of its mask; None where it is not visible.
+        is_crowd: whether it stands for a group that nobody told apart.
+        area: the mean over the frames where it is not zero, in pixels, which decides the size range.
+        occlusion: the degree, see ``occlusion_degree``.
+    """
+
+    segmentations: tuple[bytes | None, ...]
+    is_crowd: bool
+    area: float
+    occlusion: float | None
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """What predictions are compared with.
+
+    Attributes:
+        videos: by id.
+        category_ids: of all categories that the file declares.
+        tracks: by (video id, category id), in the order of the file.
+        has_occlusion: whether any track has a degree of occlusion, as in OVIS.
+    """
+
+    videos: dict[int, Video]
+    category_ids: frozenset[int]
+    tracks: dict[tuple[int, int], list[TrueTrack]]
+    has_occlusion: bool
+
+    def long_videos(self, frames: int | None, ids: Collection[int] | None) -> frozenset[int] | None:
+        """Ids of the long videos: those with more than so many frames, or the ones given; None: nobody asks.
+
+        Raises:
+            ValueError: both are given, or an id is of no video.
+        """
+        if frames is None:
+            if ids is not None and (unknown := sorted(set(ids) - self.videos.keys())):
+                raise ValueError(f"long_videos: expected ids of videos of the ground truth, found {unknown[:5]}")
+            return None if ids is None else frozenset(ids)
+        if ids is not None:
+            raise ValueError("long_frames and long_videos: expected one of them, found both")
+        return frozenset(video.id for video in self.videos.values() if video.length > frames)
+
+    def decode(self, video_id: int, category_ids: Iterable[int]) -> dict[int, list[TrackRuns]]:
+        """The masks of the tracks of some categories in one video, by category id."""
+        video = self.videos[video_id]
+        cells = {id_: self.tracks.get((video_id, id_), []) for id_ in category_ids}
+        masks = [track.segmentations for tracks in cells.values() for track in tracks]
+        decoded = iter(decode_tracks(masks, video.height * video.width))
+        return {id_: list(islice(decoded, len(tracks))) for id_, tracks in cells.items()}
+
+
+def read_ground_truth(source: str | Path | Mapping[str, Any]) -> GroundTruth:
+    """Read an annotation file, or take its parsed content.
+
+    The file's ``areas`` are used as they stand, and those of the masks where it has none. But where all areas of a file
+    are those of its boxes and some differ from those of the masks, as in OVIS, all are those of the masks, and a
+    warning says so.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not in a known format, has no annotations or an unknown level of occlusion.
+    """
+    if isinstance(source, Mapping):
+        name, dataset = "ground truth", parse_annotations(source, "ground truth")
+    else:
+        name, dataset = str(source), read_annotations(source)
+    if not dataset.is_annotated:
+        raise ValueError(
+            f"{name}: expected annotations, found none (files of a challenge's hidden validation videos have none and "
+            "can only be evaluated by its server)"
+        )
+    takes_masks = _has_box_areas(dataset)
+    if takes_masks:
+        warnings.warn(f"{name}: the areas are those of the boxes; those of the masks are used instead", stacklevel=2)
+    tracks: dict[tuple[int, int], list[TrueTrack]] = {}
+    for video in dataset.videos:
+        for instance in video.instances:
+            areas = _mask_areas(video, instance) if instance.areas is None or takes_masks else instance.areas
+            try:
+                occlusion = occlusion_degree(instance.occlusion or ())
+            except ValueError as error:
+                raise ValueError(f"{name}: occlusion of annotation {instance.id}: {error}") from error
+            tracks.setdefault((video.id, instance.category_id), []).append(
+                TrueTrack(instance.segmentations, instance.is_crowd, mean_visible(areas), occlusion)
+            )
+    return GroundTruth(
+        videos={video.id: video for video in dataset.videos},
+        category_ids=frozenset(category.id for category in dataset.categories),
+        tracks=tracks,
+        has_occlusion=any(track.occlusion is not None for cell in tracks.values() for track in cell),
+    )
+
+
+def occlusion_degree(labels: Sequence[str | None]) -> float | None:
+    """How much a track is occluded, by OVIS's evaluator: the mean level of the more occluded half of its frames.
+
+    Args:
+        labels: of the frames; None where there is none. The levels are 0 for ``no_occlusion``, 0.25 for
+            ``slight_occlusion`` and 0.75 for ``severe_occlusion``.
+
+    Returns:
+        The mean over half of the labels, rounded up, that have the highest levels; None without labels.
+
+    Raises:
+        ValueError: a label is not one of these.
+    """
+    for label in labels:
+        if label is not None and label not in OCCLUSION_LEVELS:
+            raise ValueError(f"expected {', '.join(OCCLUSION_LEVELS)} or null, found {label!r}")
+    levels = sorted((OCCLUSION_LEVELS[label] for label in labels if label is not None), reverse=True)
+    half = levels[: (len(levels) + 1) // 2]
+    return sum(half) / len(half) if half else None
+
+
+def _has_box_areas(dataset: VideoDataset) -> bool:
+    """Whether all areas of a file are those of its boxes and some are not those of the masks."""
+    measured = [(video, instance) for video in dataset.videos for instance in video.instances if instance.areas]
+    return all(instance.has_box_areas for _, instance in measured) and any(
+        list(instance.areas or ()) != _mask_areas(video, instance) for video, instance in measured
+    )
+
+
+def _mask_areas(video: Video, instance: Instance) -> list[float]:
+    return [float(area) for area in decode_tracks([instance.segmentations], video.height * video.width)[0].areas]
