@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from instanceformer.evaluation.video_ap import VideoAveragePrecision
+    from instanceformer.inference.segmenter import VideoInstanceSegmenter
     from instanceformer.model.network import InstanceFormer
 
-__all__ = ["InstanceFormer", "VideoAveragePrecision"]
+__all__ = ["InstanceFormer", "VideoAveragePrecision", "VideoInstanceSegmenter"]
 __version__ = version("instanceformer")
 
 _MODULES = {
     "InstanceFormer": "instanceformer.model.network",
     "VideoAveragePrecision": "instanceformer.evaluation.video_ap",
+    "VideoInstanceSegmenter": "instanceformer.inference.segmenter",
 }
 
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "check": ("check", "look for what is wrong with a dataset, before a long run finds out"),
     "convert": ("convert", "weights of the authors' release, Deformable-DETR or SeqFormer, or ours in another format"),
     "evaluate": ("evaluate", "compare a results file with ground truth: the official AP and AR"),
+    "segment": ("segment", "find and follow the objects of a video: a film with masks and ids, results, label images"),
 }
 """By name the module in ``instanceformer.commands`` and what it does; all other commands are LightningCLI's."""
 

@@ -1,35 +1,47 @@
+import re
+import socket
+import threading
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
+from tests.inference.films import cut, moving_square, turn, write_film, write_sound
 
-from instanceformer.inference.video_io import VideoWriter, read_frames
+from instanceformer.inference import video_io
+from instanceformer.inference.video_io import BrokenVideo, VideoWriter, open_video
 
 
-def make_frames(count: int, height: int, width: int) -> list[np.ndarray]:
-    """A bright square that moves to the right over a smooth ground, in colours that 4:2:0 keeps."""
-    frames = []
-    for t in range(count):
-        frame = np.full((height, width, 3), (40, 80, 160), dtype=np.uint8)
-        frame[8:24, 4 + 4 * t : 20 + 4 * t] = (220, 180, 60)
-        frames.append(frame)
-    return frames
+def read(source, **options):
+    return [frame.image for frame in open_video(source, **options).frames]
+
+
+def read_until_broken(source):
+    """How many frames come, and what the error after them says."""
+    count = 0
+    try:
+        for _ in open_video(source).frames:
+            count += 1
+    except BrokenVideo as error:
+        return count, str(error)
+    pytest.fail("expected BrokenVideo")
+
+
+def difference(frames, originals):
+    return max(np.abs(a.astype(int) - b).mean() for a, b in zip(frames, originals, strict=True))
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (47, 64), (48, 63), (47, 63)])
 def test_written_frames_are_read_back(tmp_path, height, width):
-    path, frames = tmp_path / "film.mp4", make_frames(6, height, width)
+    path, frames = tmp_path / "film.mp4", moving_square(6, height, width)
     with VideoWriter(path, fps=10) as writer:
         for frame in frames:
             writer.write(frame)
-    found = list(read_frames(path))
-    assert len(found) == 6
-    for frame, original in zip(found, frames, strict=True):
-        assert frame.dtype == np.uint8
-        assert frame.shape == (48, 64, 3)
-        # lossy, so on the average: order of colours and frames, and where things are
-        assert np.abs(frame[:height, :width].astype(int) - original).mean() < 6
+    found = read(path)
+    assert all(frame.dtype == np.uint8 and frame.shape == (48, 64, 3) for frame in found)
+    # lossy, so on the average: order of colours and frames, and where things are
+    assert difference([frame[:height, :width] for frame in found], frames) < 6
 
 
 @pytest.mark.parametrize(
@@ -37,12 +49,22 @@ def test_written_frames_are_read_back(tmp_path, height, width):
 )
 def test_films_are_h264_at_the_given_rate(tmp_path, fps, rate):
     with VideoWriter(tmp_path / "film.mp4", fps) as writer:
-        for frame in make_frames(5, 32, 64):
+        for frame in moving_square(5):
             writer.write(frame)
     with av.open(str(tmp_path / "film.mp4")) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
         assert stream.average_rate == rate
+
+
+def test_frames_are_shown_when_asked_and_never_two_at_a_time(tmp_path):
+    path = tmp_path / "film.mp4"
+    with VideoWriter(path, fps=10) as writer:
+        for frame, seconds in zip(moving_square(5), (0, 0.04, 1.5, 1.5, 2.0), strict=True):
+            writer.write(frame, seconds)
+    times = [frame.seconds for frame in open_video(path).frames]
+    assert times == pytest.approx([0, 0.04, 1.5, 1.5, 2.0], abs=1e-4)
+    assert len(set(times)) == 5
 
 
 def test_an_exception_leaves_the_old_film_and_nothing_else(tmp_path):
@@ -51,7 +73,7 @@ def test_an_exception_leaves_the_old_film_and_nothing_else(tmp_path):
 
     def interrupted():
         with VideoWriter(path, fps=10) as writer:
-            writer.write(make_frames(1, 32, 32)[0])
+            writer.write(moving_square(1)[0])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -79,7 +101,7 @@ def test_a_film_without_frames_is_refused(tmp_path):
 )
 def test_a_wrong_frame_is_refused(tmp_path, frame, message):
     with VideoWriter(tmp_path / "film.mp4", fps=10) as writer:
-        writer.write(make_frames(1, 32, 32)[0])
+        writer.write(np.zeros((32, 32, 3), dtype=np.uint8))
         with pytest.raises(ValueError, match=message):
             writer.write(frame)
 
@@ -87,25 +109,199 @@ def test_a_wrong_frame_is_refused(tmp_path, frame, message):
 def test_a_wrong_rate_is_refused(tmp_path):
     with pytest.raises(ValueError, match="fps = 0, expected a positive number"):
         VideoWriter(tmp_path / "film.mp4", fps=0)
+    with pytest.raises(ValueError, match="fps: found 0, expected a positive number"):
+        open_video(tmp_path, fps=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt", "height", "width"),
+    [
+        ("film.mp4", "libx264", "yuv420p10le", 48, 64),
+        ("film.mp4", "libx265", "yuv420p10le", 48, 64),
+        ("film.mkv", "ffv1", "yuv444p", 47, 63),
+        ("film.mov", "mjpeg", "yuvj420p", 47, 63),
+        ("film.ts", "libx264", "yuv420p", 48, 64),
+    ],
+)
+def test_ten_bits_odd_sizes_and_other_containers_are_read(tmp_path, name, codec, pix_fmt, height, width):
+    frames = moving_square(6, height, width)
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else None
+    video = open_video(write_film(tmp_path / name, frames, codec, pix_fmt, options=options))
+    assert video.fps == 10
+    found = list(video.frames)
+    assert found[0].image.shape == (height, width, 3)
+    assert difference([frame.image for frame in found], frames) < 6
+    assert [frame.seconds for frame in found] == pytest.approx([t / 10 for t in range(6)], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turns"),
+    [((1, 0, 0, 1), 0), ((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)],
+)
+def test_a_film_is_turned_as_its_display_matrix_asks(tmp_path, matrix, turns):
+    frames = moving_square(3)
+    path = write_film(tmp_path / "film.mp4", frames)
+    turn(path, matrix)
+    assert difference(read(path), [np.rot90(frame, turns) for frame in frames]) < 6
+
+
+def test_frames_of_a_variable_rate_keep_their_times(tmp_path):
+    times = [0.5, 0.54, 1.3, 1.33, 2.5]
+    path = write_film(tmp_path / "film.mkv", moving_square(5), seconds=times)
+    found = [frame.seconds for frame in open_video(path).frames]
+    assert found == pytest.approx([time - 0.5 for time in times], abs=2e-3)
+
+
+def test_a_folder_of_images_is_read_in_the_order_of_its_numbers(tmp_path):
+    for number in (10, 9, 100):
+        Image.new("RGB", (20, 30), (number, 0, 0)).save(tmp_path / f"frame{number}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    video = open_video(tmp_path, fps=5)
+    assert video.length == 3
+    frames = list(video.frames)
+    assert [int(frame.image[0, 0, 0]) for frame in frames] == [9, 10, 100]
+    assert [frame.seconds for frame in frames] == [0, 0.2, 0.4]
+    assert frames[0].image.shape == (30, 20, 3)
+
+
+def test_frames_themselves_are_a_video():
+    frames = moving_square(3)
+    video = open_video(iter(frames), fps=10)
+    assert [frame.seconds for frame in video.frames] == [0, 0.1, 0.2]
+    assert video.length is None
+
+
+def test_a_folder_of_mixed_sizes_is_refused_before_it_is_read(tmp_path):
+    Image.new("RGB", (20, 30)).save(tmp_path / "0.png")
+    Image.new("RGB", (21, 30)).save(tmp_path / "1.png")
+    with pytest.raises(ValueError, match=r"1\.png: found 21x30 pixels, expected 20x30 like 0\.png"):
+        open_video(tmp_path)
+
+
+def test_folders_without_images_and_images_that_are_none_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"found no images, expected files with names that end in \.jpg"):
+        open_video(tmp_path)
+    (tmp_path / "0.jpg").write_text("no image")
+    with pytest.raises(ValueError, match=r"0\.jpg: cannot be read as an image"):
+        open_video(tmp_path)
+
+
+def test_an_image_that_breaks_off_ends_the_video(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    cut(tmp_path / "1.png", 0.5)
+    frames = open_video(tmp_path).frames
+    next(frames)
+    with pytest.raises(BrokenVideo, match=r"1\.png: cannot be read as an image"):
+        next(frames)
 
 
 def test_a_missing_file_is_refused_at_the_call(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.mp4: no such video file"):
-        read_frames(tmp_path / "none.mp4")
+        open_video(tmp_path / "none.mp4")
 
 
-def test_a_file_that_is_no_video_is_refused(tmp_path):
+def test_files_that_are_no_video_are_refused_at_the_call(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
-    with pytest.raises(ValueError, match=r"text\.mp4: cannot be decoded as a video after 0 frames"):
-        next(read_frames(tmp_path / "text.mp4"))
-
-
-def test_a_sound_file_is_refused(tmp_path):
-    with av.open(str(tmp_path / "sound.wav"), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
-        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), dtype=np.int16), format="s16", layout="mono")
-        sound.sample_rate = 8000
-        container.mux(stream.encode(sound))
-        container.mux(stream.encode())
+    with pytest.raises(ValueError, match=r"text\.mp4: cannot be opened as a video"):
+        open_video(tmp_path / "text.mp4")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty\.mp4: cannot be opened as a video"):
+        open_video(tmp_path / "empty.mp4")
     with pytest.raises(ValueError, match=r"sound\.wav: the file has no video stream"):
-        next(read_frames(tmp_path / "sound.wav"))
+        open_video(write_sound(tmp_path / "sound.wav"))
+    path = cut(write_film(tmp_path / "film.mp4", moving_square(3)), 0.02)  # not even its index
+    with pytest.raises(ValueError, match=r"film\.mp4: cannot be opened as a video"):
+        open_video(path)
+
+
+def test_a_film_without_frames_cannot_be_read(tmp_path):
+    path = write_film(tmp_path / "film.mp4", moving_square(6))
+    with av.open(str(path)) as container:
+        begin = min(entry.pos for entry in container.streams.video[0].index_entries)
+    path.write_bytes(path.read_bytes()[:begin])
+    with pytest.raises(ValueError, match=r"film\.mp4: no frame can be decoded; the file is cut off, 6 of its frames"):
+        read(path)
+
+
+@pytest.mark.parametrize("beyond", [0, 40])
+def test_what_there_is_of_a_film_that_is_cut_off_is_read_first(tmp_path, beyond):
+    """Also when it is cut between two frames."""
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 255, (48, 64, 3), dtype=np.uint8) for _ in range(12)]
+    path = write_film(tmp_path / "film.mp4", frames, options={"bf": "0"})
+    with av.open(str(path)) as container:
+        entry = container.streams.video[0].index_entries[6]
+    path.write_bytes(path.read_bytes()[: entry.pos + entry.size + beyond])
+    count, message = read_until_broken(path)
+    assert count in (7, 8)  # FFmpeg may make a frame of a piece of one
+    assert re.search(rf"film\.mp4: the file is cut off.*; {count} frames could be decoded", message)
+
+
+def test_a_damaged_packet_is_passed_over_and_reported(tmp_path):
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 255, (48, 64, 3), dtype=np.uint8) for _ in range(12)]
+    path = write_film(tmp_path / "film.mp4", frames, options={"bf": "0", "g": "1"})
+    with av.open(str(path)) as container:
+        entry = container.streams.video[0].index_entries[6]
+    content = bytearray(path.read_bytes())
+    content[entry.pos : entry.pos + entry.size] = bytes(entry.size)
+    path.write_bytes(content)
+    count, message = read_until_broken(path)
+    assert count == 11
+    assert "1 packets of data were damaged; 11 frames could be decoded" in message
+
+
+def test_a_change_of_size_ends_the_video(tmp_path):
+    path = write_film(tmp_path / "a.ts", moving_square(4))
+    path.write_bytes(path.read_bytes() + write_film(tmp_path / "b.ts", moving_square(4, 64, 96)).read_bytes())
+    found = open_video(path).frames
+    assert [next(found).image.shape for _ in range(4)] == [(48, 64, 3)] * 4
+    with pytest.raises(BrokenVideo, match="frame 4 has 96x64 pixels, expected 64x48"):
+        next(found)
+
+
+def serve(content, stall):
+    """The address of a server that sends content once and then closes, or says nothing any more until told to."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def send():
+        connection, _ = server.accept()
+        connection.sendall(content)
+        stall.wait(20)
+        connection.close()
+        server.close()
+
+    threading.Thread(target=send, daemon=True).start()
+    return f"tcp://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_stream_ends_when_it_is_closed_and_breaks_off_when_it_falls_silent(tmp_path, monkeypatch):
+    content = write_film(tmp_path / "film.ts", moving_square(30)).read_bytes()
+    closed = threading.Event()
+    closed.set()
+    assert len(read(serve(content, closed))) == 30
+
+    monkeypatch.setattr(video_io, "STREAM_TIMEOUT", 1.0)
+    silent = threading.Event()
+    count, message = read_until_broken(serve(content, silent))
+    silent.set()
+    assert count > 10
+    assert re.search(r"tcp://.*: reading failed", message)
+
+
+def test_a_camera_or_stream_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="video99: cannot be opened as a video"):
+        open_video("99")
+    with pytest.raises(ValueError, match=r"tcp://127\.0\.0\.1:1: cannot be opened as a video"):
+        open_video("tcp://127.0.0.1:1")
+
+
+def test_a_film_with_dropped_frames_is_whole(tmp_path):
+    """AVI has an entry of no bytes for each."""
+    times = [0.0, 0.1, 0.2, 0.5, 0.9]
+    path = write_film(tmp_path / "film.avi", moving_square(5), "mjpeg", "yuvj420p", seconds=times)
+    found = open_video(path)
+    assert found.length is None or found.length > 5
+    assert [frame.seconds for frame in found.frames] == pytest.approx(times, abs=2e-3)

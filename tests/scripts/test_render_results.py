@@ -10,7 +10,7 @@ from torchvision.io import decode_image, write_jpeg
 
 from instanceformer.evaluation.results import Track, encode_mask, write_results
 from instanceformer.inference.render import instance_color
-from instanceformer.inference.video_io import read_frames
+from instanceformer.inference.video_io import open_video
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "render_results.py"
 HEIGHT, WIDTH, FRAMES, SCALE = 48, 80, 3, 8  # 48 rows are enlarged to about 360
@@ -68,7 +68,7 @@ def blend(color: tuple[int, ...]) -> tuple[int, ...]:
 def test_the_film_shows_truth_beside_predictions(monkeypatch, dataset, capsys):
     run(monkeypatch, dataset, "--video-id", "9", "--sheet", str(dataset / "sheet.png"))
     assert "3 frames of video 9, 2 tracks" in capsys.readouterr().out
-    film = list(read_frames(dataset / "film.mp4"))
+    film = [frame.image for frame in open_video(dataset / "film.mp4").frames]
     assert len(film) == FRAMES
     bar, right = film[0].shape[0] - HEIGHT * SCALE, film[0].shape[1] - WIDTH * SCALE
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from instanceformer.inference.instances import FrameInstances
@@ -67,17 +66,14 @@ def draw_instances(
             "expected one (height, width) for both"
         )
     image = Image.fromarray(frame).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
-    canvas = np.array(image)
     line = max(1, round(height * scale / 240))
-    order = instances.masks.sum((1, 2)).argsort(descending=True).tolist()  # small instances in front of large ones
+    masks = instances.masks.cpu().repeat_interleave(scale, 1).repeat_interleave(scale, 2).numpy()
+    order = np.argsort(-np.count_nonzero(masks, axis=(1, 2)), kind="stable")  # small instances in front of large ones
     colors = [instance_color(instance_id) for instance_id in instances.ids.tolist()]
-    masks = instances.masks.cpu().repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     for index in order:
-        inside, color = masks[index].numpy(), np.array(colors[index])
-        canvas[inside] = (1 - MASK_OPACITY) * canvas[inside] + MASK_OPACITY * color
-        canvas[inside & ~_erode(masks[index], line).numpy()] = color
-
-    image = Image.fromarray(canvas)
+        opacity = masks[index] * np.uint8(MASK_OPACITY * 255)
+        opacity[masks[index] & ~_erode(masks[index], line)] = 255
+        image.paste(colors[index], mask=Image.fromarray(opacity))
     draw = ImageDraw.Draw(image)
     if boxes:
         corners = (instances.boxes.float().cpu() * scale).round().int().tolist()
@@ -89,7 +85,7 @@ def draw_instances(
         text = f"#{int(instances.ids[index])} {class_names[int(instances.labels[index])]}"
         if scores:
             text += f" {float(instances.scores[index]):.2f}"
-        occupied.append(_draw_label(draw, text, masks[index].numpy(), colors[index], occupied))
+        occupied.append(_draw_label(draw, text, masks[index], colors[index], occupied))
     return np.array(image)
 
 
@@ -120,12 +116,17 @@ def contact_sheet(frames: Sequence[Frame], columns: int) -> Frame:
     return sheet
 
 
-def _erode(mask: torch.Tensor, pixels: int) -> torch.Tensor:
-    """Take a margin off an (H, W) bool mask, but not along the frame's edge."""
-    outside = (~mask).float()[None, None]
-    return F.max_pool2d(outside, 2 * pixels + 1, stride=1, padding=pixels)[0, 0] == 0
+def _erode(mask: npt.NDArray[np.bool_], pixels: int) -> npt.NDArray[np.bool_]:
+    """Take a margin off an (H, W) mask, but not along the frame's edge."""
+    height, width = mask.shape
+    padded = np.pad(mask, pixels, constant_values=True)
+    shifts = range(2 * pixels + 1)
+    rows = np.logical_and.reduce([padded[shift : shift + height] for shift in shifts])
+    eroded: npt.NDArray[np.bool_] = np.logical_and.reduce([rows[:, shift : shift + width] for shift in shifts])
+    return eroded
 
 
+@cache
 def _font(height: int) -> ImageFont.FreeTypeFont:
     """A font whose size suits a frame of this height."""
     font = ImageFont.load_default(size=max(11, height // 26))

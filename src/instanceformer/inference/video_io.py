@@ -1,9 +1,12 @@
-"""Reading and writing video files."""
+"""Reading and writing videos."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -12,41 +15,179 @@ from typing import Self
 import av
 import numpy as np
 import numpy.typing as npt
+from av.container import InputContainer
 from av.video.stream import VideoStream
+from PIL import Image
 
 Frame = npt.NDArray[np.uint8]  # (H, W, 3), RGB
+Source = str | Path | int | Iterable[Frame]  # see open_video
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+STREAM_TIMEOUT = 30.0  # seconds without data after which a stream counts as broken off
+TICKS = 90_000  # of a film's clock in a second: the usual frame rates are whole numbers of them
+CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}  # FFmpeg's input device and its name
 
 
-def read_frames(path: str | Path) -> Iterator[Frame]:
-    """Decode a video file frame by frame.
+class BrokenVideo(ValueError):  # noqa: N818  (what it is, for whoever catches it)
+    """A video of which a part could be read, and that part has been handed out before this is raised."""
+
+
+@dataclass(frozen=True)
+class TimedFrame:
+    """A frame and its time.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        seconds: since the video's first frame.
+    """
+
+    image: Frame
+    seconds: float
+
+
+@dataclass(frozen=True)
+class OpenVideo:
+    """A video that is open to be read once.
+
+    Attributes:
+        frames: in order of presentation, all of one size. Reading raises ValueError where the first frame cannot be
+            had, BrokenVideo after the last that can.
+        fps: frames per second, on the average.
+        length: number of frames that its file declares; None where it does not.
+    """
+
+    frames: Iterator[TimedFrame]
+    fps: float
+    length: int | None
+
+
+def open_video(source: Source, fps: float = 25.0) -> OpenVideo:
+    """Open a video.
+
+    A video file is shown as its rotation asks, by quarter turns; its pixels are taken for square. Packets that cannot
+    be decoded are passed over, and reported by BrokenVideo when the rest has been read.
 
     Args:
-        path: of a file in any container and codec that FFmpeg reads.
-
-    Yields:
-        (H, W, 3) uint8 RGB frames, in order of presentation.
+        source: a video file in any container and codec that FFmpeg reads; a folder of images, one a frame, in the order
+            of their names with numbers as numbers; the address of a stream, such as rtsp://...; the index of a camera,
+            also as text; or frames (H, W, 3) uint8 RGB.
+        fps: frames per second of images, frames, and files that do not say when a frame is to be shown.
 
     Raises:
-        FileNotFoundError: if there is no such file (at the call, not at the first frame).
-        ValueError: if it holds no video, or where it cannot be decoded any further.
+        FileNotFoundError: there is no such file.
+        ValueError: fps is not positive, or what is there is no video; the images of a folder differ in size.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such video file")
-    return _decode(path)
+    if not fps > 0:
+        raise ValueError(f"fps: found {fps}, expected a positive number of frames per second")
+    if isinstance(source, str) and source.isdecimal() and not Path(source).exists():
+        source = int(source)
+    if isinstance(source, int):
+        if sys.platform not in CAMERAS:
+            raise ValueError(f"camera {source}: cameras are known by number on {' and '.join(CAMERAS)} only")
+        device, name = CAMERAS[sys.platform]
+        return _open_stream(name.format(source), fps, device)
+    if isinstance(source, str) and "://" in source:
+        return _open_stream(source, fps)
+    if not isinstance(source, str | Path):
+        return OpenVideo((TimedFrame(image, index / fps) for index, image in enumerate(source)), fps, None)
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such video file or folder of images")
+    return _open_folder(path, fps) if path.is_dir() else _open_stream(str(path), fps)
 
 
-def _decode(path: Path) -> Iterator[Frame]:
-    index = 0
+def _open_stream(name: str, fps: float, device: str | None = None) -> OpenVideo:
+    address = "://" in name
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path}: the file has no video stream")
-            container.streams.video[0].thread_type = "AUTO"
-            for index, frame in enumerate(container.decode(video=0), start=1):  # noqa: B007  (read where decoding fails)
-                yield np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
-    except av.FFmpegError as error:
-        raise ValueError(f"{path}: cannot be decoded as a video after {index} frames ({error})") from error
+        container = av.open(name, format=device, timeout=STREAM_TIMEOUT if address else None)
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"{name}: cannot be opened as a video ({error})") from error
+    covers = av.stream.Disposition.attached_pic  # a picture in a sound file
+    streams = [stream for stream in container.streams.video if not stream.disposition & covers]
+    if not streams:
+        container.close()
+        raise ValueError(f"{name}: the file has no video stream")
+    stream = streams[0]
+    stream.thread_type = "SLICE" if address or device else "AUTO"  # threads by frame are faster, but hold back frames
+    fps = float(stream.average_rate or fps)
+    return OpenVideo(_decode(container, stream, name, fps), fps, stream.frames or None)
+
+
+def _decode(container: InputContainer, stream: VideoStream, name: str, fps: float) -> Iterator[TimedFrame]:
+    count = damaged = missing = 0
+    first = seconds = 0.0
+    shape: tuple[int, ...] = ()
+    problem = ""
+    with container:
+        try:
+            for packet in container.demux(stream):
+                try:
+                    frames = packet.decode()
+                    damaged += packet.is_corrupt
+                except av.InvalidDataError:
+                    damaged += 1
+                    continue
+                for frame in frames:
+                    image = np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
+                    image = np.rot90(image, round(frame.rotation / 90))
+                    if count == 0:
+                        first, shape = frame.time or 0.0, image.shape
+                    else:
+                        shown = -1.0 if frame.time is None else frame.time - first
+                        seconds = shown if shown > seconds else seconds + 1 / fps  # where a clock starts anew
+                    if image.shape != shape:
+                        raise BrokenVideo(
+                            f"{name}: frame {count} has {image.shape[1]}x{image.shape[0]} pixels, expected "
+                            f"{shape[1]}x{shape[0]} like the frames before it"
+                        )
+                    count += 1
+                    yield TimedFrame(image, seconds)
+        except av.FFmpegError as error:
+            problem = f"reading failed ({error})"
+        if container.size > 0:
+            missing = sum(entry.pos + entry.size > container.size for entry in stream.index_entries)
+    if not problem and missing:
+        problem = f"the file is cut off, {missing} of its frames are not there"
+    elif not problem and damaged:
+        problem = f"{damaged} packets of data were damaged"
+    if count == 0:
+        raise ValueError(f"{name}: no frame can be decoded" + (f"; {problem}" if problem else ""))
+    if problem:
+        raise BrokenVideo(f"{name}: {problem}; {count} frames could be decoded")
+
+
+def _open_folder(folder: Path, fps: float) -> OpenVideo:
+    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    files.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
+    if not files:
+        raise ValueError(
+            f"{folder}: found no images, expected files with names that end in {', '.join(IMAGE_SUFFIXES)}"
+        )
+    sizes = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                sizes.append(image.size)
+        except OSError as error:
+            raise ValueError(f"{file}: cannot be read as an image ({error})") from error
+        if sizes[-1] != sizes[0]:
+            (width, height), expected = sizes[-1], sizes[0]
+            raise ValueError(
+                f"{file}: found {width}x{height} pixels, expected {expected[0]}x{expected[1]} like {files[0].name}; "
+                "the frames of a video have one size"
+            )
+    return OpenVideo(_read_images(files, fps), fps, len(files))
+
+
+def _read_images(files: list[Path], fps: float) -> Iterator[TimedFrame]:
+    for index, file in enumerate(files):
+        try:
+            with Image.open(file) as image:
+                pixels = np.array(image.convert("RGB"))
+        except OSError as error:
+            kind = BrokenVideo if index else ValueError
+            raise kind(f"{file}: cannot be read as an image ({error})") from error
+        yield TimedFrame(pixels, index / fps)
 
 
 class VideoWriter:
@@ -72,13 +213,19 @@ class VideoWriter:
         self._fps = Fraction(fps).limit_denominator(1001)  # 30000 / 1001 is television's 29.97
         self._stream: VideoStream | None = None
         self._shape: tuple[int, ...] = ()
+        self._count = 0
+        self._ticks = -1  # of the last frame
 
     def __enter__(self) -> Self:
         self._container = av.open(str(self._temporary), "w", format="mp4", options={"movflags": "faststart"})
         return self
 
-    def write(self, frame: Frame) -> None:
+    def write(self, frame: Frame, seconds: float | None = None) -> None:
         """Append an (H, W, 3) uint8 RGB frame; all frames of a film have one size.
+
+        Args:
+            frame: to append.
+            seconds: when it is shown, since the film's beginning and after the frame before it; None: as fps says.
 
         Raises:
             ValueError: if the frame is something else, or not of the first frame's size.
@@ -91,10 +238,16 @@ class VideoWriter:
             self._stream = self._container.add_stream("libx264", rate=self._fps, options={"crf": "20"})
             self._stream.pix_fmt = "yuv420p"
             self._stream.height, self._stream.width = height + height % 2, width + width % 2
+            self._stream.codec_context.time_base = Fraction(1, TICKS)
         if frame.shape != self._shape:
             raise ValueError(f"a frame of shape {frame.shape} in a film whose first has shape {self._shape}")
         even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+        picture = av.VideoFrame.from_ndarray(even, format="rgb24")
+        shown = self._count / self._fps if seconds is None else seconds
+        self._ticks = max(self._ticks + 1, round(shown * TICKS))
+        picture.pts, picture.time_base = self._ticks, Fraction(1, TICKS)
+        self._count += 1
+        self._container.mux(self._stream.encode(picture))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -1,0 +1,45 @@
+"""``instanceformer segment``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from instanceformer.inference.options import SegmenterOptions
+from instanceformer.inference.segment import SegmentOutputs, segment_video
+from instanceformer.inference.segmenter import VideoInstanceSegmenter
+from instanceformer.inference.video_io import BrokenVideo, open_video
+
+
+def run(args: Sequence[str]) -> None:
+    """Find and follow the objects of a video: the video with masks and ids, a results file, label images."""
+    parser = ArgumentParser(prog="instanceformer segment", description=run.__doc__)
+    parser.add_argument("video", help="video file, folder of images, stream address or number of a camera")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="of the network")
+    parser.add_class_arguments(SegmentOutputs)
+    parser.add_argument("--start", type=int, default=0, help="number of the first frame, from 0")
+    parser.add_argument("--end", type=int, help="number of the first frame not to look at any more")
+    parser.add_argument("--stride", type=int, default=1, help="every how many frames to look at one")
+    parser.add_argument("--fps", type=float, default=25.0, help="frames per second of a folder of images")
+    parser.add_argument("--device", help="such as cpu or cuda:1; a GPU if there is one when left out")
+    parser.add_class_arguments(SegmenterOptions, skip={"compile"})
+    parser.add_argument("--compile", action="store_true", help="compile the network: slow to begin with, faster later")
+    found = parser.parse_args(list(args))
+    outputs = SegmentOutputs(**{field.name: found[field.name] for field in fields(SegmentOutputs)})
+    options = SegmenterOptions(**{field.name: found[field.name] for field in fields(SegmenterOptions)})
+    if outputs.output is not None and outputs.output.resolve() == Path(found.video).resolve():
+        parser.error(f"--output: found {outputs.output}, the video itself, expected another name")
+    video = open_video(found.video, found.fps)
+    segmenter = VideoInstanceSegmenter.from_checkpoint(found.checkpoint, found.device, options)
+    part = {"start": found.start, "end": found.end, "stride": found.stride}
+    try:
+        count = segment_video(video, segmenter, outputs, **part, progress=True)
+    except BrokenVideo as error:
+        raise ValueError(f"{error}; what was seen is written") from error
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"{count} frames; written: {', '.join(str(path) for path in vars(outputs).values() if path is not None)}")

@@ -1,0 +1,124 @@
+"""A video in, films and files out: what ``instanceformer segment`` does."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from tqdm import tqdm
+
+from instanceformer.inference.outputs import ResultsWriter, write_label_image
+from instanceformer.inference.render import draw_instances
+from instanceformer.inference.segmenter import VideoInstanceSegmenter
+from instanceformer.inference.video_io import BrokenVideo, Frame, OpenVideo, TimedFrame, VideoWriter
+
+
+@dataclass(frozen=True)
+class SegmentOutputs:
+    """Where the instances of a video go; at least one is wanted.
+
+    Attributes:
+        output: film to write, the video with masks, boxes, ids, classes and scores drawn on it, without sound; its name
+            ends in .mp4. Frames are shown when the video shows them.
+        results: file to write, tracks in the challenge's format, of video 1, with an entry for each frame that was
+            looked at. A track has the category and score that its last frame shows.
+        masks: new or empty folder for a PNG of ids of each frame, named by the frame's number in the video, from 0.
+    """
+
+    output: Path | None = None
+    results: Path | None = None
+    masks: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.output is None and self.results is None and self.masks is None:
+            raise ValueError("found nothing to write, expected one or more of output, results and masks")
+        if self.output is not None and self.output.suffix.lower() != ".mp4":
+            raise ValueError(f"output: found {self.output}, expected a name that ends in .mp4")
+        if self.masks is not None and self.masks.exists() and (not self.masks.is_dir() or any(self.masks.iterdir())):
+            raise ValueError(f"masks: {self.masks} is there already, expected a new or empty folder")
+        for path in (self.output, self.results, self.masks):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ValueError(f"{path}: found no folder {path.parent}, expected one that exists")
+        for path in (self.output, self.results):
+            if path is not None and path.is_dir():
+                raise ValueError(f"{path}: found a folder, expected the name of a file")
+
+
+def segment_video(
+    video: OpenVideo,
+    segmenter: VideoInstanceSegmenter,
+    outputs: SegmentOutputs,
+    *,
+    start: int = 0,
+    end: int | None = None,
+    stride: int = 1,
+    progress: bool = False,
+) -> int:
+    """Segment a video and write what comes of it.
+
+    Files appear under their names when they are complete. If the video breaks off, or Ctrl-C ends it, they are
+    completed with what was seen until then, and the error is raised after that.
+
+    Args:
+        video: to segment.
+        segmenter: to do it; it is reset.
+        outputs: what to write.
+        start: number of the first frame to look at, from 0.
+        end: number of the first frame not to look at any more; None goes on to the video's end.
+        stride: every how many frames to look at one.
+        progress: show a bar on standard error.
+
+    Returns:
+        Number of frames looked at.
+
+    Raises:
+        BrokenVideo: the video could be read in part only; the outputs are complete as far as that part goes.
+        ValueError: no frame could be read, or start, end or stride are out of range; nothing is written.
+    """
+    if start < 0 or stride < 1 or (end is not None and end <= start):
+        raise ValueError(f"found start {start}, end {end}, stride {stride}; expected 0 <= start < end and stride >= 1")
+    names = [category.name for category in segmenter.categories]
+    waiting: deque[TimedFrame] = deque()  # frames whose instances are not there yet: at most a chunk
+
+    def images() -> Iterator[Frame]:
+        for frame in islice(video.frames, start, end, stride):
+            waiting.append(frame)
+            yield frame.image
+
+    length = end if video.length is None else min(video.length, end or video.length)
+    stopped: BaseException | None = None
+    count, beginning = 0, 0.0
+    with ExitStack() as stack:
+        results = film = None
+        if outputs.results is not None:
+            results = stack.enter_context(ResultsWriter(outputs.results, segmenter.categories))
+        if outputs.output is not None:
+            film = stack.enter_context(VideoWriter(outputs.output, video.fps / stride))
+        total = None if length is None else len(range(start, length, stride))
+        bar = stack.enter_context(tqdm(total=total, unit="frame", disable=not progress))
+        try:
+            for instances in segmenter.segment(images()):
+                frame = waiting.popleft()
+                beginning = beginning if count else frame.seconds
+                if results is not None:
+                    results.write(instances)
+                if film is not None:
+                    film.write(draw_instances(frame.image, instances, names, boxes=True), frame.seconds - beginning)
+                if outputs.masks is not None:
+                    outputs.masks.mkdir(exist_ok=True)
+                    write_label_image(outputs.masks / f"{start + count * stride:06}.png", instances)
+                count += 1
+                bar.update()
+        except (BrokenVideo, KeyboardInterrupt) as reason:
+            stopped = reason
+        if count == 0:
+            if isinstance(stopped, KeyboardInterrupt):
+                raise stopped
+            raise ValueError(f"found no frame from frame {start} on" + (f"; {stopped}" if stopped else "")) from stopped
+    if stopped is not None:
+        raise stopped
+    return count

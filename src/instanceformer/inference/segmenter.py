@@ -1,0 +1,206 @@
+"""Online use: frames in, one at a time, tracked instances out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import torch
+from torchvision.ops import box_convert
+
+from instanceformer import checkpoints
+from instanceformer.data.annotations import Category
+from instanceformer.data.augment import fit_size, normalise, resize
+from instanceformer.evaluation.postprocess import resize_masks
+from instanceformer.inference.instances import FrameInstances
+from instanceformer.inference.options import SegmenterOptions
+from instanceformer.inference.tracks import Tracks
+from instanceformer.inference.video_io import Frame, Source, open_video
+from instanceformer.model.encoder import FrameFeatures
+from instanceformer.model.network import InstanceFormer
+
+MIN_SIDE = 16
+"""Pixels that each side of a frame must have."""
+
+
+@final
+class VideoInstanceSegmenter:
+    """Finds, segments, classifies and follows the instances of a video, frame by frame.
+
+    What is said of a frame depends on it and on earlier frames of the video only. Time and memory per frame do not
+    depend on how many came before.
+
+    A track begins when a query becomes confident, keeps its id while it is hidden, and ends when it has been hidden for
+    long (``SegmenterOptions`` has the rules). Ids count from 1 and no id is used twice in a video. A track's label and
+    score in a frame come from the mean of its class probabilities over the frames in which it was visible so far.
+
+    Args:
+        network: whose weights are used where they are; switched to evaluation mode.
+        categories: of the classes, in class order; None numbers them from 1 and calls them ``class 1`` and so on.
+        options: rules of the tracks, sizes, speed.
+
+    Attributes:
+        categories: of the classes, in class order.
+
+    Raises:
+        ValueError: there are not as many categories as classes.
+    """
+
+    def __init__(
+        self,
+        network: InstanceFormer,
+        categories: Sequence[Category] | None = None,
+        options: SegmenterOptions = SegmenterOptions(),
+    ) -> None:
+        if categories is None:
+            categories = [Category(k, f"class {k}") for k in range(1, network.num_classes + 1)]
+        if len(categories) != network.num_classes:
+            raise ValueError(f"found {len(categories)} categories, expected the network's {network.num_classes}")
+        self.network, self.categories, self.options = network.eval(), tuple(categories), options
+        self._device = network.query_content.device
+        if options.compile:
+            for part in (network.backbone, network.projection, network.encoder, network.decoder):
+                part.compile()
+        self.reset()
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        options: SegmenterOptions = SegmenterOptions(),
+    ) -> VideoInstanceSegmenter:
+        """A segmenter with the network and the categories of a checkpoint.
+
+        Args:
+            path: any file that ``InstanceFormer.from_checkpoint`` reads.
+            device: to run on; None takes a GPU if there is one.
+            options: rules of the tracks, sizes, speed.
+
+        Raises:
+            ValueError: the file holds no network of this package, or there is no such device.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device: found {device}, but PyTorch sees no GPU here; expected cpu")
+        categories = checkpoints.read(path).categories or None
+        return cls(InstanceFormer.from_checkpoint(path).to(device), categories, options)
+
+    def reset(self) -> None:
+        """Forget the video: the next frame is the first of another one."""
+        self._state = self.network.initial_state(1)
+        self._tracks = Tracks(self.network.num_queries, self.network.num_classes, self.options, self._device)
+        self._size = self._input_size = (0, 0)  # (height, width) of frames, and as the network sees them
+
+    def step(self, frame: Frame) -> FrameInstances:
+        """The next frame of the video.
+
+        Args:
+            frame: (H, W, 3) uint8 RGB, of the same size as the frames before it.
+
+        Returns:
+            The instances visible in it, on the CPU, masks and boxes in its own pixels.
+
+        Raises:
+            ValueError: the frame is something else, or too small.
+        """
+        return self._track(self._encode([frame])[0])
+
+    def segment(self, source: Source) -> Iterator[FrameInstances]:
+        """A whole video, after a reset.
+
+        Args:
+            source: anything that ``open_video`` takes.
+
+        Returns:
+            The instances of each frame, in order, computed as they are asked for. Where the source breaks off, the
+            instances of all frames up to there come before its error.
+
+        Raises:
+            ValueError: the source cannot be opened (at the call); as in ``step`` and ``open_video`` (later).
+        """
+        frames = (frame.image for frame in open_video(source).frames)
+        self.reset()
+        return self._segment(frames)
+
+    def _segment(self, frames: Iterable[Frame]) -> Iterator[FrameInstances]:
+        for chunk in chunks(frames, self.options.chunk):
+            features = self._encode(chunk)
+            for t in range(len(chunk)):
+                yield self._track(features[t])
+
+    @torch.no_grad()
+    def _encode(self, frames: Sequence[Frame]) -> FrameFeatures:
+        """The stateless part, of a few frames at once."""
+        for frame in frames:
+            self._check(frame)
+        images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        pixels = normalise(resize(images, self.options.size, self.options.max_size))
+        with self._autocast():
+            return self.network.encode(pixels[None].to(self._device, non_blocking=True))
+
+    @torch.no_grad()
+    def _track(self, features: FrameFeatures) -> FrameInstances:
+        """The rest, of one frame."""
+        with self._autocast():
+            prediction = self.network.decode(features, self._state)
+            state = self.network.advance(self._state, prediction)
+            boxes = prediction.boxes[-1, 0].float()
+            visible, ended = self._tracks.update(prediction.scores[0], boxes, state.carried[0])
+            self._state = replace(
+                state, carried=state.carried & ~ended, class_filled=state.class_filled & ~ended[None, None]
+            )
+            queries = visible.nonzero()[:, 0]  # waits for the device: the number of masks is the size of what follows
+            masks = torch.zeros(len(queries), *self._size, dtype=torch.bool, device=self._device)
+            if len(queries):
+                logits = self.network.segment(features, prediction, queries[None])[0]
+                for index, mask in enumerate(logits):  # one at a time: in float32 and full size all are large
+                    masks[index] = resize_masks(mask[None], self._input_size, self._size)[0] > 0
+        scores, labels = self._tracks.probabilities[queries].max(dim=-1)
+        shown = masks.view(torch.uint8).amax(dim=(1, 2)) > 0  # the maximum is ten times as fast as any() of bool
+        found = (self._tracks.ids[queries], labels, scores, boxes[queries], masks)
+        ids, labels, scores, boxes, masks = (x[shown].cpu() for x in found)
+        height, width = self._size
+        corners = box_convert(boxes, "cxcywh", "xyxy").clamp(0, 1) * torch.tensor((width, height, width, height))
+        return FrameInstances(ids, labels, scores, corners, masks)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.options.precision == "bf16")
+
+    def _check(self, frame: Frame) -> None:
+        """Refuse what is no frame, or not of the video's size, which its first frame sets."""
+        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+            found = (
+                f"shape {frame.shape}, type {frame.dtype}" if isinstance(frame, np.ndarray) else type(frame).__name__
+            )
+            raise ValueError(f"frame: found {found}, expected an array (height, width, 3) of uint8, RGB")
+        height, width = frame.shape[:2]
+        if min(height, width) < MIN_SIDE:
+            raise ValueError(f"frame: found {width}x{height} pixels, expected at least {MIN_SIDE}x{MIN_SIDE}")
+        if self._size not in ((0, 0), (height, width)):
+            raise ValueError(
+                f"frame: found {width}x{height} pixels, expected {self._size[1]}x{self._size[0]} like the first frame; "
+                "reset() begins another video"
+            )
+        self._size = height, width
+        self._input_size = fit_size(height, width, self.options.size, self.options.max_size)
+
+
+def chunks(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
+    """Lists of so many frames; where no further one can be had, those before come first and then the error."""
+    frames, stopped = iter(frames), None
+    while stopped is None:
+        chunk: list[Frame] = []
+        try:
+            while len(chunk) < size:
+                chunk.append(next(frames))
+        except (Exception, KeyboardInterrupt) as reason:
+            stopped = reason
+        if chunk:
+            yield chunk
+    if not isinstance(stopped, StopIteration):
+        raise stopped

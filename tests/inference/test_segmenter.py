@@ -1,0 +1,222 @@
+from dataclasses import fields
+from functools import partialmethod
+
+import numpy as np
+import pytest
+import torch
+from tests.inference.films import moving_square, write_film
+from torch import nn
+
+from instanceformer import VideoInstanceSegmenter
+from instanceformer.data.annotations import Category
+from instanceformer.data.augment import normalise, resize
+from instanceformer.evaluation.postprocess import resize_masks
+from instanceformer.inference.options import SegmenterOptions
+from instanceformer.inference.segmenter import chunks
+
+EVERYTHING = {"birth": 0.0, "show": 0.0, "max_overlap": 1.0, "size": 64}
+"""Every query has a track from the first frame on."""
+
+
+def noise(count, height=90, width=120, seed=0):
+    return list(np.random.default_rng(seed).integers(0, 255, (count, height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def tiny(tiny):
+    """A small network whose masks are not empty."""
+
+    def build(num_classes=5, **options):
+        network = tiny(num_classes, **options)
+        with torch.no_grad():
+            network.mask_head.controller[-1].bias[-1] += 1.0  # of the last dynamic layer
+        return network
+
+    return build
+
+
+def assert_same(found, expected, differing=1e-3):
+    """Up to the pixels whose logit is next to zero."""
+    for one, other in zip(found, expected, strict=True):
+        for field in fields(one):
+            a, b = getattr(one, field.name), getattr(other, field.name)
+            if a.dtype == torch.bool:
+                assert a.shape == b.shape
+                assert (a != b).sum() <= differing * a.numel()
+            else:
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"location": "refined", "mask_stride": 4}])
+def test_step_by_step_chunked_and_a_clip_at_once_are_the_same(tiny, options):
+    network, frames = tiny(**options), noise(5)
+    stepping = VideoInstanceSegmenter(network, options=SegmenterOptions(**EVERYTHING))
+    steps = [stepping.step(frame) for frame in frames]
+    assert_same(
+        list(VideoInstanceSegmenter(network, options=SegmenterOptions(chunk=3, **EVERYTHING)).segment(frames)), steps
+    )
+
+    clip = normalise(resize(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2), 64, 768))[None]
+    with torch.no_grad():
+        prediction, _ = network(clip, segment="all")
+    means = prediction.logits[0].sigmoid().cumsum(0) / torch.arange(1, 6)[:, None, None]
+    for t, step in enumerate(steps):
+        masks = resize_masks(prediction.masks[0, t], (clip.shape[-2], clip.shape[-1]), (90, 120)) > 0
+        shown = masks.flatten(1).any(1)
+        assert shown.any()
+        assert step.ids.tolist() == (shown.nonzero()[:, 0] + 1).tolist()
+        scores, labels = means[t, shown].max(-1)
+        assert step.labels.tolist() == labels.tolist()
+        torch.testing.assert_close(step.scores, scores, atol=1e-4, rtol=0)
+        assert (step.masks != masks[shown]).float().mean() <= 1e-3
+        x, y, w, h = (prediction.boxes[0, t, shown] * torch.tensor([120, 90, 120, 90])).unbind(-1)
+        corners = torch.stack([(x - w / 2).clamp(0), (y - h / 2).clamp(0)], -1)
+        torch.testing.assert_close(step.boxes[:, :2], corners, atol=1e-2, rtol=0)
+        assert (step.boxes[:, 2] <= 120).all()
+
+
+def test_what_is_said_of_a_frame_does_not_depend_on_later_ones(tiny):
+    network, frames = tiny(), noise(6)
+    other = frames[:4] + noise(2, seed=1)
+    options = SegmenterOptions(chunk=3, **EVERYTHING)
+    first, second = (list(VideoInstanceSegmenter(network, options=options).segment(f)) for f in (frames, other))
+    assert_same(first[:4], second[:4])
+    with pytest.raises(AssertionError):
+        assert_same(first[4:], second[4:])
+
+
+def test_after_a_reset_the_same_video_gives_the_same(tiny):
+    segmenter, frames = VideoInstanceSegmenter(tiny(), options=SegmenterOptions(**EVERYTHING)), noise(3)
+    first = [segmenter.step(frame) for frame in frames]
+    segmenter.reset()
+    assert_same([segmenter.step(frame) for frame in frames], first, differing=0)
+    assert_same(list(segmenter.segment(frames)), first, differing=0)  # which resets
+
+
+@pytest.mark.parametrize("location", ["paper", "refined"])
+def test_a_query_whose_track_ended_starts_afresh_under_a_new_id(tiny, location):
+    """With one query and no memory, the frame after the end is as the first of a video."""
+    network = tiny(num_queries=1, memory_tokens=1, memory=False, location=location)
+    for seed in range(20):  # two frames of which the second leaves the query less confident
+        bright, dark = noise(2, seed=seed)
+        clip = normalise(resize(torch.from_numpy(np.stack([bright, dark])).permute(0, 3, 1, 2), 64, 768))[None]
+        with torch.no_grad():
+            first, second = network(clip)[0].logits[0].sigmoid().amax((1, 2)).tolist()
+        if second < first:
+            break
+    threshold = (first + second) / 2
+    options = SegmenterOptions(birth=threshold, show=threshold, patience=0, size=64)
+    steps = VideoInstanceSegmenter(network, options=options).segment([bright, dark, bright])
+    begun, hidden, again = steps
+    assert (begun.ids.tolist(), hidden.ids.tolist(), again.ids.tolist()) == ([1], [], [2])
+    torch.testing.assert_close((again.scores, again.boxes), (begun.scores, begun.boxes))
+    assert (again.masks == begun.masks).all()
+
+
+def test_masks_are_made_of_the_shown_queries_only(tiny, monkeypatch):
+    network = tiny()
+    asked = []
+    segment = network.segment
+    monkeypatch.setattr(
+        network, "segment", lambda f, p, queries: asked.append(queries.shape[1]) or segment(f, p, queries)
+    )
+    options = SegmenterOptions(**{**EVERYTHING, "max_tracks": 3})
+    assert len(VideoInstanceSegmenter(network, options=options).step(noise(1)[0])) <= 3
+    assert asked == [3]
+    nothing = VideoInstanceSegmenter(network, options=SegmenterOptions(birth=1.0)).step(noise(1)[0])
+    assert len(nothing) == 0
+    assert nothing.masks.shape == (0, 90, 120)
+    assert asked == [3]
+
+
+def test_bfloat16_is_close(tiny):
+    network, frames = tiny(), noise(2)
+    exact, rough = (
+        list(VideoInstanceSegmenter(network, options=SegmenterOptions(precision=p, **EVERYTHING)).segment(frames))
+        for p in ("fp32", "bf16")
+    )
+    common = sorted(set(exact[1].ids.tolist()) & set(rough[1].ids.tolist()))
+    assert common
+    for track in common:
+        a, b = (float(frame.scores[frame.ids == track]) for frame in (exact[1], rough[1]))
+        assert a == pytest.approx(b, abs=0.02)
+        assert a != b  # it is another precision
+
+
+def test_a_checkpoint_brings_its_categories(tiny, tmp_path):
+    network = tiny(num_classes=2)
+    checkpoint = {
+        "network_options": network.options,
+        "state_dict": {f"network.{name}": value for name, value in network.state_dict().items()},
+    }
+    torch.save(checkpoint, tmp_path / "bare.ckpt")
+    bare = VideoInstanceSegmenter.from_checkpoint(tmp_path / "bare.ckpt", device="cpu")
+    assert bare.categories == (Category(1, "class 1"), Category(2, "class 2"))
+    torch.save(
+        {**checkpoint, "categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}]}, tmp_path / "named.ckpt"
+    )
+    named = VideoInstanceSegmenter.from_checkpoint(str(tmp_path / "named.ckpt"), device="cpu")
+    assert named.categories == (Category(7, "cat"), Category(9, "dog"))
+    assert not named.network.training
+    weights = network.state_dict()
+    assert all(value.equal(weights[name]) for name, value in named.network.state_dict().items())
+
+
+def test_films_and_arrays_of_any_layout_are_taken(tiny, tmp_path):
+    segmenter = VideoInstanceSegmenter(tiny(), options=SegmenterOptions(**EVERYTHING))
+    path = write_film(tmp_path / "film.mp4", moving_square(4))
+    assert [step.masks.shape[1:] for step in segmenter.segment(path)] == [(48, 64)] * 4
+    segmenter.reset()
+    frame = noise(1)[0]
+    expected = segmenter.step(np.ascontiguousarray(frame[::-1, :, ::-1]))
+    segmenter.reset()
+    assert_same([segmenter.step(frame[::-1, :, ::-1])], [expected], differing=0)
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (np.zeros((90, 120, 3), np.float32), r"found shape \(90, 120, 3\), type float32, expected .* uint8"),
+        (np.zeros((90, 120, 4), np.uint8), r"found shape \(90, 120, 4\)"),
+        (np.zeros((90, 120), np.uint8), r"found shape \(90, 120\)"),
+        (torch.zeros(90, 120, 3), "found Tensor, expected an array"),
+        (np.zeros((1, 1, 3), np.uint8), "found 1x1 pixels, expected at least 16x16"),
+        (np.zeros((120, 90, 3), np.uint8), "found 90x120 pixels, expected 120x90 like the first frame"),
+    ],
+)
+def test_what_is_no_frame_is_refused(tiny, frame, message):
+    segmenter = VideoInstanceSegmenter(tiny())
+    segmenter.step(noise(1)[0])
+    with pytest.raises(ValueError, match=message):
+        segmenter.step(frame)
+
+
+def test_wrong_categories_and_devices_are_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match="found 1 categories, expected the network's 5"):
+        VideoInstanceSegmenter(tiny(), [Category(1, "cat")])
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="found cuda:0, but PyTorch sees no GPU here"):
+            VideoInstanceSegmenter.from_checkpoint(tmp_path / "any.ckpt", device="cuda:0")
+
+
+def test_where_frames_break_off_those_before_come_first():
+    def frames():
+        yield from noise(5)
+        raise ConnectionError("gone")
+
+    sizes = []
+    with pytest.raises(ConnectionError, match="gone"):
+        sizes.extend(len(chunk) for chunk in chunks(frames(), 3))
+    assert sizes == [3, 2]
+    assert [len(chunk) for chunk in chunks(noise(6), 3)] == [3, 3]
+    assert list(chunks([], 3)) == []
+
+
+@pytest.mark.slow
+def test_the_compiled_network_gives_the_same(tiny, monkeypatch):
+    """Captured as graphs, which then run as they are: to generate code for them takes minutes."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    network, frames = tiny(), noise(2)
+    plain = list(VideoInstanceSegmenter(network, options=SegmenterOptions(**EVERYTHING)).segment(frames))
+    options = SegmenterOptions(compile=True, **EVERYTHING)
+    assert_same(list(VideoInstanceSegmenter(network, options=options).segment(frames)), plain)
