@@ -35,7 +35,7 @@ from instanceformer.data.synthetic import SyntheticOptions, synthesize
 
 WARM_UP = 10
 STAGES: dict[str, list[tuple[Any, str]]] = {  # the functions of each stage, none of which calls another's
-    "JPEG decoding": [(clips_module, "decode_image")],
+    "JPEG decoding": [(clips_module, "read_image")],
     "crop, resize, flip": [(Geometry, "apply")],
     "masks, decoded at their size": [(Video, "decode_masks")],
     "pseudo video": [(PseudoVideo, "__call__")],
