@@ -29,7 +29,9 @@ def stream(network: InstanceFormer, frames: torch.Tensor) -> ClipPrediction:
     for frame in frames.split(1, dim=1):
         part, state = network(frame, state=state, segment="all")
         parts.append(part)
-    return ClipPrediction(*(torch.cat([getattr(p, n) for p in parts], 1) for n in ("logits", "boxes", "queries", "masks")))
+    return ClipPrediction(
+        *(torch.cat([getattr(p, n) for p in parts], 1) for n in ("logits", "boxes", "queries", "masks"))
+    )
 
 
 def assert_equal_outputs(a: ClipPrediction, b: ClipPrediction, tolerance: float) -> None:
@@ -87,7 +89,8 @@ def test_the_network_is_left_as_it_is(tiny: Callable[..., InstanceFormer]) -> No
     network = tiny().train()
     weights = {name: value.clone() for name, value in network.state_dict().items()}
     optimised = optimise(network)
-    assert network.training and not optimised.training
+    assert network.training
+    assert not optimised.training
     assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
     assert all(parameter.requires_grad for parameter in network.encoder.parameters())
     assert not any(parameter.requires_grad for parameter in optimised.parameters())
@@ -107,5 +110,5 @@ def test_bfloat16_is_close_and_keeps_state_and_locations_in_float32(tiny: Callab
 
 
 def test_other_precisions_are_refused(tiny: Callable[..., InstanceFormer]) -> None:
-    with pytest.raises(ValueError, match="float16.*bfloat16"):
+    with pytest.raises(ValueError, match=r"float16.*bfloat16"):
         optimise(tiny(), torch.float16)

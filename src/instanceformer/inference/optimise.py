@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -58,13 +59,15 @@ def fold_batch_norm(body: fx.GraphModule) -> fx.GraphModule:
     modules = dict(body.named_modules())
     for node in body.graph.nodes:
         conv, after = modules.get(node.target), _only_user(node)
-        norm = modules.get(after.target) if after is not None else None
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
-            conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )
-            after.replace_all_uses_with(node)
-            body.graph.erase_node(after)
+        norm = None if after is None else modules.get(str(after.target))
+        if after is None or not isinstance(conv, nn.Conv2d) or not isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
+            continue
+        mean, variance = cast("Tensor", norm.running_mean), cast("Tensor", norm.running_var)
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
+        )
+        after.replace_all_uses_with(node)
+        body.graph.erase_node(after)
     return fx.GraphModule(body, body.graph)
 
 
@@ -80,8 +83,9 @@ def pack_convolutions(body: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModul
         if after is not None and after.target in (operator.add, operator.iadd):
             inputs += [summand for summand in after.args if summand is not end]
             end, after = after, _only_user(after)
-        relu = after is not None and isinstance(modules.get(after.target), nn.ReLU)
-        end = after if relu else end
+        relu = after is not None and isinstance(modules.get(str(after.target)), nn.ReLU)
+        if after is not None and relu:
+            end = after
         body.add_submodule(f"packed.{node.name}", PackedConv2d(conv, dtype, relu))
         with body.graph.inserting_after(end):
             packed = body.graph.call_module(f"packed.{node.name}", tuple(inputs))
@@ -119,6 +123,7 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(
             x.to(self.dtype), self.weight, self.bias, self.activation, [], ""
         )
@@ -140,6 +145,7 @@ class PackedConv2d(nn.Module):
         self.packed, self.packed_for = self.weight, (torch.Size(), 0)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """(X, inputs, H, W), and what is added to the (X, outputs, h, w) result."""
         x = x.to(self.dtype, memory_format=torch.channels_last)
         if self.packed_for != (x.shape, torch.get_num_threads()):
             self.packed_for = (x.shape, torch.get_num_threads())
