@@ -116,14 +116,14 @@ class _Places:
         return cls(origin, scale, offsets)
 
     def planes(self, heads: slice) -> Tensor:
-        """The steps of some heads, (2, B, m, Q, K) and contiguous."""
-        steps = self.steps[:, :, heads].to(self.scale.dtype).flatten(3, 4)
-        return steps.movedim(-1, 0).transpose(2, 3).contiguous()
+        """A copy of the steps of some heads, (2, B, m, Q, K) and contiguous."""
+        steps = self.steps[:, :, heads].flatten(3, 4).movedim(-1, 0).transpose(2, 3)
+        return torch.empty(steps.shape, dtype=self.scale.dtype).copy_(steps)
 
     def split(self, canvas: _Canvas, heads: slice) -> tuple[Tensor, Tensor]:
         """The cell of each point of some heads and how far behind it the point lies: (2, B, m, Q, K) int32 and floats.
 
-        The fraction of a rounded position would be as inexact as a number of some ten cells is.
+        Whole cells of the origin are kept apart, so that a fraction is as exact as a number of a few cells is.
         """
         steps = self.planes(heads)
         limit = canvas.sizes + _BORDER
@@ -131,12 +131,17 @@ class _Places:
             position = _inside(self.origin + steps.double() * self.scale, limit)
             cell = position.to(torch.int32)
             return cell, (position - cell).to(steps.dtype)
-        origin = self.origin.to(steps.dtype)
-        cell = _inside(torch.addcmul(origin, steps, self.scale), limit).trunc_()
-        fraction = torch.sub(origin, cell).addcmul_(steps, self.scale)  # rounded once
-        if origin.ndim:
-            fraction += (self.origin - origin).to(steps.dtype)
-        return cell.to(torch.int32), fraction.clamp_(0, 1).nan_to_num_(nan=0.0)
+        whole = self.origin.floor()
+        rest = (self.origin - whole).to(steps.dtype)
+        if self.scale.ndim:
+            cell = torch.addcmul(rest, steps, self.scale).floor_()
+            fraction = torch.sub(rest, cell).addcmul_(steps, self.scale).clamp_(0, 1)  # rounded once
+        else:
+            place = steps.add_(rest)
+            cell = place.floor()
+            fraction = place.sub_(cell)
+        cell = _inside(cell.add_(whole.to(cell.dtype)), limit)
+        return cell.to(torch.int32), fraction.nan_to_num_(nan=0.0)
 
 
 def _inside(position: Tensor, limit: Tensor) -> Tensor:
@@ -171,7 +176,7 @@ class _Matrix:
         (column, row), (right, below) = places.split(canvas, heads)
 
         image = torch.arange(batch * count, dtype=torch.int32).view(batch, count, 1, 1) * canvas.length
-        first = torch.addcmul(column, row, canvas.stride) + (canvas.start + image)
+        first = column + row * canvas.stride + (canvas.start + image)
         lower = weights * below
         upper = weights - lower
         if torch.compiler.is_compiling():

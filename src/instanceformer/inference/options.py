@@ -26,7 +26,8 @@ class SegmenterOptions:
         max_size: longest side in pixels of the frames that the network sees.
         chunk: how many frames ``segment`` encodes at once. More are faster on a GPU; a frame's instances come when its
             chunk is full, and depend on no later frame all the same.
-        precision: ``bf16`` computes in bfloat16 wherever autocast takes it for safe.
+        precision: ``bf16`` computes the large products in bfloat16, on a GPU under autocast; on a processor that cannot
+            multiply bfloat16 it is several times slower.
         compile: compile the network's parts, which makes the first frames slow and the others faster.
     """
 

@@ -16,6 +16,7 @@ from instanceformer.data.annotations import Category
 from instanceformer.data.augment import fit_size, normalise, resize
 from instanceformer.evaluation.postprocess import resize_masks
 from instanceformer.inference.instances import FrameInstances
+from instanceformer.inference.optimise import optimise
 from instanceformer.inference.options import SegmenterOptions
 from instanceformer.inference.tracks import Tracks
 from instanceformer.inference.video_io import Frame, Source, open_video
@@ -38,7 +39,7 @@ class VideoInstanceSegmenter:
     score in a frame come from the mean of its class probabilities over the frames in which it was visible so far.
 
     Args:
-        network: whose weights are used where they are; switched to evaluation mode.
+        network: of which an optimised copy is used (see ``optimise``), or, if it is to be compiled, the network itself.
         categories: of the classes, in class order; None numbers them from 1 and calls them ``class 1`` and so on.
         options: rules of the tracks, sizes, speed.
 
@@ -59,11 +60,16 @@ class VideoInstanceSegmenter:
             categories = [Category(k, f"class {k}") for k in range(1, network.num_classes + 1)]
         if len(categories) != network.num_classes:
             raise ValueError(f"found {len(categories)} categories, expected the network's {network.num_classes}")
-        self.network, self.categories, self.options = network.eval(), tuple(categories), options
-        self._device = network.query_content.device
+        self.categories, self.options, self._device = tuple(categories), options, network.query_content.device
+        packed = self._device.type == "cpu" and not options.compile and torch.backends.mkldnn.is_available()
+        self._autocasts = options.precision == "bf16" and not packed
         if options.compile:
+            self.network = network.eval()
             for part in (network.backbone, network.projection, network.encoder, network.decoder):
                 part.compile()
+        else:
+            narrow = options.precision == "bf16" and packed
+            self.network = optimise(network, torch.bfloat16 if narrow else torch.float32)
         self.reset()
 
     @classmethod
@@ -169,7 +175,7 @@ class VideoInstanceSegmenter:
         return FrameInstances(ids, labels, scores, corners, masks)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.options.precision == "bf16")
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocasts)
 
     def _check(self, frame: Frame) -> None:
         """Refuse what is no frame, or not of the video's size, which its first frame sets."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock
-from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d
 
 Norm = Literal["frozen", "batch"]
 
@@ -113,21 +113,24 @@ class SmallResNet(nn.Module):
 
     def __init__(self, norm_layer: Callable[..., nn.Module], width: int = 32) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            Conv2dNormActivation(3, width, 3, stride=2, norm_layer=norm_layer),
-            Conv2dNormActivation(width, width, 3, stride=2, norm_layer=norm_layer),
-        )
+        self.stem = nn.Sequential(self._halving(3, width, norm_layer), self._halving(width, width, norm_layer))
         self.layer1 = self._block(width, width, norm_layer)
         self.layer2 = self._block(width, 2 * width, norm_layer)
         self.layer3 = self._block(2 * width, 4 * width, norm_layer)
         self.layer4 = self._block(4 * width, 8 * width, norm_layer)
 
     @staticmethod
+    def _halving(inputs: int, outputs: int, norm_layer: Callable[..., nn.Module]) -> nn.Sequential:
+        """A 3x3 convolution that halves the resolution, norm and ReLU."""
+        conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+        return nn.Sequential(conv, norm_layer(outputs), nn.ReLU(inplace=True))
+
+    @staticmethod
     def _block(inputs: int, outputs: int, norm_layer: Callable[..., nn.Module]) -> nn.Module:
         """A basic block; one that has more outputs than inputs halves the resolution."""
         if inputs == outputs:
             return cast("nn.Module", BasicBlock(inputs, outputs, norm_layer=norm_layer))
-        shortcut = Conv2dNormActivation(inputs, outputs, 1, stride=2, norm_layer=norm_layer, activation_layer=None)
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), norm_layer(outputs))
         return cast("nn.Module", BasicBlock(inputs, outputs, 2, shortcut, norm_layer=norm_layer))
 
     def forward(self, images: Tensor) -> Tensor:

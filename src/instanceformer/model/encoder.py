@@ -61,6 +61,7 @@ class Projection(nn.Module):
         super().__init__()
         inputs = [*channels, channels[-1], *[dim] * (levels - 4)][:levels]
         self.levels = nn.ModuleList(self._level(width, dim, strided=i >= 3) for i, width in enumerate(inputs))
+        self.to(memory_format=torch.channels_last)  # as the backbone
 
     @staticmethod
     def _level(width: int, dim: int, strided: bool) -> nn.Sequential:

@@ -77,6 +77,7 @@ class MaskHead(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)
                 nn.init.zeros_(cast("Tensor", module.bias))
+        self.to(memory_format=torch.channels_last)  # as the backbone
 
     def encode(self, levels: list[Tensor], finest: Tensor, valid: list[Tensor] | None) -> Tensor:
         """The pixels' side.

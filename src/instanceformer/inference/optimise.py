@@ -1,0 +1,160 @@
+"""The same network with less work: a loaded network rewritten for inference, not a second one.
+
+Batch norm is folded into the convolutions before it. On a CPU with oneDNN, convolutions and linear layers then keep
+their weights in the layout that it computes with, and add and rectify while the result is in the cache. These are
+the operators that PyTorch's compiler puts in their place (``torch.ops.mkldnn``), without its minutes.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.ops import FrozenBatchNorm2d
+
+from instanceformer.model.heads import MLP
+from instanceformer.model.network import InstanceFormer
+
+
+def optimise(network: InstanceFormer, dtype: torch.dtype = torch.float32) -> InstanceFormer:
+    """A copy of a network for inference, on the device where it is.
+
+    In float32 its outputs are those of the network, up to rounding. The copy stays in evaluation mode, has no
+    gradients, and neither saves its weights nor moves to another device: it is made where it is used.
+
+    Args:
+        network: in any mode; left as it is.
+        dtype: float32, or bfloat16 for the large matrix products on a CPU: faster where the processor multiplies
+            bfloat16 (AVX512-BF16, AMX), several times slower where it does not. What is added up from layer to layer,
+            locations, softmax, and all that is read off a query (class, box, mask weights) stay float32. On a GPU,
+            run the float32 network under ``torch.autocast``.
+
+    Raises:
+        ValueError: another dtype, or bfloat16 without a CPU that has oneDNN.
+    """
+    device = network.query_content.device
+    packs = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype: found {dtype}, expected torch.float32 or torch.bfloat16")
+    if dtype == torch.bfloat16 and not packs:
+        raise ValueError(
+            f"dtype: found torch.bfloat16 on {device}, expected torch.float32 but for a CPU with oneDNN; on a GPU run "
+            "the float32 network under torch.autocast"
+        )
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    network.backbone.body = fold_batch_norm(network.backbone.body)
+    if packs:
+        network.backbone.body = pack_convolutions(network.backbone.body, dtype)
+        for part in (network.projection, network.encoder, network.decoder.layers, network.mask_head):
+            pack_layers(part, dtype)
+    return network
+
+
+def fold_batch_norm(body: fx.GraphModule) -> fx.GraphModule:
+    """Fold each batch norm, frozen or not, into the convolution before it, whose weights are overwritten."""
+    modules = dict(body.named_modules())
+    for node in body.graph.nodes:
+        conv, after = modules.get(node.target), _only_user(node)
+        norm = None if after is None else modules.get(str(after.target))
+        if after is None or not isinstance(conv, nn.Conv2d) or not isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
+            continue
+        mean, variance = cast("Tensor", norm.running_mean), cast("Tensor", norm.running_var)
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
+        )
+        after.replace_all_uses_with(node)
+        body.graph.erase_node(after)
+    return fx.GraphModule(body, body.graph)
+
+
+def pack_convolutions(body: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
+    """Replace each convolution, the sum and the ReLU that follow it included, by a PackedConv2d."""
+    modules = dict(body.named_modules())
+    for node in body.graph.nodes:
+        conv = modules.get(node.target)
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        inputs, end = [*node.args], node
+        after = _only_user(end)
+        if after is not None and after.target in (operator.add, operator.iadd):
+            inputs += [summand for summand in after.args if summand is not end]
+            end, after = after, _only_user(after)
+        relu = after is not None and isinstance(modules.get(str(after.target)), nn.ReLU)
+        if after is not None and relu:
+            end = after
+        body.add_submodule(f"packed.{node.name}", PackedConv2d(conv, dtype, relu))
+        with body.graph.inserting_after(end):
+            packed = body.graph.call_module(f"packed.{node.name}", tuple(inputs))
+        end.replace_all_uses_with(packed)
+    body.graph.eliminate_dead_code()
+    return fx.GraphModule(body, body.graph)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def pack_layers(module: nn.Module, dtype: torch.dtype) -> None:
+    """Pack the linear layers and convolutions of a module, in place, but for those that see queries only."""
+    children = list(module.named_children())
+    for i, (name, child) in enumerate(children):
+        if isinstance(child, nn.Conv2d):
+            setattr(module, name, PackedConv2d(child, dtype, relu=False))
+        elif isinstance(child, nn.Linear):
+            relu = isinstance(module, nn.Sequential) and isinstance(module[(i + 1) % len(module)], nn.ReLU)
+            setattr(module, name, PackedLinear(child, dtype, relu))
+            if relu:
+                setattr(module, children[i + 1][0], nn.Identity())
+        elif not isinstance(child, nn.MultiheadAttention | MLP):
+            pack_layers(child, dtype)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer, with or without a ReLU, by oneDNN: (..., inputs) of any dtype to (..., outputs) of ``dtype``."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, relu: bool) -> None:
+        super().__init__()
+        self.dtype, self.activation = dtype, "relu" if relu else "none"
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
+        self.bias = linear.bias.detach().to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x.to(self.dtype), self.weight, self.bias, self.activation, [], ""
+        )
+        return y
+
+
+class PackedConv2d(nn.Module):
+    """relu(conv(x) + other) by oneDNN, sum and ReLU left out where there are none: in ``dtype``, channels last.
+
+    Which layout is fast depends on the size of the input and on the threads: with them, weights are packed again.
+    """
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, relu: bool) -> None:
+        super().__init__()
+        self.dtype, self.activation = dtype, "relu" if relu else "none"
+        self.where = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        self.weight = conv.weight.detach().to(dtype)
+        self.bias = None if conv.bias is None else conv.bias.detach().to(dtype)
+        self.packed, self.packed_for = self.weight, (torch.Size(), 0)
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """(X, inputs, H, W), and what is added to the (X, outputs, h, w) result."""
+        x = x.to(self.dtype, memory_format=torch.channels_last)
+        if self.packed_for != (x.shape, torch.get_num_threads()):
+            self.packed_for = (x.shape, torch.get_num_threads())
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.where, x.shape)
+        convolve, weights = torch.ops.mkldnn._convolution_pointwise, (self.packed, self.bias, *self.where)
+        y: Tensor
+        if other is None:
+            y = convolve(x, *weights, self.activation, [], "")
+        else:
+            relu = None if self.activation == "none" else self.activation
+            y = convolve.binary(x, other.to(self.dtype), *weights, "add", 1.0, relu, [], None)
+        return y

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from instanceformer import InstanceFormer
+from instanceformer.inference.optimise import PackedConv2d, PackedLinear, optimise
+from instanceformer.model.network import ClipPrediction
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+
+
+def randomise_norms(network: InstanceFormer) -> None:
+    """Batch norms that do something: those of a new network are the identity."""
+    for name, buffer in network.backbone.named_buffers():
+        if name.endswith(("running_var", "weight")):
+            buffer.uniform_(0.5, 1.5)
+        elif name.endswith(("running_mean", "bias")):
+            buffer.normal_(0, 0.2)
+
+
+@torch.no_grad()
+def stream(network: InstanceFormer, frames: torch.Tensor) -> ClipPrediction:
+    """Frame by frame, each with the state of the one before."""
+    state, parts = None, []
+    for frame in frames.split(1, dim=1):
+        part, state = network(frame, state=state, segment="all")
+        parts.append(part)
+    return ClipPrediction(
+        *(torch.cat([getattr(p, n) for p in parts], 1) for n in ("logits", "boxes", "queries", "masks"))
+    )
+
+
+def assert_equal_outputs(a: ClipPrediction, b: ClipPrediction, tolerance: float) -> None:
+    for name in ("logits", "boxes", "queries", "masks"):
+        torch.testing.assert_close(
+            getattr(a, name), getattr(b, name), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="small"),
+        pytest.param({"backbone_norm": "batch", "mask_stride": 4, "num_levels": 3}, id="batch norm, fine masks"),
+        pytest.param({"backbone": "resnet18", "location": "refined"}, id="resnet18"),
+        pytest.param({"backbone": "resnet50", "memory": False}, id="resnet50"),
+        pytest.param({"backbone": "swin_t"}, id="swin"),
+    ],
+)
+def test_same_outputs_over_several_frames(tiny: Callable[..., InstanceFormer], options: dict) -> None:
+    network = tiny(**options)
+    randomise_norms(network)
+    frames = torch.randn(1, 5, 3, 70, 101)
+    expected = stream(network, frames)
+    assert_equal_outputs(stream(optimise(network), frames), expected, 1e-4)
+
+
+def test_clips_with_padding_and_other_sizes_give_the_same(tiny: Callable[..., InstanceFormer]) -> None:
+    """The layout of packed weights depends on the size of the frames: it follows them."""
+    network = tiny()
+    randomise_norms(network)
+    optimised = optimise(network)
+    padding = torch.zeros(2, 64, 96, dtype=torch.bool)
+    padding[0, 40:] = True
+    for frames, where in ((torch.randn(2, 3, 3, 64, 96), padding), (torch.randn(1, 2, 3, 50, 70), None)):
+        with torch.no_grad():
+            expected, _ = network(frames, where, segment="all")
+            found, _ = optimised(frames, where, segment="all")
+        assert_equal_outputs(found, expected, 1e-4)
+
+
+@needs_onednn
+def test_no_batch_norm_is_left_and_every_large_layer_is_packed(tiny: Callable[..., InstanceFormer]) -> None:
+    optimised = optimise(tiny(backbone="resnet18", backbone_norm="batch"))
+    kinds = [type(module) for module in optimised.backbone.modules()]
+    assert not {nn.Conv2d, nn.BatchNorm2d, nn.ReLU} & set(kinds)
+    assert kinds.count(PackedConv2d) == 20
+    assert all(isinstance(layer[0], PackedConv2d) for layer in optimised.projection.levels)
+    for layer in (*optimised.encoder.layers, *optimised.decoder.layers):
+        assert isinstance(layer.feedforward[0], PackedLinear)
+        assert isinstance(layer.feedforward[1], nn.Identity)  # the ReLU is in the layer before
+
+
+def test_the_network_is_left_as_it_is(tiny: Callable[..., InstanceFormer]) -> None:
+    network = tiny().train()
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
+    optimised = optimise(network)
+    assert network.training
+    assert not optimised.training
+    assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+    assert all(parameter.requires_grad for parameter in network.encoder.parameters())
+    assert not any(parameter.requires_grad for parameter in optimised.parameters())
+    assert optimised.options == network.options
+
+
+@needs_onednn
+def test_bfloat16_is_close_and_keeps_state_and_locations_in_float32(tiny: Callable[..., InstanceFormer]) -> None:
+    network = tiny()
+    frames = torch.randn(1, 4, 3, 64, 96)
+    expected, found = stream(network, frames), stream(optimise(network, torch.bfloat16), frames)
+    assert_equal_outputs(found, expected, 0.2)
+    assert not torch.equal(found.logits, expected.logits)
+    assert found.boxes.dtype == found.masks.dtype == found.queries.dtype == torch.float32
+    a, b = (masks > masks.median() for masks in (expected.masks, found.masks))
+    assert (a & b).sum() / (a | b).sum() > 0.95
+
+
+def test_other_precisions_are_refused(tiny: Callable[..., InstanceFormer]) -> None:
+    with pytest.raises(ValueError, match=r"float16.*bfloat16"):
+        optimise(tiny(), torch.float16)
