@@ -54,6 +54,12 @@ class Recorder(Callback):
 """
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_seeded: None) -> None:
+    """As in the processes that ``start`` makes: the last bit of a convolution depends on the number of threads."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four videos of eight frames, each two chunks; a checkpoint; a callback."""
