@@ -1,11 +1,18 @@
-"""Files that are never seen half written."""
+"""Files that are never seen half written, and the order of their names."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+
+def natural_order(name: str) -> tuple[Any, ...]:
+    """Key that sorts names by the numbers in them: frame2 before frame10."""
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name)))
 
 
 @contextmanager

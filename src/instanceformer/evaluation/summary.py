@@ -139,9 +139,7 @@ def summarize(
         if curves is not None:
             precision[category_id] = curves.precision
     names = [*(_OCCLUSION if ground_truth.has_occlusion else ()), *(() if long_videos is None else _LONG)]
-    undefined = dict.fromkeys(
-        NAMES, -1.0
-    )  # one for all the categories without ground truth, of which there may be many
+    undefined = dict.fromkeys(NAMES, -1.0)  # one for all categories without ground truth, of which there may be many
     return VideoEvaluation(
         summary=_average(per_category.values(), NAMES),
         extras=_average(extras, names),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import numpy.typing as npt
 from av.container import InputContainer
 from av.video.stream import VideoStream
 from PIL import Image
+
+from instanceformer.files import natural_order
 
 Frame = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 Source = str | Path | int | Iterable[Frame]  # see open_video
@@ -158,7 +159,7 @@ def _decode(container: InputContainer, stream: VideoStream, name: str, fps: floa
 
 def _open_folder(folder: Path, fps: float) -> OpenVideo:
     files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    files.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
+    files.sort(key=lambda path: natural_order(path.name))
     if not files:
         raise ValueError(
             f"{folder}: found no images, expected files with names that end in {', '.join(IMAGE_SUFFIXES)}"

@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from instanceformer.data.annotations import Instance, Video, VideoDataset
-from instanceformer.data.importers.frames import natural_order
 from instanceformer.data.importers.identities import with_unique_ids
 from instanceformer.data.records import Records, load_json
 from instanceformer.data.run_lengths import show
+from instanceformer.files import natural_order
 
 
 def import_cocovid(source: Path) -> VideoDataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as mask_utils
+
+from instanceformer.files import natural_order
 
 _FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -49,11 +50,6 @@ class Frames:
         return Frames(
             tuple(self.names[i] for i in kept), tuple(self.file_names[i] for i in kept), self.height, self.width
         )
-
-
-def natural_order(name: str) -> tuple[Any, ...]:
-    """Key that sorts names by the numbers in them: frame2 before frame10."""
-    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name)))
 
 
 def subfolders(folder: Path, meaning: str) -> list[Path]:
