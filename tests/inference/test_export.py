@@ -1,22 +1,54 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from dataclasses import fields
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from instanceformer import InstanceFormer
-from instanceformer.inference.export import export_encode, export_step
+from instanceformer import InstanceFormer, checkpoints
+from instanceformer.cli import main
+from instanceformer.data.annotations import Category
+from instanceformer.data.augment import normalise
+from instanceformer.inference.export import FEATURES, OUTPUTS, STATE, ExportOptions, export_programs, to_onnx
 
-SIZE = (50, 70)
+HEIGHT, WIDTH, SHOWN = 50, 70, 3
+RENEWED = {"location": "refined", "free_queries": "renew", "min_confidence": 0.02, "max_overlap": 0.5}
+variants = pytest.mark.parametrize("options", [pytest.param({}, id="paper"), pytest.param(RENEWED, id="renewed")])
 
 
-def assert_same(a: object, b: object) -> None:
-    for field in fields(a):
+@torch.no_grad()
+def eager(network: InstanceFormer, frames: list[Tensor]) -> Iterator[dict[str, Tensor]]:
+    """What the network itself gives frame by frame, by the names of the programs' outputs."""
+    state = network.initial_state(1)
+    for frame in frames:
+        features = network.encode(normalise(frame)[:, None])[0]
+        prediction = network.decode(features, state)
+        shown = prediction.scores.amax(-1).topk(SHOWN, dim=1).indices
+        state = network.advance(state, prediction)
+        yield {
+            "logits": prediction.logits[-1],
+            "boxes": prediction.boxes[-1],
+            "shown": shown,
+            "masks": network.segment(features, prediction, shown),
+            **{f"next_{name}": getattr(state, name) for name in STATE},
+        }
+
+
+def make_frames(count: int) -> list[Tensor]:
+    return [torch.randint(256, (1, 3, HEIGHT, WIDTH), dtype=torch.uint8) for _ in range(count)]
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
         torch.testing.assert_close(
-            getattr(a, field.name), getattr(b, field.name), rtol=0, atol=1e-5, msg=lambda m, f=field: f"{f.name}: {m}"
+            torch.as_tensor(found[name]), value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -27,30 +59,70 @@ def reload(program: torch.export.ExportedProgram) -> torch.nn.Module:
     return torch.export.load(buffer).module()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param({}, id="paper"),
-        pytest.param(
-            {"location": "refined", "free_queries": "renew", "min_confidence": 0.02, "max_overlap": 0.5}, id="renewed"
-        ),
-    ],
-)
+@variants
 @torch.no_grad()
-def test_saved_and_loaded_step_equals_eager_over_ten_frames(tiny: Callable[..., InstanceFormer], options: dict) -> None:
+def test_saved_and_loaded_programs_equal_the_network_over_ten_frames(
+    tiny: Callable[..., InstanceFormer], options: dict[str, Any]
+) -> None:
     network = tiny(**options)
-    encode, step = reload(export_encode(network, SIZE)), reload(export_step(network, SIZE))
-    eager_state = state = network.initial_state(1)
-    for t in range(10):
-        frame = torch.randn(1, 1, 3, *SIZE)
-        queries = torch.randint(network.num_queries, (1, 1 + t % 4))
-        features = network.encode(frame)[0]
-        expected = network.decode(features, eager_state)
-        expected_masks = network.segment(features, expected, queries)
-        eager_state = network.advance(eager_state, expected)
-
-        prediction, masks, state = step(encode(frame)[0], state, queries)
-        assert_same(prediction, expected)
-        assert_same(state, eager_state)
-        torch.testing.assert_close(masks, expected_masks, rtol=1e-5, atol=1e-5)
+    encode, step = map(reload, export_programs(network, ExportOptions(HEIGHT, WIDTH, SHOWN)))
+    state, frames = network.initial_state(1), make_frames(10)
+    for frame, expected in zip(frames, eager(network, frames), strict=True):
+        *outputs, state = step(*encode(frame), state)
+        following = {f"next_{name}": getattr(state, name) for name in STATE}
+        assert_same({**dict(zip(OUTPUTS, outputs, strict=True)), **following}, expected)
     assert state.memory_filled.any()
+
+
+@variants
+def test_onnx_equals_the_network_over_ten_frames_beginning_with_zeros(
+    tiny: Callable[..., InstanceFormer], options: dict[str, Any]
+) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    network = tiny(**options)
+    programs = export_programs(network, ExportOptions(HEIGHT, WIDTH, SHOWN, "onnx"))
+    encode, step = (runtime.InferenceSession(to_onnx(program)) for program in programs)
+    types = {"tensor(float)": np.float32, "tensor(bool)": np.bool_, "tensor(int64)": np.int64}
+    state = {i.name: np.zeros(i.shape, types[i.type]) for i in step.get_inputs() if i.name not in FEATURES}
+    frames = make_frames(10)
+    for frame, expected in zip(frames, eager(network, frames), strict=True):
+        features = dict(zip(FEATURES, encode.run(None, {"frame": frame.numpy()}), strict=True))
+        names = [output.name for output in step.get_outputs()]
+        outputs = dict(zip(names, step.run(None, {**features, **state}), strict=True))
+        assert_same(outputs, expected, tolerance=1e-4)  # the runtime rounds in its own order
+        state = {name: outputs[f"next_{name}"] for name in state}
+    assert state["memory_filled"].any()
+
+
+@torch.no_grad()
+def test_the_command_writes_programs_and_what_one_has_to_know_of_them(
+    tiny: Callable[..., InstanceFormer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = tiny(num_classes=1)
+    source, folder = tmp_path / "tiny.safetensors", tmp_path / "street"
+    category = Category(4, "cat")
+    checkpoints.write(checkpoints.Checkpoint(network.options, network.state_dict(), (category,)), source)
+    main(["export", str(source), str(folder), f"--height={HEIGHT}", f"--width={WIDTH}", f"--shown={SHOWN}"])
+    assert sorted(path.name for path in folder.iterdir()) == ["about.json", "encode.pt2", "step.pt2"]
+    assert "step.pt2" in capsys.readouterr().out
+
+    about = json.loads((folder / "about.json").read_text())
+    assert about["frame"] == {"height": HEIGHT, "width": WIDTH, "type": "uint8", "channels": "RGB"}
+    assert about["categories"] == [{"id": 4, "name": "cat"}]
+    assert about["state"]["queries"] == [1, network.num_queries, network.dim]
+    encode, step = (torch.export.load(folder / f"{name}.pt2") for name in ("encode", "step"))
+    (frame,) = make_frames(1)
+    outputs = step.module()(*encode.module()(frame), network.initial_state(1))
+    (expected,) = eager(network, [frame])
+    torch.testing.assert_close(outputs[3], expected["masks"], rtol=1e-5, atol=1e-5)
+    assert not {name for name in step.state_dict if "backbone" in name}
+
+
+def test_what_cannot_be_exported_is_refused(tiny: Callable[..., InstanceFormer]) -> None:
+    with pytest.raises(ValueError, match="found frames of 70x8 pixels, expected 16x16 or more"):
+        ExportOptions(8, 70)
+    with pytest.raises(ValueError, match="shown: found 0, expected at least 1"):
+        ExportOptions(shown=0)
+    network = tiny()
+    with pytest.raises(ValueError, match=f"shown: found 13, expected at most the network's {network.num_queries}"):
+        export_programs(network, ExportOptions(HEIGHT, WIDTH, 13))

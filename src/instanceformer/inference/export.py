@@ -1,100 +1,203 @@
-"""The network as programs of torch.export: saved with their weights, and run without the code of the network.
+"""The network as programs that run without its code: of torch.export, or in ONNX.
 
-    torch.export.save(export_step(network, (360, 640)), "step.pt2")
-    step = torch.export.load("step.pt2").module()       # after `import instanceformer.inference.export`
-    prediction, masks, state = step(features, state, queries)
+A video is two programs in turn. ``encode`` knows nothing of other frames; ``step`` takes what it gives and the state
+that the frame before left, and gives the outputs of the frame and the next state. Before the first frame all of the
+state is zero.
 
-What they need beside PyTorch is the operator of ``deform_attn`` and the types of their arguments, both known after
-this module is imported. There is no ONNX export: ONNX has no such operator, and spelt out as grid sampling it takes
-about ten times as long (``kernels/README.md``).
+    import deform_attn, instanceformer.inference.export      # the operator, and the type of the state
+    encode, step = (torch.export.load(f"street/{name}.pt2").module() for name in ("encode", "step"))
+    state = network.initial_state(1)
+    logits, boxes, shown, masks, state = step(*encode(frame), state)
+
+In ONNX the state is ten tensors, in by their names and out as ``next_...``. Deformable attention is spelt out as grid
+sampling there, since ONNX has no operator for it.
 """
 
 from __future__ import annotations
 
+import copy
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram, ShapesCollection, register_dataclass
+from torch.export import ExportedProgram, register_dataclass
 
-from instanceformer.model.attention import Levels
-from instanceformer.model.decoder import FramePrediction
-from instanceformer.model.encoder import FrameFeatures
+from instanceformer import checkpoints
+from instanceformer.data.augment import normalise
+from instanceformer.files import replacing
+from instanceformer.inference.options import MIN_SIDE
+from instanceformer.model.attention import DeformableAttention
 from instanceformer.model.network import InstanceFormer
 from instanceformer.model.state import TrackState
 
-TYPES = (Levels, FrameFeatures, FramePrediction, TrackState)
-for kind in TYPES:
-    register_dataclass(kind, serialized_type_name=f"instanceformer.{kind.__name__}")
-torch.serialization.add_safe_globals([*TYPES])  # a saved program holds an example of its arguments
+register_dataclass(TrackState, serialized_type_name="instanceformer.TrackState")
+torch.serialization.add_safe_globals([TrackState])  # a saved program holds an example of its arguments
+
+FEATURES = ("tokens", "mask_features")
+OUTPUTS = ("logits", "boxes", "shown", "masks")
+STATE = tuple(field.name for field in fields(TrackState))
 
 
 class Encode(nn.Module):
-    """``InstanceFormer.encode`` of unpadded frames."""
+    """All that happens to a frame on its own, see ``InstanceFormer.encode``."""
 
     def __init__(self, network: InstanceFormer) -> None:
         super().__init__()
-        self.network = network
+        self.network = _without(network, "decoder")
 
-    def forward(self, frames: Tensor) -> FrameFeatures:
-        """(B, T, 3, H, W) normalised frames give their features."""
-        return self.network.encode(frames)
+    def forward(self, frame: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, 3, H, W) uint8 RGB gives tokens (1, S, C) and mask features (1, F, h, w), see FrameFeatures."""
+        features = self.network.encode(normalise(frame)[:, None])[0]
+        return features.tokens, features.mask_features
 
 
 class Step(nn.Module):
-    """All that happens to a frame after ``encode``: decode, segment, advance, as in inference."""
+    """All that happens to a frame after ``Encode``: decode, segment, advance, as in inference.
 
-    def __init__(self, network: InstanceFormer) -> None:
+    Args:
+        network: in evaluation mode.
+        size: (height, width) of the frames in pixels.
+        shown: n, how many masks to make.
+    """
+
+    def __init__(self, network: InstanceFormer, size: tuple[int, int], shown: int) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.shown = _without(network, "backbone", "projection", "encoder"), shown
+        blank = torch.zeros(1, 1, 3, *size, device=network.query_content.device)
+        self.features = network.encode(blank)[0]  # but for tokens and mask features the same for every frame
 
     def forward(
-        self, features: FrameFeatures, state: TrackState, queries: Tensor
-    ) -> tuple[FramePrediction, Tensor, TrackState]:
+        self, tokens: Tensor, mask_features: Tensor, state: TrackState
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, TrackState]:
         """One frame.
 
         Args:
-            features: of one frame.
+            tokens: of Encode.
+            mask_features: of Encode.
             state: after the frame before.
-            queries: (B, n) int64, whose masks are wanted.
 
         Returns:
-            The prediction, (B, n, ceil(H / 4), ceil(W / 4)) mask logits, and the state for the next frame.
+            (1, N, K) class logits; (1, N, 4) boxes, cxcywh in [0, 1]; (1, n) int64, the n most confident queries, best
+            first; their (1, n, ceil(H / 4), ceil(W / 4)) mask logits; the state for the next frame.
         """
+        features = replace(self.features, tokens=tokens, mask_features=mask_features)
         prediction = self.network.decode(features, state)
-        masks = self.network.segment(features, prediction, queries)
-        return prediction, masks, self.network.advance(state, prediction)
+        shown = prediction.scores.amax(dim=-1).topk(self.shown, dim=1).indices
+        masks = self.network.segment(features, prediction, shown)
+        state = self.network.advance(state, prediction)
+        return prediction.logits[-1], prediction.boxes[-1], shown, masks, state
+
+
+def _without(network: InstanceFormer, *parts: str) -> InstanceFormer:
+    """A copy without the weights that a program does not need."""
+    network = copy.deepcopy(network)
+    for part in parts:
+        delattr(network, part)
+    return network
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What programs are made of a network.
+
+    Attributes:
+        height: of the frames in pixels; the programs are bound to it.
+        width: of the frames in pixels; the programs are bound to it.
+        shown: how many masks a step makes, those of the most confident queries.
+        format: ``pt2``, of torch.export; ``onnx``, which needs the packages onnx and onnxscript.
+    """
+
+    height: int = 360
+    width: int = 640
+    shown: int = 10
+    format: Literal["pt2", "onnx"] = "pt2"
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width) < MIN_SIDE:
+            raise ValueError(
+                f"found frames of {self.width}x{self.height} pixels, expected {MIN_SIDE}x{MIN_SIDE} or more"
+            )
+        if self.shown < 1:
+            raise ValueError(f"shown: found {self.shown}, expected at least 1")
 
 
 @torch.no_grad()
-def export_encode(network: InstanceFormer, size: tuple[int, int]) -> ExportedProgram:
-    """A program from one frame to its features.
+def export_programs(network: InstanceFormer, options: ExportOptions) -> tuple[ExportedProgram, ExportedProgram]:
+    """Programs of Encode and Step.
 
     Args:
         network: in evaluation mode, not optimised: packed weights cannot be saved.
-        size: (height, width) of the frame in pixels, which the program is bound to.
+        options: sizes; with the format ``onnx``, no operator of this package is left in the programs.
 
-    Returns:
-        Called with (1, 1, 3, height, width), it gives ``network.encode`` of it.
+    Raises:
+        ValueError: more masks are to be shown than there are queries.
     """
-    return torch.export.export(Encode(network), (_blank(network, size),))
+    if options.shown > network.num_queries:
+        raise ValueError(f"shown: found {options.shown}, expected at most the network's {network.num_queries} queries")
+    if options.format == "onnx":
+        network = copy.deepcopy(network)
+        for module in network.modules():
+            if isinstance(module, DeformableAttention):
+                module.backend = "reference"
+    encode, step = Encode(network), Step(network, (options.height, options.width), options.shown)
+    frame = torch.zeros(1, 3, options.height, options.width, dtype=torch.uint8, device=network.query_content.device)
+    arguments = (*encode(frame), network.initial_state(1))
+    return torch.export.export(encode, (frame,)), torch.export.export(step, arguments)
 
 
-@torch.no_grad()
-def export_step(network: InstanceFormer, size: tuple[int, int]) -> ExportedProgram:
-    """A program from the features of a frame and the state to outputs and the next state; see Step.
+def export_files(checkpoint: str | Path, folder: Path, options: ExportOptions) -> list[Path]:
+    """Write ``encode`` and ``step`` of a checkpoint as programs, and ``about.json`` with what one has to know of them.
 
     Args:
-        network: in evaluation mode, not optimised: packed weights cannot be saved.
-        size: (height, width) of the frame in pixels, which the program is bound to.
+        checkpoint: any file that ``InstanceFormer.from_checkpoint`` reads.
+        folder: to write to, made if it is not there.
+        options: sizes and format.
 
     Returns:
-        Called with ``features[0]``, a state and (1, n) queries of any number n >= 1, it gives what Step gives.
+        The files.
+
+    Raises:
+        ValueError: the checkpoint holds no network, or the packages that ONNX needs are not there.
     """
-    features = network.encode(_blank(network, size))[0]
-    shown = torch.zeros(1, min(2, network.num_queries), dtype=torch.int64, device=features.tokens.device)
-    shapes = ShapesCollection()
-    shapes[shown] = {1: Dim("shown", min=1, max=network.num_queries)}
-    return torch.export.export(Step(network), (features, network.initial_state(1), shown), dynamic_shapes=shapes)
+    network, categories = InstanceFormer.from_checkpoint(checkpoint), checkpoints.read(checkpoint).categories
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, program in zip(("encode", "step"), export_programs(network, options), strict=True):
+        files.append(folder / f"{name}.{options.format}")
+        with replacing(files[-1]) as temporary, temporary.open("wb") as file:
+            if options.format == "pt2":
+                torch.export.save(program, file)
+            else:
+                file.write(to_onnx(program))
+    about = {
+        "frame": {"height": options.height, "width": options.width, "type": "uint8", "channels": "RGB"},
+        "state": {name: list(getattr(network.initial_state(1), name).shape) for name in STATE},
+        "categories": [vars(category) for category in categories],
+    }
+    files.append(folder / "about.json")
+    with replacing(files[-1]) as temporary:
+        temporary.write_text(json.dumps(about, indent=2) + "\n")
+    return files
 
 
-def _blank(network: InstanceFormer, size: tuple[int, int]) -> Tensor:
-    return torch.zeros(1, 1, 3, *size, device=network.query_content.device)
+def to_onnx(program: ExportedProgram) -> bytes:
+    """An ONNX file of a program of ``export_programs``, whose inputs and outputs have the names given above.
+
+    Raises:
+        ValueError: the packages that it needs are not there.
+    """
+    encodes = len(program.graph_signature.user_inputs) == 1
+    inputs = ("frame",) if encodes else (*FEATURES, *STATE)
+    outputs = FEATURES if encodes else (*OUTPUTS, *(f"next_{name}" for name in STATE))
+    try:
+        converted = torch.onnx.export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False)
+    except ImportError as error:
+        raise ValueError(
+            f"format: onnx needs a package that is not there ({error}); pip install onnx onnxscript"
+        ) from error
+    assert converted is not None
+    content: bytes = converted.model_proto.SerializeToString()
+    return content

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+MIN_SIDE = 16
+"""Pixels that each side of a frame must have."""
+
 
 @dataclass(frozen=True)
 class SegmenterOptions:

@@ -17,14 +17,11 @@ from instanceformer.data.augment import fit_size, normalise, resize
 from instanceformer.evaluation.postprocess import resize_masks
 from instanceformer.inference.instances import FrameInstances
 from instanceformer.inference.optimise import optimise
-from instanceformer.inference.options import SegmenterOptions
+from instanceformer.inference.options import MIN_SIDE, SegmenterOptions
 from instanceformer.inference.tracks import Tracks
 from instanceformer.inference.video_io import Frame, Source, open_video
 from instanceformer.model.encoder import FrameFeatures
 from instanceformer.model.network import InstanceFormer
-
-MIN_SIDE = 16
-"""Pixels that each side of a frame must have."""
 
 
 @final

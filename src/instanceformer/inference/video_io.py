@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +18,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from PIL import Image
 
-from instanceformer.files import natural_order
+from instanceformer.files import natural_order, replacing
 
 Frame = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 Source = str | Path | int | Iterable[Frame]  # see open_video
@@ -210,7 +210,6 @@ class VideoWriter:
         if not fps > 0:
             raise ValueError(f"fps = {fps}, expected a positive number of frames per second")
         self.path = Path(path)
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._fps = Fraction(fps).limit_denominator(1001)  # 30000 / 1001 is television's 29.97
         self._stream: VideoStream | None = None
         self._shape: tuple[int, ...] = ()
@@ -218,7 +217,12 @@ class VideoWriter:
         self._ticks = -1  # of the last frame
 
     def __enter__(self) -> Self:
-        self._container = av.open(str(self._temporary), "w", format="mp4", options={"movflags": "faststart"})
+        with ExitStack() as stack:
+            temporary = stack.enter_context(replacing(self.path))
+            container = av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"})
+            self._container = stack.enter_context(container)
+            stack.push(self._flush)
+            self._stack = stack.pop_all()
         return self
 
     def write(self, frame: Frame, seconds: float | None = None) -> None:
@@ -253,13 +257,12 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                if self._stream is None:
-                    raise ValueError(f"{self.path}: no frame was written to the film")
-                self._container.mux(self._stream.encode())
-            self._container.close()
-            if kind is None:
-                self._temporary.replace(self.path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
+        self._stack.__exit__(kind, error, traceback)
+
+    def _flush(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Encode what the encoder holds back, but after an exception."""
+        if kind is not None:
+            return
+        if self._stream is None:
+            raise ValueError(f"{self.path}: no frame was written to the film")
+        self._container.mux(self._stream.encode())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deform_attn import fused_ms_deform_attn
+from deform_attn import Backend, fused_ms_deform_attn
 
 Shapes = tuple[tuple[int, int], ...]
 """Height and width of every feature level, finest first."""
@@ -35,7 +35,12 @@ class DeformableAttention(nn.Module):
         heads: number of attention heads M.
         levels: number of feature levels L.
         points: sampled points P for each head and level.
+
+    Attributes:
+        backend: of the operator, see ``ms_deform_attn``.
     """
+
+    backend: Backend = "auto"
 
     def __init__(self, dim: int, heads: int, levels: int, points: int) -> None:
         super().__init__()
@@ -84,5 +89,6 @@ class DeformableAttention(nn.Module):
         places = (batch, queries, self.heads, self.levels, self.points)
         offsets = self.sampling_offsets(query).view(*places, 2)
         logits = self.attention_weights(query).view(places)
-        result: Tensor = self.output_proj(fused_ms_deform_attn(value, levels.shapes, reference, offsets, logits))
+        attended = fused_ms_deform_attn(value, levels.shapes, reference, offsets, logits, backend=self.backend)
+        result: Tensor = self.output_proj(attended)
         return result

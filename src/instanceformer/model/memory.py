@@ -116,6 +116,6 @@ def remember(state: TrackState, queries: Tensor, scores: Tensor, boxes: Tensor, 
         memory_queries=push(state.memory_queries, chosen(queries)),
         memory_scores=push(state.memory_scores, chosen(scores)),
         memory_boxes=push(state.memory_boxes, chosen(boxes)),
-        memory_indices=push(state.memory_indices, indices),
+        memory_indices=push(state.memory_indices, torch.where(filled, indices, 0)),
         memory_filled=push(state.memory_filled, filled),
     )

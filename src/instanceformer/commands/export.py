@@ -1,0 +1,26 @@
+"""``instanceformer export``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from instanceformer.inference.export import ExportOptions, export_files
+
+
+def run(args: Sequence[str]) -> None:
+    """Make programs of a checkpoint's network that run frame by frame without its code: of torch.export, or in ONNX."""
+    parser = ArgumentParser(prog="instanceformer export", description=run.__doc__)
+    parser.add_argument("checkpoint", type=Path, help="of the network")
+    parser.add_argument("folder", type=Path, help="where encode, step and about.json go")
+    parser.add_class_arguments(ExportOptions)
+    found = parser.parse_args(list(args))
+    options = ExportOptions(**{field.name: found[field.name] for field in fields(ExportOptions)})
+    for name in ("onnxscript", "onnx_ir"):  # which tell of every node that they leave as it is
+        logging.getLogger(name).setLevel(logging.ERROR)
+    files = export_files(found.checkpoint, found.folder, options)
+    print(f"written: {', '.join(map(str, files))}")
