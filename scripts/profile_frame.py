@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from instanceformer import InstanceFormer
 from instanceformer.data.augment import normalise
+from instanceformer.inference.allocator import keep_memory
 from instanceformer.inference.optimise import optimise
 from instanceformer.inference.video_io import open_video
 from instanceformer.model.attention import DeformableAttention
@@ -202,6 +203,7 @@ def report(stream: Stream, floor: float) -> None:
 
 @torch.no_grad()
 def main() -> None:
+    keep_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", metavar="variant", default=["plain", "optimised"])
     parser.add_argument("--size", type=int, nargs=2, default=(360, 640), metavar=("HEIGHT", "WIDTH"))

@@ -25,6 +25,10 @@ TINY: dict[str, Any] = {
     "memory_tokens": 4,
 }
 
+needs_bfloat16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no products of bfloat16 on this processor"
+)
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

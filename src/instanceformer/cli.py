@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> None:
         try:
             import_module(f"instanceformer.commands.{module}").run(given[1:])
         except (ValueError, OSError) as error:
-            sys.exit(f"instanceformer {given[0]}: {error}")
+            sys.exit(f"instanceformer {given[0]}: {'; '.join((str(error), *getattr(error, '__notes__', ())))}")
         return
     from instanceformer.commands.train import run
 

@@ -208,7 +208,14 @@ def change(weights: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Te
             {"input_proj__2__0__bias": torch.ones(31)},
             r"input_proj.2.0.bias: found shape \(31,\).*expected shape \(32,\)",
         ),
-        ({"class_embed__1__bias": torch.ones(40)}, r"class_embed.1.bias: found shape \(40,\), which does not go with"),
+        ({"class_embed__1__bias": torch.ones(40)}, r"class_embed.1.bias: found shape \(40,\), expected the 91 class"),
+        ({"class_embed__0__bias": torch.full((91,), torch.nan)}, "found NaN or infinity in class_embed.0.bias"),
+        (
+            {"class_embed__0__bias": torch.ones(91, dtype=torch.complex64)},
+            "found class_embed.0.bias of torch.complex64",
+        ),
+        ({"transformer__level_embed": torch.tensor(1.0)}, r"level_embed: found shape \(\), expected 2 dimensions"),
+        ({"transformer__level_embed": torch.ones(0, 32)}, r"level_embed: found shape \(0, 32\), expected 2 dim"),
         ({"class_embed__0__weight": torch.ones(7, 32)}, "found 7 class channels, expected 27"),
         ({"transformer__decoder__bbox_embed__0__layers__0__weight": None}, "expected a model trained with --with_box_"),
         ({"backbone__0__body__layer3__1__conv1__weight": None}, r"found stages of \[2, 2, 1, 2\] blocks"),
@@ -224,9 +231,31 @@ def test_what_fits_nothing_is_refused(changes, message: str, tmp_path: Path) -> 
     assert not (tmp_path / "b.ckpt").exists()
 
 
+@pytest.mark.parametrize("content", [{"model": None}, {"model": torch.ones(2)}, {3: torch.ones(2)}])
+def test_files_without_a_state_dict_are_refused(content, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth: found \w+ under 'model', expected a state dict"):
+        convert_file(tmp_path / "a.pth", tmp_path / "b.ckpt")
+
+
+def test_memory_of_another_number_of_classes_is_refused() -> None:
+    weights = theirs(build(RELEASE, 27), RELEASE)
+    other = theirs(build(RELEASE, 42), RELEASE)["detr.transformer.mem_token_proj.weight"]
+    with pytest.raises(ValueError, match=r"found 78 columns, expected 32 \+ 27 classes \+ 4 of a box"):
+        convert(weights | {"detr.transformer.mem_token_proj.weight": other}, HEADS)
+
+
+def test_a_resnext_is_told_by_its_groups() -> None:
+    options = {**TINY, **DEFORMABLE_DETR.options, "backbone": "resnext101_64x4d"}
+    network = InstanceFormer(91, **options)
+    found = convert(theirs(network, DEFORMABLE_DETR), HEADS).checkpoint
+    assert found.options["backbone"] == "resnext101_64x4d"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"heads": 0}, "heads: found 0, expected at least 1"),
         ({"support": 1}, "support: found 1, expected at least 2"),
         ({"dataset": "coco"}, "found 27 class channels, but coco has category ids up to 90"),
         ({"tokens": 13}, "memory_tokens: found 13, expected at most num_queries=12"),

@@ -11,6 +11,7 @@ from lightning import Trainer
 
 from instanceformer import InstanceFormer, checkpoints
 from instanceformer.checkpoints import Checkpoint
+from instanceformer.checkpoints.convert import convert_file
 from instanceformer.checkpoints.files import load
 from instanceformer.cli import main
 from instanceformer.data.annotations import Category
@@ -93,7 +94,7 @@ class Trap:
 
 def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     torch.save({"model": {}, "args": Trap()}, tmp_path / "trap.pth")
-    with pytest.raises(ValueError, match=r"trap\.pth: found a damaged file, or one with more than tensors"):
+    with pytest.raises(ValueError, match=r"trap\.pth: found an object of .*_Fail, which is not loaded, since"):
         load(tmp_path / "trap.pth")
 
 
@@ -127,9 +128,23 @@ def test_files_of_something_else_say_what_was_expected(tiny, tmp_path: Path) -> 
     torch.save({"network_options": network.options, "state_dict": None}, tmp_path / "c.ckpt")
     with pytest.raises(ValueError, match="not whole"):
         checkpoints.read(tmp_path / "c.ckpt")
-    for options in ({**network.options, "wormholes": 3}, {**network.options, "dim": 64}):
-        checkpoints.write(Checkpoint(options, network.state_dict()), tmp_path / "d.ckpt")
-        with pytest.raises(ValueError, match=r"d\.ckpt: its options or weights are not those"):
-            InstanceFormer.from_checkpoint(tmp_path / "d.ckpt")
+    for wrong, message in (
+        ({"wormholes": 3}, "options that no network of this version has; .*wormholes"),
+        ({"dim": 33}, "options that no network of this version has; dim: found 33"),
+        ({"dim": 64}, r"found shape \(.*32.*\) for .*, expected"),
+        ({"memory": False}, "has too many 14 weights, such as memory"),
+        ({"encoder_layers": 2}, r"lacks 16 weights, such as encoder\.layers\.1"),
+    ):
+        checkpoints.write(Checkpoint({**network.options, **wrong}, network.state_dict()), tmp_path / "d.ckpt")
+        for use in (InstanceFormer.from_checkpoint, lambda path: convert_file(path, tmp_path / "e.safetensors")):
+            with pytest.raises(ValueError, match=rf"d\.ckpt: {message}") as refusal:
+                use(tmp_path / "d.ckpt")
+            assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "e.safetensors").exists()
+    weights = network.state_dict()
+    for value, message in ((torch.full((5,), torch.nan), "NaN or infinity in decoder"), (5, "found int for decoder")):
+        broken = Checkpoint(network.options, {**weights, "decoder.class_heads.0.bias": value})
+        with pytest.raises(ValueError, match=f"checkpoint: .*{message}"):
+            InstanceFormer.from_checkpoint(broken)
     with pytest.raises(ValueError, match=r"found suffix '\.pt', expected \.ckpt or \.safetensors"):
         checkpoints.write(Checkpoint(network.options, network.state_dict()), tmp_path / "e.pt")

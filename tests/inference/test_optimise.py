@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.conftest import needs_bfloat16
 from torch import nn
 
 from instanceformer import InstanceFormer
@@ -64,9 +65,9 @@ def test_clips_with_padding_and_other_sizes_give_the_same(tiny: Callable[..., In
     network = tiny()
     randomise_norms(network)
     optimised = optimise(network)
-    padding = torch.zeros(2, 64, 96, dtype=torch.bool)
-    padding[0, 40:] = True
-    for frames, where in ((torch.randn(2, 3, 3, 64, 96), padding), (torch.randn(1, 2, 3, 50, 70), None)):
+    padding = torch.zeros(2, 128, 192, dtype=torch.bool)  # large enough that no level is a single cell, whose group
+    padding[0, 100:] = True  # norm would divide by next to nothing
+    for frames, where in ((torch.randn(2, 3, 3, 128, 192), padding), (torch.randn(1, 2, 3, 100, 140), None)):
         with torch.no_grad():
             expected, _ = network(frames, where, segment="all")
             found, _ = optimised(frames, where, segment="all")
@@ -97,7 +98,7 @@ def test_the_network_is_left_as_it_is(tiny: Callable[..., InstanceFormer]) -> No
     assert optimised.options == network.options
 
 
-@needs_onednn
+@needs_bfloat16
 def test_bfloat16_is_close_and_keeps_state_and_locations_in_float32(tiny: Callable[..., InstanceFormer]) -> None:
     network = tiny()
     frames = torch.randn(1, 4, 3, 64, 96)
@@ -109,6 +110,24 @@ def test_bfloat16_is_close_and_keeps_state_and_locations_in_float32(tiny: Callab
     assert (a & b).sum() / (a | b).sum() > 0.95
 
 
-def test_other_precisions_are_refused(tiny: Callable[..., InstanceFormer]) -> None:
+def test_what_cannot_be_optimised_is_refused(
+    tiny: Callable[..., InstanceFormer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match=r"float16.*bfloat16"):
         optimise(tiny(), torch.float16)
+    if torch.backends.mkldnn.is_available():
+        with pytest.raises(ValueError, match="found one that is optimised already"):
+            optimise(optimise(tiny()))
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    with pytest.raises(ValueError, match="found bfloat16 on cpu, where oneDNN has no products of it"):
+        optimise(tiny(), torch.bfloat16)
+
+
+def test_without_onednn_batch_norm_is_folded_and_nothing_packed(
+    tiny: Callable[..., InstanceFormer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    network, frames = tiny(backbone_norm="batch"), torch.randn(1, 2, 3, 70, 101)
+    optimised = optimise(network)
+    assert not any(isinstance(module, nn.BatchNorm2d | PackedConv2d) for module in optimised.modules())
+    assert_equal_outputs(stream(optimised, frames), stream(network, frames), 1e-4)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,21 +206,79 @@ def test_a_part_beyond_the_end_is_refused(tmp_path, checkpoint, folder):
     assert list(folder.iterdir()) == []
 
 
-def test_outputs_are_looked_at_before_anything_runs(tmp_path, capsys):
+def test_outputs_are_looked_at_before_anything_runs(tmp_path):
     with pytest.raises(ValueError, match="found nothing to write"):
         SegmentOutputs()
     with pytest.raises(ValueError, match=r"film\.avi, expected a name that ends in \.mp4"):
         SegmentOutputs(output=tmp_path / "film.avi")
     with pytest.raises(ValueError, match=r"found no folder .*nowhere, expected one that exists"):
         SegmentOutputs(results=tmp_path / "nowhere" / "results.json")
-    with pytest.raises(ValueError, match="found a folder, expected the name of a file"):
+    with pytest.raises(ValueError, match="found a folder or device, expected the name of a file"):
         SegmentOutputs(results=tmp_path)
     (tmp_path / "masks").mkdir()
     SegmentOutputs(masks=tmp_path / "masks")
     (tmp_path / "masks" / "0.png").touch()
     with pytest.raises(ValueError, match="masks is there already, expected a new or empty folder"):
         SegmentOutputs(masks=tmp_path / "masks")
-    video = write_film(tmp_path / "video.mp4", moving_square(2))
-    with pytest.raises(SystemExit):
-        main(["segment", str(video), "--checkpoint=any.ckpt", f"--output={video}"])
-    assert "the video itself, expected another name" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="/dev/null: found a folder or device"):
+        SegmentOutputs(results=Path("/dev/null"))
+    with pytest.raises(ValueError, match=r"results: found .*a\.mp4, which is the output too"):
+        SegmentOutputs(output=tmp_path / "a.mp4", results=tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize(
+    ("video", "outputs", "message"),
+    [
+        ("video.mp4", ["--output=video.mp4"], "output: found video.mp4, which is the video too, expected another"),
+        ("file://{here}/video.mp4", ["--results=link.mp4"], "results: found link.mp4, which is the video too"),
+        ("video.mp4", ["--results=tiny.ckpt"], "results: found tiny.ckpt, which is the checkpoint too"),
+        ("video.mp4", ["--results=a" + 300 * "b"], "File name too long"),
+    ],
+)
+def test_nothing_that_is_read_is_written_and_paths_are_tried_first(
+    tmp_path, checkpoint, monkeypatch, video, outputs, message
+):
+    monkeypatch.chdir(tmp_path)
+    film = write_film(tmp_path / "video.mp4", moving_square(2)).read_bytes()
+    Path("link.mp4").symlink_to("video.mp4")
+    monkeypatch.setattr(VideoInstanceSegmenter, "step", lambda *_: pytest.fail("frames were looked at"))
+    with pytest.raises(SystemExit) as stop:
+        main(["segment", video.format(here=tmp_path), f"--checkpoint={checkpoint}", *outputs, *SHOW_ALL])
+    assert message in str(stop.value.code)
+    assert Path("video.mp4").read_bytes() == film
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.mp4", "tiny.ckpt", "video.mp4"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_and_what_was_seen_is_complete(tmp_path, checkpoint, folder, number):
+    video = write_film(tmp_path / "video.mp4", moving_square(3000))
+    outputs = [f"--output={folder / 'film.mp4'}", f"--results={folder / 'results.json'}", f"--masks={folder / 'masks'}"]
+    program = [sys.executable, "-c", "from instanceformer.cli import main; main()"]
+    run = subprocess.Popen([*program, "segment", str(video), f"--checkpoint={checkpoint}", *outputs, *SHOW_ALL])
+    try:
+        while run.poll() is None and len(list(folder.glob("masks/*.png"))) < 5:
+            time.sleep(0.05)
+        run.send_signal(number)
+        assert run.wait(timeout=60) == 130
+    finally:
+        run.kill()
+    count = len(shape_of(folder / "film.mp4"))
+    assert 5 <= count < 3000
+    (length,) = {len(track.segmentations) for track in read_results(folder / "results.json")}
+    assert abs(length - count) <= 1  # the signal may come between the two
+    assert not list(folder.rglob(".*"))
+
+
+def test_an_output_that_fails_leaves_the_others_complete(tmp_path, checkpoint, folder, monkeypatch):
+    write, full = Image.Image.save, OSError(28, "No space left on device")
+
+    def save(image, file, *args, **options):
+        if "000003" in str(file):
+            raise full
+        write(image, file, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    message = fail(write_film(tmp_path / "video.mp4", moving_square(6)), checkpoint, folder)
+    assert "No space left on device; what was seen is written" in message
+    assert len(shape_of(folder / "film.mp4")) == 4
+    assert {len(track.segmentations) for track in read_results(folder / "results.json")} == {4}

@@ -4,6 +4,7 @@ from functools import partialmethod
 import numpy as np
 import pytest
 import torch
+from tests.conftest import needs_bfloat16
 from tests.inference.films import moving_square, write_film
 from torch import nn
 
@@ -93,10 +94,11 @@ def test_after_a_reset_the_same_video_gives_the_same(tiny):
     assert_same(list(segmenter.segment(frames)), first, differing=0)  # which resets
 
 
+@pytest.mark.parametrize("memory", [False, True])
 @pytest.mark.parametrize("location", ["paper", "refined"])
-def test_a_query_whose_track_ended_starts_afresh_under_a_new_id(tiny, location):
-    """With one query and no memory, the frame after the end is as the first of a video."""
-    network = tiny(num_queries=1, memory_tokens=1, memory=False, location=location)
+def test_a_query_whose_track_ended_starts_afresh_under_a_new_id(tiny, location, memory):
+    """With one query, the frame after the end is as the first of a video."""
+    network = tiny(num_queries=1, memory_tokens=1, memory=memory, location=location)
     for seed in range(20):  # two frames of which the second leaves the query less confident
         bright, dark = noise(2, seed=seed)
         clip = normalise(resize(torch.from_numpy(np.stack([bright, dark])).permute(0, 3, 1, 2), 64, 768))[None]
@@ -129,6 +131,7 @@ def test_masks_are_made_of_the_shown_queries_only(tiny, monkeypatch):
     assert asked == [3]
 
 
+@needs_bfloat16
 def test_bfloat16_is_close(tiny):
     network, frames = tiny(), noise(2)
     exact, rough = (
@@ -158,8 +161,7 @@ def test_a_checkpoint_brings_its_categories(tiny, tmp_path):
     named = VideoInstanceSegmenter.from_checkpoint(str(tmp_path / "named.ckpt"), device="cpu")
     assert named.categories == (Category(7, "cat"), Category(9, "dog"))
     assert not named.network.training
-    weights = network.state_dict()
-    assert all(value.equal(weights[name]) for name, value in named.network.state_dict().items())
+    assert_same([named.step(noise(1)[0])], [VideoInstanceSegmenter(network).step(noise(1)[0])])
 
 
 def test_films_and_arrays_of_any_layout_are_taken(tiny, tmp_path):
@@ -195,8 +197,10 @@ def test_wrong_categories_and_devices_are_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="found 1 categories, expected the network's 5"):
         VideoInstanceSegmenter(tiny(), [Category(1, "cat")])
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="found cuda:0, but PyTorch sees no GPU here"):
+        with pytest.raises(ValueError, match="device: found cuda:0, which PyTorch does not have here, expected cpu"):
             VideoInstanceSegmenter.from_checkpoint(tmp_path / "any.ckpt", device="cuda:0")
+    with pytest.raises(ValueError, match="device: found toaster, which"):
+        VideoInstanceSegmenter.from_checkpoint(tmp_path / "any.ckpt", device="toaster")
 
 
 def test_where_frames_break_off_those_before_come_first():
@@ -210,6 +214,26 @@ def test_where_frames_break_off_those_before_come_first():
     assert sizes == [3, 2]
     assert [len(chunk) for chunk in chunks(noise(6), 3)] == [3, 3]
     assert list(chunks([], 3)) == []
+
+
+def test_one_video_at_a_time(tiny):
+    segmenter = VideoInstanceSegmenter(tiny(), options=SegmenterOptions(**EVERYTHING))
+    first = segmenter.segment(noise(3))
+    next(first)
+    second = segmenter.segment(noise(3))
+    next(second)
+    with pytest.raises(ValueError, match="found another video begun in the middle of this one"):
+        next(first)
+    assert len(list(second)) == 2
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_frame_of_another_size_ends_the_video_after_those_before_it(tiny, chunk):
+    segmenter = VideoInstanceSegmenter(tiny(), options=SegmenterOptions(**EVERYTHING, chunk=chunk))
+    steps = segmenter.segment([*noise(3), *noise(1, height=50)])
+    assert [len(next(steps)) > 0 for _ in range(3)] == [True] * 3
+    with pytest.raises(ValueError, match="found 120x50 pixels, expected 120x90 like the first frame"):
+        next(steps)
 
 
 @pytest.mark.slow

@@ -82,6 +82,11 @@ def test_an_exception_leaves_the_old_film_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_film_that_cannot_be_written_is_refused_before_its_first_frame(tmp_path):
+    with pytest.raises(OSError, match=r"nowhere.*film\.mp4"), VideoWriter(tmp_path / "nowhere" / "film.mp4", fps=10):
+        pytest.fail("the block was entered")
+
+
 def test_a_film_without_frames_is_refused(tmp_path):
     with (
         pytest.raises(ValueError, match=r"film\.mp4: no frame was written"),
@@ -145,6 +150,47 @@ def test_a_film_is_turned_as_its_display_matrix_asks(tmp_path, matrix, turns):
     assert difference(read(path), [np.rot90(frame, turns) for frame in frames]) < 6
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(("across", "down"), [(-1, 1), (1, -1)])
+def test_a_mirrored_film_is_shown_mirrored(tmp_path, transpose, across, down):
+    """As selfies are; where the axes change places, a turn comes with it."""
+    frames = moving_square(3)
+    path = write_film(tmp_path / "film.mp4", frames)
+    turn(path, (0, down, across, 0) if transpose else (across, 0, 0, down))
+    shown = [frame.transpose(1, 0, 2) if transpose else frame for frame in frames]
+    assert difference(read(path), [frame[::down, ::across] for frame in shown]) < 6
+
+
+def test_a_clock_that_is_set_does_not_stop_the_film(tmp_path):
+    """One jumps by hours; one begins anew, as a camera's does when it starts again."""
+    jumps = write_film(tmp_path / "jumps.mkv", moving_square(5), "ffv1", "yuv420p", [0, 0.1, 0.3, 25000, 25000.1])
+    assert [frame.seconds for frame in open_video(jumps).frames] == pytest.approx([0, 0.1, 0.3, 0.4, 0.5], abs=5e-3)
+    parts = [write_film(tmp_path / f"{t}.ts", moving_square(3), seconds=[t, t + 0.1, t + 0.2]) for t in (5000, 0)]
+    again = tmp_path / "again.ts"
+    again.write_bytes(b"".join(part.read_bytes() for part in parts))
+    found = [frame.seconds for frame in open_video(again).frames]
+    assert found == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5], abs=5e-3)
+
+
+@pytest.mark.parametrize("height", [480, 720])
+def test_colours_survive_a_film_of_any_size(tmp_path, height):
+    """Also for players, which go by what the film says of them."""
+    path, frame = tmp_path / "film.mp4", np.full((height, 64, 3), (250, 10, 20), dtype=np.uint8)
+    with VideoWriter(path, fps=10) as writer:
+        writer.write(frame)
+    with av.open(str(path)) as film:
+        picture = next(film.decode(video=0))
+        assert (int(picture.colorspace), int(picture.color_range)) == (5, 1)
+    assert difference(read(path), [frame]) < 6
+    untagged = write_film(tmp_path / "untagged.mkv", [frame], "libx264", "yuv444p")
+    with av.open(str(untagged)) as film:
+        picture = next(film.decode(video=0))
+        assert picture.colorspace == 2
+        standard = "ITU709" if height == 720 else "ITU601"
+        expected = picture.to_ndarray(format="rgb24", src_colorspace=standard)
+    np.testing.assert_array_equal(read(untagged)[0], expected)
+
+
 def test_frames_of_a_variable_rate_keep_their_times(tmp_path):
     times = [0.5, 0.54, 1.3, 1.33, 2.5]
     path = write_film(tmp_path / "film.mkv", moving_square(5), seconds=times)
@@ -186,6 +232,45 @@ def test_folders_without_images_and_images_that_are_none_are_refused(tmp_path):
         open_video(tmp_path)
 
 
+def test_images_of_16_bits_and_photographs_on_their_side_are_shown_as_they_are_meant(tmp_path):
+    ramp = np.linspace(0, 65535, 48 * 64).reshape(48, 64)
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "deep" / "0.png")
+    (frame,) = read(tmp_path / "deep")
+    assert np.abs(frame - ramp[..., None] / 257).max() <= 1
+
+    (tmp_path / "photos").mkdir()
+    lying = np.zeros((48, 64, 3), dtype=np.uint8)
+    lying[:, 32:] = 200
+    exif = Image.Exif()
+    exif[274] = 6  # the camera was held upright: to be turned clockwise
+    Image.fromarray(lying).save(tmp_path / "photos" / "0.jpg", exif=exif)
+    Image.new("RGB", (48, 64)).save(tmp_path / "photos" / "1.jpg")
+    first, _ = read(tmp_path / "photos")
+    assert difference([first], [np.rot90(lying, -1)]) < 6
+
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "deep" / "0.tif")
+    (tmp_path / "deep" / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"0\.tif: .*mode F, expected 8 or 16 bits"):
+        read(tmp_path / "deep")
+
+
+@pytest.mark.parametrize("name", ["film.mkv", "film.webm"])
+def test_matroska_that_is_cut_off_says_so(tmp_path, name):
+    codec = "libvpx-vp9" if name == "film.webm" else "libx264"
+    path = cut(write_film(tmp_path / name, moving_square(40), codec), 0.6)
+    count, message = read_until_broken(path)
+    assert 1 <= count < 31
+    assert "the file is cut off, 4 seconds of video are declared" in message
+
+
+def test_a_name_with_a_colon_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with VideoWriter("12:30:05.mp4", fps=10) as writer:
+        writer.write(moving_square(1)[0])
+    assert len(read("12:30:05.mp4")) == 1
+
+
 def test_an_image_that_breaks_off_ends_the_video(tmp_path):
     rng = np.random.default_rng(0)
     for number in range(2):
@@ -209,6 +294,9 @@ def test_files_that_are_no_video_are_refused_at_the_call(tmp_path):
     (tmp_path / "empty.mp4").write_bytes(b"")
     with pytest.raises(ValueError, match=r"empty\.mp4: cannot be opened as a video"):
         open_video(tmp_path / "empty.mp4")
+    (tmp_path / "text.txt").write_text("no video\n" * 100)
+    with pytest.raises(ValueError, match=r"text\.txt: the file has no video stream"):
+        open_video(tmp_path / "text.txt")
     with pytest.raises(ValueError, match=r"sound\.wav: the file has no video stream"):
         open_video(write_sound(tmp_path / "sound.wav"))
     path = cut(write_film(tmp_path / "film.mp4", moving_square(3)), 0.02)  # not even its index

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from instanceformer import InstanceFormer
+from instanceformer.data.augment import normalise
 from instanceformer.model.heads import upsample_aligned
 from instanceformer.model.network import ClipPrediction, duplicates
 from instanceformer.model.state import TrackState
@@ -230,11 +235,63 @@ def test_padding_must_be_a_margin(tiny) -> None:
         ({"dim": 100}, "num_heads=8"),
         ({"min_confidence": 1.5}, "min_confidence"),
         ({"memory_frames": 0}, "at least 1"),
+        ({"mask_stride": 16}, "mask_stride: found 16, expected 4 or 8"),
+        ({"location": "multiplicative"}, "location: found 'multiplicative', expected none or paper or additive"),
+        ({"location_from": "query"}, "location_from: found 'query', expected content or position"),
+        ({"temporal_index": "sine"}, "temporal_index: found 'sine'"),
+        ({"mask_upsampling": "nearest"}, "mask_upsampling: found 'nearest'"),
+        ({"backbone_norm": "group"}, "backbone_norm: found 'group'"),
+        ({"free_queries": "fresh"}, "free_queries: found 'fresh'"),
     ],
 )
 def test_impossible_options_are_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         InstanceFormer(4, **options)
+
+
+class BlockingCopies(TorchDispatchMode):
+    """Collects the copies from one device to another at which a program waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if (
+            func is torch.ops.aten._to_copy.default
+            and args[0].device != result.device
+            and not kwargs.get("non_blocking")
+        ):
+            self.seen.append(f"{args[0].device} to {result.device}")
+        return result
+
+
+@torch.no_grad()
+def test_no_frame_waits_for_a_gpu(tiny) -> None:
+    """On a GPU that is pretended, where whatever depends on its numbers fails; and a copy that blocks is seen."""
+    network = tiny(free_queries="renew", min_confidence=0.02, max_overlap=0.5)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in network.modules():
+            for name, x in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                there = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+                setattr(module, name, nn.Parameter(there) if isinstance(x, nn.Parameter) else there)
+        frames = torch.zeros(1, 2, 3, 64, 96, dtype=torch.uint8, device="cuda")
+        with BlockingCopies() as copies:
+            state = network.initial_state(1)
+            features = network.encode(normalise(frames))
+            for t in range(2):
+                prediction = network.decode(features[t], state)
+                shown = prediction.scores.amax(-1).topk(3).indices
+                assert network.segment(features[t], prediction, shown).device.type == "cuda"
+                state = network.advance(state, prediction).release(torch.zeros_like(state.carried))
+        assert copies.seen == []
+        with pytest.raises(DynamicOutputShapeException):
+            state.carried.nonzero()
+        with copies:
+            state.queries.to("cpu")
+        assert copies.seen == ["cuda:0 to cpu"]
 
 
 def test_a_swin_works_too(tiny) -> None:

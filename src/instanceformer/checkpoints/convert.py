@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from instanceformer.checkpoints.files import Checkpoint, check_suffix, is_own, load, read, write
+from instanceformer.checkpoints.files import Checkpoint, check_finite, check_suffix, is_own, load, read, write
 from instanceformer.checkpoints.sources import RELEASE, SOURCES, Source
 from instanceformer.data.annotations import Category
 from instanceformer.data.catalog import CATALOG, DatasetName
@@ -22,13 +22,17 @@ RULES = {"multiplicative": "paper", "additive": "additive", "none": "none"}
 """The release's ways to propagate reference points and the rules of LocationPropagation that they are."""
 
 RESNETS = {
-    (2, 2, 2, 2, False): "resnet18",
-    (3, 4, 6, 3, False): "resnet34",
-    (3, 4, 6, 3, True): "resnet50",
-    (3, 4, 23, 3, True): "resnet101",
-    (3, 8, 36, 3, True): "resnet152",
+    (2, 2, 2, 2, 64, 64): "resnet18",
+    (3, 4, 6, 3, 64, 64): "resnet34",
+    (3, 4, 6, 3, 64, 64, 256): "resnet50",
+    (3, 4, 23, 3, 64, 64, 256): "resnet101",
+    (3, 8, 36, 3, 64, 64, 256): "resnet152",
+    (3, 4, 6, 3, 128, 4, 256): "resnext50_32x4d",
+    (3, 4, 23, 3, 256, 8, 256): "resnext101_32x8d",
+    (3, 4, 23, 3, 256, 4, 256): "resnext101_64x4d",
 }
-"""Blocks of the four stages, and whether they are bottlenecks."""
+"""Blocks of the four stages; of the first block the outputs of the first convolution, the inputs to a group of the
+second and, if it is a bottleneck, the outputs of the third."""
 
 DATASETS: dict[int, tuple[DatasetName, ...]] = {27: ("ovis",), 42: ("ytvis19", "ytvis21"), 91: ("coco",)}
 """What the number of class channels says of the dataset."""
@@ -62,6 +66,9 @@ class SourceOptions:
     def __post_init__(self) -> None:
         if self.support < 2:
             raise ValueError(f"support: found {self.support}, expected at least 2, the current frame and one before it")
+        for name in ("tokens", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,7 @@ def convert_file(source: Path, output: Path, options: SourceOptions = SourceOpti
         if options != SourceOptions():
             raise ValueError(f"{source}: found a checkpoint of this package, which says its own options; give none")
         checkpoint, report = read(source), f"{source}: a checkpoint of this package"
+        InstanceFormer.from_checkpoint(checkpoint)  # refuses what is not whole
     else:
         try:
             conversion = convert(content.get("model", content), options)
@@ -157,7 +165,8 @@ def convert(weights: Mapping[str, Any], options: SourceOptions = SourceOptions()
             "expected a model trained with --with_box_refine, since ours refines boxes in every layer"
         )
     architecture = _architecture(weights, source, layers, options)
-    channels, categories, classes = _classes(_shape(weights, source, "class_embed.0.weight")[0], options)
+    outputs = _shape(weights, source, "class_embed.0.weight", 2)[0]
+    channels, categories, classes = _classes(outputs, options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same file every time
         network = InstanceFormer(len(channels), **architecture)
@@ -165,7 +174,8 @@ def convert(weights: Mapping[str, Any], options: SourceOptions = SourceOptions()
     expected = network.state_dict()
     ours: dict[str, Tensor] = {}
     for name, target in mapped.items():
-        for new, x in _translate(name, target, weights[name], channels).items():
+        check_finite(name, weights[name], source.title)
+        for new, x in _translate(name, target, weights[name], channels, outputs).items():
             if new not in expected or x.shape != expected[new].shape:
                 wanted = f"shape {tuple(expected[new].shape)}" if new in expected else "no such entry"
                 raise ValueError(f"{name}: found shape {tuple(x.shape)} for our {new}, expected {wanted}")
@@ -183,16 +193,18 @@ def convert(weights: Mapping[str, Any], options: SourceOptions = SourceOptions()
 
 def _recognise(weights: Mapping[str, Any]) -> Source:
     """The source that the state dict is of."""
+    if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"found {type(weights).__name__} under 'model', expected a state dict, tensors by name")
     for source in SOURCES:
         if f"{source.prefix}{source.marker}.weight" in weights:
             strange = [name for name, x in weights.items() if not isinstance(x, Tensor)]
             if strange:
                 raise ValueError(f"{strange[0]}: found {type(weights[strange[0]]).__name__}, expected a tensor")
             return source
-    found = ", ".join(list(map(str, weights))[:3]) or "nothing"
+    found = ", ".join(list(weights)[:3]) or "nothing"
     raise ValueError(
-        f"found {len(weights)} entries such as {found}; expected a state dict, plain or under 'model', of "
-        f"{'; '.join(source.title for source in SOURCES)}"
+        f"found {len(weights)} entries such as {found}; expected a state dict, plain or under 'model', without a "
+        f"'module.' before its names, of {'; '.join(source.title for source in SOURCES)}"
     )
 
 
@@ -225,9 +237,9 @@ def _architecture(
     weights: Mapping[str, Tensor], source: Source, layers: tuple[int, ...], options: SourceOptions
 ) -> dict[str, Any]:
     """Options of our network, but the number of classes, as the source, the shapes and ``options`` say them."""
-    num_queries, both = _shape(weights, source, "query_embed.weight")
-    num_levels = _shape(weights, source, "transformer.level_embed")[0]
-    attention = _shape(weights, source, "transformer.encoder.layers.0.self_attn.attention_weights.weight")[0]
+    num_queries, both = _shape(weights, source, "query_embed.weight", 2)
+    num_levels = _shape(weights, source, "transformer.level_embed", 2)[0]
+    attention = _shape(weights, source, "transformer.encoder.layers.0.self_attn.attention_weights.weight", 2)[0]
     architecture = {
         **source.options,
         "backbone": _resnet(weights, f"{source.prefix}backbone.0.body"),
@@ -238,7 +250,7 @@ def _architecture(
         "num_points": attention // (num_levels * options.heads),
         "encoder_layers": layers[0],
         "decoder_layers": layers[1],
-        "feedforward_dim": _shape(weights, source, "transformer.encoder.layers.0.linear1.weight")[0],
+        "feedforward_dim": _shape(weights, source, "transformer.encoder.layers.0.linear1.weight", 2)[0],
     }
     if source is RELEASE:
         architecture |= {
@@ -250,11 +262,14 @@ def _architecture(
     return architecture
 
 
-def _shape(weights: Mapping[str, Tensor], source: Source, name: str) -> torch.Size:
+def _shape(weights: Mapping[str, Tensor], source: Source, name: str, dims: int) -> torch.Size:
     name = f"{source.prefix}{name}"
     if name not in weights:
         raise ValueError(f"found no {name} in {source.title}, expected a whole state dict")
-    return weights[name].shape
+    shape = weights[name].shape
+    if len(shape) != dims or 0 in shape:
+        raise ValueError(f"{name}: found shape {tuple(shape)}, expected {dims} dimensions, none of them empty")
+    return shape
 
 
 def _resnet(weights: Mapping[str, Tensor], body: str) -> str:
@@ -262,13 +277,17 @@ def _resnet(weights: Mapping[str, Tensor], body: str) -> str:
     blocks = [
         next(i for i in count() if f"{body}.layer{stage}.{i}.conv1.weight" not in weights) for stage in range(1, 5)
     ]
-    bottleneck = f"{body}.layer1.0.conv3.weight" in weights
-    name = RESNETS.get((blocks[0], blocks[1], blocks[2], blocks[3], bottleneck))
-    if name is None:
+    sides = (("conv1", 0), ("conv2", 1), ("conv3", 0))
+    widths = [
+        weights[name].shape[side] for conv, side in sides if (name := f"{body}.layer1.0.{conv}.weight") in weights
+    ]
+    found = (*blocks, *widths)
+    if found not in RESNETS:
         raise ValueError(
-            f"backbone: found stages of {blocks} blocks under {body}, expected {', '.join(RESNETS.values())}"
+            f"backbone: found stages of {blocks} blocks, {widths} channels wide, under {body}, expected "
+            f"{', '.join(RESNETS.values())}"
         )
-    return name
+    return RESNETS[found]
 
 
 def _classes(channels: int, options: SourceOptions) -> tuple[list[int], tuple[Category, ...], str]:
@@ -289,8 +308,14 @@ def _classes(channels: int, options: SourceOptions) -> tuple[list[int], tuple[Ca
     return kept, categories, line
 
 
-def _translate(name: str, target: str, x: Tensor, channels: list[int]) -> dict[str, Tensor]:
-    """Entry ``name`` of a source as one or two of ours."""
+def _translate(name: str, target: str, x: Tensor, channels: list[int], outputs: int) -> dict[str, Tensor]:
+    """Entry ``name`` of a source with ``outputs`` class channels as one or two of ours."""
+    if target.startswith("decoder.class_heads.") and x.shape[:1] != (outputs,):
+        raise ValueError(
+            f"{name}: found shape {tuple(x.shape)}, expected the {outputs} class channels of class_embed.0"
+        )
+    if target == "memory.projection.weight" and x.ndim == 2 and x.shape[1] != x.shape[0] + outputs + 4:
+        raise ValueError(f"{name}: found {x.shape[1]} columns, expected {x.shape[0]} + {outputs} classes + 4 of a box")
     try:
         return _in_our_layout(target, x, channels)
     except (IndexError, RuntimeError) as error:

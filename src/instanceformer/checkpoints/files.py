@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -33,6 +34,7 @@ class Checkpoint:
         options: arguments of InstanceFormer by name.
         weights: state dict of InstanceFormer.
         categories: id and name of every class, in the order of the class indices; empty where nobody knows them.
+        name: what messages call it, such as the path of its file.
 
     Raises:
         ValueError: there are categories, but not one for each class.
@@ -41,11 +43,35 @@ class Checkpoint:
     options: Mapping[str, Any]
     weights: Mapping[str, Tensor]
     categories: tuple[Category, ...] = ()
+    name: str = "checkpoint"
 
     def __post_init__(self) -> None:
         classes = self.options.get("num_classes")
         if self.categories and len(self.categories) != classes:
             raise ValueError(f"categories: found {len(self.categories)}, expected one for each of {classes} classes")
+
+    def check_weights(self, expected: Mapping[str, Tensor]) -> None:
+        """Refuse weights that do not fit a network, or that a training left as NaN or infinite.
+
+        Args:
+            expected: state dict of the network.
+
+        Raises:
+            ValueError: the first of what is wrong.
+        """
+        lacking = [name for name in expected if name not in self.weights]
+        unknown = [name for name in self.weights if name not in expected]
+        for names, what in ((lacking, "lacks"), (unknown, "has too many")):
+            if names:
+                raise ValueError(
+                    f"{self.name}: {what} {len(names)} weights, such as {', '.join(names[:3])}; expected those of the "
+                    f"network that its options describe, {len(expected)}"
+                )
+        for name, weight in self.weights.items():
+            if not isinstance(weight, Tensor) or weight.shape != expected[name].shape:
+                found = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+                raise ValueError(f"{self.name}: found {found} for {name}, expected {tuple(expected[name].shape)}")
+            check_finite(name, weight, self.name)
 
     def to_lightning(self) -> dict[str, Any]:
         """All that ``read`` needs, and that ``validate``, ``test`` and ``predict`` need of a ``--ckpt_path``."""
@@ -54,6 +80,18 @@ class Checkpoint:
             "state_dict": {f"{PREFIX}{name}": weight for name, weight in self.weights.items()},
             **describe(self.options, self.categories),
         }
+
+
+def check_finite(name: str, weight: Tensor, where: str) -> None:
+    """Refuse a weight that is no real number.
+
+    Raises:
+        ValueError: it is complex, quantized, NaN or infinite.
+    """
+    if weight.is_complex() or weight.is_quantized or weight.layout != torch.strided:
+        raise ValueError(f"{where}: found {name} of {weight.dtype}, {weight.layout}, expected plain real numbers")
+    if not weight.isfinite().all():
+        raise ValueError(f"{where}: found NaN or infinity in {name}, expected finite weights; take an earlier file")
 
 
 def describe(options: Mapping[str, Any], categories: tuple[Category, ...]) -> dict[str, Any]:
@@ -79,7 +117,7 @@ def read(path: str | Path) -> Checkpoint:
     try:
         weights = {k.removeprefix(PREFIX): v for k, v in content["state_dict"].items() if k.startswith(PREFIX)}
         categories = tuple(Category(int(c["id"]), str(c["name"])) for c in content.get("categories", ()))
-        return Checkpoint(dict(content["network_options"]), weights, categories)
+        return Checkpoint(dict(content["network_options"]), weights, categories, str(path))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: a checkpoint that is not whole ({error!r}); write or copy it again") from error
 
@@ -131,10 +169,16 @@ def load(path: str | Path) -> Mapping[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
+        foreign = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        if foreign:
+            raise ValueError(
+                f"{path}: found an object of {foreign[1]}, which is not loaded, since to make it would run code of the "
+                "file; expected tensors and plain values; save its state dict alone where you trust it"
+            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{path}: found a damaged file, or one with more than tensors and plain values ({reason}); expected a "
-            "whole file that torch.save wrote of a state dict; copy it again, or save its state dict alone"
+            f"{path}: found a damaged file, or none of torch.save ({reason}); expected a whole file of a state dict; "
+            "copy it again"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: found {type(content).__name__}, expected a dictionary of tensors")
@@ -150,5 +194,5 @@ def _load_safetensors(path: Path) -> Mapping[str, Any]:
             return weights
         description = json.loads(metadata[METADATA])
         return {"state_dict": {f"{PREFIX}{name}": weight for name, weight in weights.items()}, **description}
-    except (safetensors.SafetensorError, json.JSONDecodeError, TypeError) as error:
+    except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: a damaged safetensors file ({error}); copy or write it again") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -9,10 +10,11 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from instanceformer.inference.allocator import keep_memory
 from instanceformer.inference.options import SegmenterOptions
-from instanceformer.inference.segment import SegmentOutputs, segment_video
+from instanceformer.inference.segment import SegmentOutputs, refuse_same, segment_video
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
-from instanceformer.inference.video_io import BrokenVideo, open_video
+from instanceformer.inference.video_io import open_video
 
 
 def run(args: Sequence[str]) -> None:
@@ -31,15 +33,16 @@ def run(args: Sequence[str]) -> None:
     found = parser.parse_args(list(args))
     outputs = SegmentOutputs(**{field.name: found[field.name] for field in fields(SegmentOutputs)})
     options = SegmenterOptions(**{field.name: found[field.name] for field in fields(SegmenterOptions)})
-    if outputs.output is not None and outputs.output.resolve() == Path(found.video).resolve():
-        parser.error(f"--output: found {outputs.output}, the video itself, expected another name")
+    refuse_same({"video": found.video, "checkpoint": found.checkpoint, **vars(outputs)})
+    keep_memory()
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # whoever stops a camera gets what was seen, as by Ctrl-C
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     video = open_video(found.video, found.fps)
     segmenter = VideoInstanceSegmenter.from_checkpoint(found.checkpoint, found.device, options)
     part = {"start": found.start, "end": found.end, "stride": found.stride}
     try:
         count = segment_video(video, segmenter, outputs, **part, progress=True)
-    except BrokenVideo as error:
-        raise ValueError(f"{error}; what was seen is written") from error
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"{count} frames; written: {', '.join(str(path) for path in vars(outputs).values() if path is not None)}")

@@ -162,7 +162,8 @@ def export_files(checkpoint: str | Path, folder: Path, options: ExportOptions) -
     Raises:
         ValueError: the checkpoint holds no network, or the packages that ONNX needs are not there.
     """
-    network, categories = InstanceFormer.from_checkpoint(checkpoint), checkpoints.read(checkpoint).categories
+    source = checkpoints.read(checkpoint)
+    network = InstanceFormer.from_checkpoint(source)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, program in zip(("encode", "step"), export_programs(network, options), strict=True):
@@ -175,7 +176,7 @@ def export_files(checkpoint: str | Path, folder: Path, options: ExportOptions) -
     about = {
         "frame": {"height": options.height, "width": options.width, "type": "uint8", "channels": "RGB"},
         "state": {name: list(getattr(network.initial_state(1), name).shape) for name in STATE},
-        "categories": [vars(category) for category in categories],
+        "categories": [vars(category) for category in source.categories],
     }
     files.append(folder / "about.json")
     with replacing(files[-1]) as temporary:

@@ -29,29 +29,39 @@ def optimise(network: InstanceFormer, dtype: torch.dtype = torch.float32) -> Ins
     Args:
         network: in any mode; left as it is.
         dtype: float32, or bfloat16 for the large matrix products on a CPU: faster where the processor multiplies
-            bfloat16 (AVX512-BF16, AMX), several times slower where it does not. What is added up from layer to layer,
-            locations, softmax, and all that is read off a query (class, box, mask weights) stay float32. On a GPU,
-            run the float32 network under ``torch.autocast``.
+            bfloat16 (AVX512-BF16, AMX), several times slower where it has AVX512 only. What is added up from layer to
+            layer, locations, softmax, and all that is read off a query (class, box, mask weights) stay float32. On a
+            GPU, run the float32 network under ``torch.autocast``.
 
     Raises:
-        ValueError: another dtype, or bfloat16 without a CPU that has oneDNN.
+        ValueError: another dtype, bfloat16 on a device that oneDNN has no products of it for, or an optimised network.
     """
     device = network.query_content.device
-    packs = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if any(isinstance(module, PackedConv2d) for module in network.modules()):
+        raise ValueError("network: found one that is optimised already, expected one as it was loaded")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: found {dtype}, expected torch.float32 or torch.bfloat16")
-    if dtype == torch.bfloat16 and not packs:
+    if dtype == torch.bfloat16 and not (packs(device) and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         raise ValueError(
-            f"dtype: found torch.bfloat16 on {device}, expected torch.float32 but for a CPU with oneDNN; on a GPU run "
-            "the float32 network under torch.autocast"
+            f"dtype: found bfloat16 on {device}, where oneDNN has no products of it; expected float32, or on a CPU one "
+            "with AVX512 or AMX; on a GPU run the float32 network under torch.autocast"
         )
     network = copy.deepcopy(network).eval().requires_grad_(False)
     network.backbone.body = fold_batch_norm(network.backbone.body)
-    if packs:
+    if packs(device):
         network.backbone.body = pack_convolutions(network.backbone.body, dtype)
         for part in (network.projection, network.encoder, network.decoder.layers, network.mask_head):
             pack_layers(part, dtype)
     return network
+
+
+def packs(device: torch.device) -> bool:
+    """Whether layers are packed for oneDNN: on CPUs, but not on ARM, where its products with a ReLU or sum are slow."""
+    return (
+        device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and not torch.ops.mkldnn._is_mkldnn_acl_supported()
+    )
 
 
 def fold_batch_norm(body: fx.GraphModule) -> fx.GraphModule:
@@ -141,15 +151,16 @@ class PackedConv2d(nn.Module):
         self.where = (conv.padding, conv.stride, conv.dilation, conv.groups)
         self.weight = conv.weight.detach().to(dtype)
         self.bias = None if conv.bias is None else conv.bias.detach().to(dtype)
-        self.packed, self.packed_for = self.weight, (torch.Size(), 0)
+        self.packed_for = (torch.Size(), 0)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """(X, inputs, H, W), and what is added to the (X, outputs, h, w) result."""
         x = x.to(self.dtype, memory_format=torch.channels_last)
         if self.packed_for != (x.shape, torch.get_num_threads()):
             self.packed_for = (x.shape, torch.get_num_threads())
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.where, x.shape)
-        convolve, weights = torch.ops.mkldnn._convolution_pointwise, (self.packed, self.bias, *self.where)
+            plain = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+            self.weight = torch.ops.mkldnn._reorder_convolution_weight(plain, *self.where, x.shape)
+        convolve, weights = torch.ops.mkldnn._convolution_pointwise, (self.weight, self.bias, *self.where)
         y: Tensor
         if other is None:
             y = convolve(x, *weights, self.activation, [], "")

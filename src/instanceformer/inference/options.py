@@ -29,8 +29,8 @@ class SegmenterOptions:
         max_size: longest side in pixels of the frames that the network sees.
         chunk: how many frames ``segment`` encodes at once. More are faster on a GPU; a frame's instances come when its
             chunk is full, and depend on no later frame all the same.
-        precision: ``bf16`` computes the large products in bfloat16, on a GPU under autocast; on a processor that cannot
-            multiply bfloat16 it is several times slower.
+        precision: ``bf16`` computes the large products in bfloat16, on a GPU under autocast; on a processor with AVX512
+            but no products of bfloat16 it is several times slower, and one with less is refused.
         compile: compile the network's parts, which makes the first frames slow and the others faster.
     """
 

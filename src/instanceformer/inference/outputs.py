@@ -13,7 +13,7 @@ from PIL import Image
 
 from instanceformer.data.annotations import Category
 from instanceformer.evaluation.results import RLE, Track, encode_mask, write_results
-from instanceformer.files import replacing
+from instanceformer.files import check_writable, replacing
 from instanceformer.inference.instances import FrameInstances
 from instanceformer.inference.render import instance_color
 
@@ -38,6 +38,7 @@ class ResultsWriter:
         self.frames = 0
 
     def __enter__(self) -> Self:
+        check_writable(self.path)
         self._database = sqlite3.connect("")  # a temporary file that nobody else sees
         self._database.execute("PRAGMA journal_mode = OFF")
         self._database.execute("CREATE TABLE tracks (id INTEGER PRIMARY KEY, label INTEGER, score REAL)")
@@ -50,12 +51,17 @@ class ResultsWriter:
     def write(self, instances: FrameInstances) -> None:
         """Append a frame; a track's category and score are those of the last frame that shows it."""
         tracks = list(zip(*(x.tolist() for x in (instances.ids, instances.labels, instances.scores)), strict=True))
-        self._database.executemany("INSERT OR REPLACE INTO tracks VALUES (?, ?, ?)", tracks)
-        for (track, _, _), mask in zip(tracks, instances.masks.numpy(), strict=True):
-            code = encode_mask(mask)
-            if code is not None:
-                row = (track, self.frames, *code["size"], code["counts"])
-                self._database.execute("INSERT INTO masks VALUES (?, ?, ?, ?, ?)", row)
+        codes = [encode_mask(mask) for mask in instances.masks.numpy()]
+        rows = [
+            (track, self.frames, *code["size"], code["counts"])
+            for (track, _, _), code in zip(tracks, codes, strict=True)
+            if code is not None
+        ]
+        try:
+            self._database.executemany("INSERT OR REPLACE INTO tracks VALUES (?, ?, ?)", tracks)
+            self._database.executemany("INSERT INTO masks VALUES (?, ?, ?, ?, ?)", rows)
+        except sqlite3.Error as error:
+            raise OSError(f"{self.path}: its masks cannot be kept until the end ({error})") from error
         self.frames += 1
 
     def __exit__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 
@@ -82,7 +83,9 @@ def draw_instances(
             draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colors[index], width=line)
     occupied: list[Rectangle] = []
     for index in order:
-        text = f"#{int(instances.ids[index])} {class_names[int(instances.labels[index])]}"
+        name = class_names[int(instances.labels[index])]
+        name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()  # all that the font has
+        text = f"#{int(instances.ids[index])} {name}"
         if scores:
             text += f" {float(instances.scores[index]):.2f}"
         occupied.append(_draw_label(draw, text, masks[index], colors[index], occupied))

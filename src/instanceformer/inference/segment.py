@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from instanceformer.files import check_writable
 from instanceformer.inference.outputs import ResultsWriter, write_label_image
 from instanceformer.inference.render import draw_instances
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
@@ -44,8 +46,28 @@ class SegmentOutputs:
             if path is not None and not path.absolute().parent.is_dir():
                 raise ValueError(f"{path}: found no folder {path.parent}, expected one that exists")
         for path in (self.output, self.results):
-            if path is not None and path.is_dir():
-                raise ValueError(f"{path}: found a folder, expected the name of a file")
+            if path is not None and path.exists() and not path.is_file():
+                raise ValueError(f"{path}: found a folder or device, expected the name of a file")
+        refuse_same({"output": self.output, "results": self.results, "masks": self.masks})
+
+
+def refuse_same(paths: Mapping[str, str | Path | None]) -> None:
+    """Refuse to write what is read, or two things under one name.
+
+    Args:
+        paths: what is read and written, by the names of the options.
+
+    Raises:
+        ValueError: two of them are one file.
+    """
+    names: dict[Path, str] = {}
+    for name, path in paths.items():
+        if path is None:
+            continue
+        place = Path(str(path).removeprefix("file://")).resolve()
+        if place in names:
+            raise ValueError(f"{name}: found {path}, which is the {names[place]} too, expected another name")
+        names[place] = name
 
 
 def segment_video(
@@ -60,8 +82,8 @@ def segment_video(
 ) -> int:
     """Segment a video and write what comes of it.
 
-    Files appear under their names when they are complete. If the video breaks off, or Ctrl-C ends it, they are
-    completed with what was seen until then, and the error is raised after that.
+    Files appear under their names when they are complete. Whatever ends the video early, a source that breaks off, an
+    error or Ctrl-C, they are completed with what was seen until then, and the error is raised after that.
 
     Args:
         video: to segment.
@@ -76,8 +98,10 @@ def segment_video(
         Number of frames looked at.
 
     Raises:
-        BrokenVideo: the video could be read in part only; the outputs are complete as far as that part goes.
+        BrokenVideo: the video could be read in part only; the outputs are complete as far as that part goes, as they
+            are after any other error that comes later than the first frame.
         ValueError: no frame could be read, or start, end or stride are out of range; nothing is written.
+        OSError: an output cannot be written.
     """
     if start < 0 or stride < 1 or (end is not None and end <= start):
         raise ValueError(f"found start {start}, end {end}, stride {stride}; expected 0 <= start < end and stride >= 1")
@@ -94,31 +118,36 @@ def segment_video(
     count, beginning = 0, 0.0
     with ExitStack() as stack:
         results = film = None
-        if outputs.results is not None:
-            results = stack.enter_context(ResultsWriter(outputs.results, segmenter.categories))
+        if outputs.masks is not None:
+            check_writable(outputs.masks)
         if outputs.output is not None:
             film = stack.enter_context(VideoWriter(outputs.output, video.fps / stride))
+        if outputs.results is not None:
+            results = stack.enter_context(ResultsWriter(outputs.results, segmenter.categories))
         total = None if length is None else len(range(start, length, stride))
-        bar = stack.enter_context(tqdm(total=total, unit="frame", disable=not progress))
+        hidden = not progress or sys.stderr is None
+        bar = stack.enter_context(tqdm(total=total, unit="frame", disable=hidden))
         try:
             for instances in segmenter.segment(images()):
                 frame = waiting.popleft()
                 beginning = beginning if count else frame.seconds
+                drawn = None if film is None else draw_instances(frame.image, instances, names, boxes=True)
                 if results is not None:
                     results.write(instances)
-                if film is not None:
-                    film.write(draw_instances(frame.image, instances, names, boxes=True), frame.seconds - beginning)
+                if film is not None and drawn is not None:
+                    film.write(drawn, frame.seconds - beginning)
                 if outputs.masks is not None:
                     outputs.masks.mkdir(exist_ok=True)
                     write_label_image(outputs.masks / f"{start + count * stride:06}.png", instances)
                 count += 1
                 bar.update()
-        except (BrokenVideo, KeyboardInterrupt) as reason:
+        except (Exception, KeyboardInterrupt) as reason:
             stopped = reason
         if count == 0:
-            if isinstance(stopped, KeyboardInterrupt):
+            if stopped is not None and not isinstance(stopped, BrokenVideo):
                 raise stopped
             raise ValueError(f"found no frame from frame {start} on" + (f"; {stopped}" if stopped else "")) from stopped
     if stopped is not None:
+        stopped.add_note("what was seen is written")
         raise stopped
     return count

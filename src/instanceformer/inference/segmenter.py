@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import final
 
@@ -16,7 +15,7 @@ from instanceformer.data.annotations import Category
 from instanceformer.data.augment import fit_size, normalise, resize
 from instanceformer.evaluation.postprocess import resize_masks
 from instanceformer.inference.instances import FrameInstances
-from instanceformer.inference.optimise import optimise
+from instanceformer.inference.optimise import optimise, packs
 from instanceformer.inference.options import MIN_SIDE, SegmenterOptions
 from instanceformer.inference.tracks import Tracks
 from instanceformer.inference.video_io import Frame, Source, open_video
@@ -58,7 +57,7 @@ class VideoInstanceSegmenter:
         if len(categories) != network.num_classes:
             raise ValueError(f"found {len(categories)} categories, expected the network's {network.num_classes}")
         self.categories, self.options, self._device = tuple(categories), options, network.query_content.device
-        packed = self._device.type == "cpu" and not options.compile and torch.backends.mkldnn.is_available()
+        packed = packs(self._device) and not options.compile
         self._autocasts = options.precision == "bf16" and not packed
         if options.compile:
             self.network = network.eval()
@@ -88,16 +87,24 @@ class VideoInstanceSegmenter:
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device: found {device}, but PyTorch sees no GPU here; expected cpu")
-        categories = checkpoints.read(path).categories or None
-        return cls(InstanceFormer.from_checkpoint(path).to(device), categories, options)
+        try:
+            torch.zeros((), device=device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+            expected = " or ".join(["cpu", *there])
+            raise ValueError(
+                f"device: found {device}, which PyTorch does not have here, expected {expected}"
+            ) from error
+        checkpoint = checkpoints.read(path)
+        network = InstanceFormer.from_checkpoint(checkpoint).to(device)
+        return cls(network, checkpoint.categories or None, options)
 
     def reset(self) -> None:
         """Forget the video: the next frame is the first of another one."""
         self._state = self.network.initial_state(1)
         self._tracks = Tracks(self.network.num_queries, self.network.num_classes, self.options, self._device)
         self._size = self._input_size = (0, 0)  # (height, width) of frames, and as the network sees them
+        self._video = object()  # which one it is
 
     def step(self, frame: Frame) -> FrameInstances:
         """The next frame of the video.
@@ -111,7 +118,7 @@ class VideoInstanceSegmenter:
         Raises:
             ValueError: the frame is something else, or too small.
         """
-        return self._track(self._encode([frame])[0])
+        return self._track(self._encode([self._checked(frame)])[0])
 
     def segment(self, source: Source) -> Iterator[FrameInstances]:
         """A whole video, after a reset.
@@ -124,27 +131,29 @@ class VideoInstanceSegmenter:
             instances of all frames up to there come before its error.
 
         Raises:
-            ValueError: the source cannot be opened (at the call); as in ``step`` and ``open_video`` (later).
+            ValueError: the source cannot be opened (at the call); as in ``step`` and ``open_video``, or another video
+                was begun before this one had ended (later).
         """
         frames = (frame.image for frame in open_video(source).frames)
         self.reset()
         return self._segment(frames)
 
     def _segment(self, frames: Iterable[Frame]) -> Iterator[FrameInstances]:
-        for chunk in chunks(frames, self.options.chunk):
+        video = self._video
+        for chunk in chunks(map(self._checked, frames), self.options.chunk):
             features = self._encode(chunk)
             for t in range(len(chunk)):
+                if self._video is not video:
+                    raise ValueError("found another video begun in the middle of this one; expected one at a time")
                 yield self._track(features[t])
 
     @torch.no_grad()
     def _encode(self, frames: Sequence[Frame]) -> FrameFeatures:
         """The stateless part, of a few frames at once."""
-        for frame in frames:
-            self._check(frame)
-        images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).to(self._device, non_blocking=True)
         pixels = normalise(resize(images, self.options.size, self.options.max_size))
         with self._autocast():
-            return self.network.encode(pixels[None].to(self._device, non_blocking=True))
+            return self.network.encode(pixels[None])
 
     @torch.no_grad()
     def _track(self, features: FrameFeatures) -> FrameInstances:
@@ -154,9 +163,7 @@ class VideoInstanceSegmenter:
             state = self.network.advance(self._state, prediction)
             boxes = prediction.boxes[-1, 0].float()
             visible, ended = self._tracks.update(prediction.scores[0], boxes, state.carried[0])
-            self._state = replace(
-                state, carried=state.carried & ~ended, class_filled=state.class_filled & ~ended[None, None]
-            )
+            self._state = state.release(ended[None])
             queries = visible.nonzero()[:, 0]  # waits for the device: the number of masks is the size of what follows
             masks = torch.zeros(len(queries), *self._size, dtype=torch.bool, device=self._device)
             if len(queries):
@@ -165,8 +172,9 @@ class VideoInstanceSegmenter:
                     masks[index] = resize_masks(mask[None], self._input_size, self._size)[0] > 0
         scores, labels = self._tracks.probabilities[queries].max(dim=-1)
         shown = masks.view(torch.uint8).amax(dim=(1, 2)) > 0  # the maximum is ten times as fast as any() of bool
-        found = (self._tracks.ids[queries], labels, scores, boxes[queries], masks)
-        ids, labels, scores, boxes, masks = (x[shown].cpu() for x in found)
+        found = (x.cpu() for x in (shown, self._tracks.ids[queries], labels, scores, boxes[queries], masks))
+        shown, ids, labels, scores, boxes, masks = found
+        ids, labels, scores, boxes, masks = (x[shown] for x in (ids, labels, scores, boxes, masks))
         height, width = self._size
         corners = box_convert(boxes, "cxcywh", "xyxy").clamp(0, 1) * torch.tensor((width, height, width, height))
         return FrameInstances(ids, labels, scores, corners, masks)
@@ -174,8 +182,8 @@ class VideoInstanceSegmenter:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocasts)
 
-    def _check(self, frame: Frame) -> None:
-        """Refuse what is no frame, or not of the video's size, which its first frame sets."""
+    def _checked(self, frame: Frame) -> Frame:
+        """The frame; refused if it is none, or not of the video's size, which its first frame sets."""
         if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
             found = (
                 f"shape {frame.shape}, type {frame.dtype}" if isinstance(frame, np.ndarray) else type(frame).__name__
@@ -191,6 +199,7 @@ class VideoInstanceSegmenter:
             )
         self._size = height, width
         self._input_size = fit_size(height, width, self.options.size, self.options.max_size)
+        return frame
 
 
 def chunks(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import av
 import numpy as np
 import numpy.typing as npt
 from av.container import InputContainer
+from av.sidedata.sidedata import SideData
+from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from instanceformer.files import natural_order, replacing
 
@@ -25,7 +28,11 @@ Source = str | Path | int | Iterable[Frame]  # see open_video
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 STREAM_TIMEOUT = 30.0  # seconds without data after which a stream counts as broken off
+LONGEST_PAUSE = 600.0  # seconds from one frame to the next; more than that is a clock that was set
+UNSPECIFIED = 2  # FFmpeg's number of the colour space of a film that does not say
+HD_HEIGHT = 720  # pixels from which a film that does not say so is taken to have the colours of high definition
 TICKS = 90_000  # of a film's clock in a second: the usual frame rates are whole numbers of them
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # of damaged images
 CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}  # FFmpeg's input device and its name
 
 
@@ -65,13 +72,13 @@ class OpenVideo:
 def open_video(source: Source, fps: float = 25.0) -> OpenVideo:
     """Open a video.
 
-    A video file is shown as its rotation asks, by quarter turns; its pixels are taken for square. Packets that cannot
-    be decoded are passed over, and reported by BrokenVideo when the rest has been read.
+    A video file is shown as its display matrix asks, turned by quarters and mirrored; its pixels are taken for square.
+    Packets that cannot be decoded are passed over, and reported by BrokenVideo when the rest has been read.
 
     Args:
         source: a video file in any container and codec that FFmpeg reads; a folder of images, one a frame, in the order
-            of their names with numbers as numbers; the address of a stream, such as rtsp://...; the index of a camera,
-            also as text; or frames (H, W, 3) uint8 RGB.
+            of their names with numbers as numbers, photographs turned as their cameras say; the address of a stream,
+            such as rtsp://...; the index of a camera, also as text; or frames (H, W, 3) uint8 RGB.
         fps: frames per second of images, frames, and files that do not say when a frame is to be shown.
 
     Raises:
@@ -94,7 +101,7 @@ def open_video(source: Source, fps: float = 25.0) -> OpenVideo:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such video file or folder of images")
-    return _open_folder(path, fps) if path.is_dir() else _open_stream(str(path), fps)
+    return _open_folder(path, fps) if path.is_dir() else _open_stream(str(path.absolute()), fps)  # no colon leads it
 
 
 def _open_stream(name: str, fps: float, device: str | None = None) -> OpenVideo:
@@ -105,18 +112,19 @@ def _open_stream(name: str, fps: float, device: str | None = None) -> OpenVideo:
         raise ValueError(f"{name}: cannot be opened as a video ({error})") from error
     covers = av.stream.Disposition.attached_pic  # a picture in a sound file
     streams = [stream for stream in container.streams.video if not stream.disposition & covers]
-    if not streams:
+    if not streams or container.format.name == "tty":  # which makes pictures of any text
         container.close()
         raise ValueError(f"{name}: the file has no video stream")
     stream = streams[0]
     stream.thread_type = "SLICE" if address or device else "AUTO"  # threads by frame are faster, but hold back frames
     fps = float(stream.average_rate or fps)
-    return OpenVideo(_decode(container, stream, name, fps), fps, stream.frames or None)
+    length = stream.frames or round((container.duration or 0) / av.time_base * fps)
+    return OpenVideo(_decode(container, stream, name, fps), fps, length or None)
 
 
 def _decode(container: InputContainer, stream: VideoStream, name: str, fps: float) -> Iterator[TimedFrame]:
     count = damaged = missing = 0
-    first = seconds = 0.0
+    first = clock = seconds = 0.0  # by the clock, the video's beginning and its last frame; and the time between them
     shape: tuple[int, ...] = ()
     problem = ""
     with container:
@@ -124,18 +132,19 @@ def _decode(container: InputContainer, stream: VideoStream, name: str, fps: floa
             for packet in container.demux(stream):
                 try:
                     frames = packet.decode()
-                    damaged += packet.is_corrupt
+                    damaged += packet.is_corrupt and not frames
                 except av.InvalidDataError:
                     damaged += 1
                     continue
                 for frame in frames:
-                    image = np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
-                    image = np.rot90(image, round(frame.rotation / 90))
+                    image = _upright(frame)
+                    time = cast("float | None", frame.time)  # whatever its stub says
+                    clock = clock + 1 / fps if time is None else time
                     if count == 0:
-                        first, shape = frame.time or 0.0, image.shape
-                    else:
-                        shown = -1.0 if frame.time is None else frame.time - first
-                        seconds = shown if shown > seconds else seconds + 1 / fps  # where a clock starts anew
+                        first, shape = clock, image.shape
+                    elif not 0 <= clock - first - seconds <= LONGEST_PAUSE:
+                        first = clock - seconds - 1 / fps
+                    seconds = clock - first
                     if image.shape != shape:
                         raise BrokenVideo(
                             f"{name}: frame {count} has {image.shape[1]}x{image.shape[0]} pixels, expected "
@@ -147,14 +156,37 @@ def _decode(container: InputContainer, stream: VideoStream, name: str, fps: floa
             problem = f"reading failed ({error})"
         if container.size > 0:
             missing = sum(entry.pos + entry.size > container.size for entry in stream.index_entries)
+        declared = _declared_duration(stream)
     if not problem and missing:
         problem = f"the file is cut off, {missing} of its frames are not there"
+    elif not problem and count and clock < declared - 1 - 1 / fps:
+        problem = f"the file is cut off, {declared:g} seconds of video are declared, the last frame is of {clock:g}"
     elif not problem and damaged:
         problem = f"{damaged} packets of data were damaged"
     if count == 0:
         raise ValueError(f"{name}: no frame can be decoded" + (f"; {problem}" if problem else ""))
     if problem:
         raise BrokenVideo(f"{name}: {problem}; {count} frames could be decoded")
+
+
+def _upright(frame: av.VideoFrame) -> Frame:
+    """The (H, W, 3) picture of a frame as it is to be shown."""
+    standard = Colorspace.ITU709 if frame.colorspace == UNSPECIFIED and frame.height >= HD_HEIGHT else None
+    image = np.asarray(frame.to_ndarray(format="rgb24", src_colorspace=standard), dtype=np.uint8)
+    matrix = cast("SideData | None", frame.side_data.get("DISPLAYMATRIX"))
+    if matrix is None:
+        return image
+    # A pixel (x, y) is shown at (a x + c y, b x + d y), but for where the picture begins.
+    a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        image, a, d = image.transpose(1, 0, 2), c, b
+    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def _declared_duration(stream: VideoStream) -> float:
+    """How many seconds long Matroska says a stream is; 0 where nothing is said."""
+    parts = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
+    return 3600 * int(parts[1]) + 60 * int(parts[2]) + float(parts[3]) if parts else 0.0
 
 
 def _open_folder(folder: Path, fps: float) -> OpenVideo:
@@ -168,8 +200,9 @@ def _open_folder(folder: Path, fps: float) -> OpenVideo:
     for file in files:
         try:
             with Image.open(file) as image:
-                sizes.append(image.size)
-        except OSError as error:
+                lies = image.format == "JPEG" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+                sizes.append(image.size[::-1] if lies else image.size)
+        except IMAGE_ERRORS as error:
             raise ValueError(f"{file}: cannot be read as an image ({error})") from error
         if sizes[-1] != sizes[0]:
             (width, height), expected = sizes[-1], sizes[0]
@@ -184,11 +217,19 @@ def _read_images(files: list[Path], fps: float) -> Iterator[TimedFrame]:
     for index, file in enumerate(files):
         try:
             with Image.open(file) as image:
-                pixels = np.array(image.convert("RGB"))
-        except OSError as error:
+                pixels = _to_rgb(ImageOps.exif_transpose(image) if image.format == "JPEG" else image)
+        except IMAGE_ERRORS as error:
             kind = BrokenVideo if index else ValueError
             raise kind(f"{file}: cannot be read as an image ({error})") from error
         yield TimedFrame(pixels, index / fps)
+
+
+def _to_rgb(image: Image.Image) -> Frame:
+    if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
+        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of Pillow's mode {image.mode}, expected 8 or 16 bits")
+    return np.array(image.convert("RGB"))
 
 
 class VideoWriter:
@@ -204,6 +245,7 @@ class VideoWriter:
 
     Raises:
         ValueError: if fps is not positive; on leaving the block, if no frame was written.
+        OSError: the file cannot be written.
     """
 
     def __init__(self, path: str | Path, fps: float) -> None:
@@ -219,9 +261,9 @@ class VideoWriter:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             temporary = stack.enter_context(replacing(self.path))
-            container = av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"})
+            container = av.open(str(temporary.absolute()), "w", format="mp4", options={"movflags": "faststart"})
             self._container = stack.enter_context(container)
-            stack.push(self._flush)
+            stack.push(self._finish)
             self._stack = stack.pop_all()
         return self
 
@@ -244,6 +286,8 @@ class VideoWriter:
             self._stream.pix_fmt = "yuv420p"
             self._stream.height, self._stream.width = height + height % 2, width + width % 2
             self._stream.codec_context.time_base = Fraction(1, TICKS)
+            self._stream.codec_context.colorspace = Colorspace.ITU601  # as pictures are converted
+            self._stream.codec_context.color_range = ColorRange.MPEG
         if frame.shape != self._shape:
             raise ValueError(f"a frame of shape {frame.shape} in a film whose first has shape {self._shape}")
         even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -252,17 +296,29 @@ class VideoWriter:
         self._ticks = max(self._ticks + 1, round(shown * TICKS))
         picture.pts, picture.time_base = self._ticks, Fraction(1, TICKS)
         self._count += 1
-        self._container.mux(self._stream.encode(picture))
+        with _writing(self.path):
+            self._container.mux(self._stream.encode(picture))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
 
-    def _flush(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Encode what the encoder holds back, but after an exception."""
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Write what the encoder holds back, and the index; after an exception nothing."""
         if kind is not None:
             return
         if self._stream is None:
             raise ValueError(f"{self.path}: no frame was written to the film")
-        self._container.mux(self._stream.encode())
+        with _writing(self.path):
+            self._container.mux(self._stream.encode())
+            self._container.close()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """FFmpeg's errors as one that names the film."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,18 @@ from instanceformer.model.propagation import ClassPrior, LocationPropagation, Lo
 from instanceformer.model.state import TrackState, push
 
 FreeQueries = Literal["propagate", "renew"]
+MaskStride = Literal[4, 8]
+
+CHOICES = {
+    "backbone_norm": Norm,
+    "mask_stride": MaskStride,
+    "mask_upsampling": Upsampling,
+    "location": LocationRule,
+    "location_from": LocationSource,
+    "temporal_index": TemporalIndex,
+    "free_queries": FreeQueries,
+}
+"""The options of InstanceFormer that have a few values, and these."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ class InstanceFormer(nn.Module):
         feedforward_dim: int = 1024,
         dropout: float = 0.1,
         cross_position: bool = True,
-        mask_stride: Literal[4, 8] = 8,
+        mask_stride: MaskStride = 8,
         mask_upsampling: Upsampling = "centred",
         propagate_queries: bool = True,
         location: LocationRule = "paper",
@@ -155,24 +167,24 @@ class InstanceFormer(nn.Module):
         self.mask_head = MaskHead(dim, mask_stride, self.backbone.channels[0], mask_upsampling)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> InstanceFormer:
+    def from_checkpoint(cls, source: str | Path | checkpoints.Checkpoint) -> InstanceFormer:
         """The network of a checkpoint, with its weights, in evaluation mode, on the CPU.
 
         Args:
-            path: what ``fit`` or ``instanceformer convert`` wrote: a Lightning checkpoint or safetensors.
+            source: path of what ``fit`` or ``instanceformer convert`` wrote, a Lightning checkpoint or safetensors; or
+                what ``checkpoints.read`` made of one.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, or holds no network of this package.
         """
-        checkpoint = checkpoints.read(path)
+        checkpoint = source if isinstance(source, checkpoints.Checkpoint) else checkpoints.read(source)
         try:
             network = cls(**checkpoint.options)
-            network.load_state_dict(checkpoint.weights)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"{path}: its options or weights are not those of this version's network; {error}"
-            ) from error
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{checkpoint.name}: options that no network of this version has; {error}") from error
+        checkpoint.check_weights(network.state_dict())
+        network.load_state_dict(checkpoint.weights)
         return network.eval()
 
     def forward(
@@ -271,8 +283,8 @@ class InstanceFormer(nn.Module):
         for stride, (h, w) in zip((4, *STRIDES), shapes, strict=False):
             extents = torch.tensor([(math.ceil(a / stride), math.ceil(b / stride)) for a, b in sizes])
             rows, columns = torch.arange(h) < extents[:, :1], torch.arange(w) < extents[:, 1:]
-            valid.append((rows[:, :, None] & columns[:, None, :]).to(frames.device))
-            ratios.append((extents.flip(-1) / torch.tensor((w, h))).to(frames.device))
+            valid.append((rows[:, :, None] & columns[:, None, :]).to(frames.device, non_blocking=True))
+            ratios.append((extents.flip(-1) / torch.tensor((w, h))).to(frames.device, non_blocking=True))
         padded = None if padding is None else ~torch.cat([v.flatten(1) for v in valid[1:]], dim=1)
         valid_ratios = torch.stack(ratios[1:], dim=1)
 
@@ -291,7 +303,7 @@ class InstanceFormer(nn.Module):
             mask_features=mask_features.unflatten(0, (batch, count)),
             levels=pyramid,
             valid_ratios=valid_ratios,
-            sizes=torch.tensor([(float(w), float(h)) for h, w in sizes], device=frames.device),
+            sizes=torch.tensor([(float(w), float(h)) for h, w in sizes]).to(frames.device, non_blocking=True),
             grid=shapes[0],
         )
 
@@ -436,8 +448,9 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(
             f"dim: found {options['dim']}, expected a multiple of 8 and of num_heads={options['num_heads']}"
         )
-    if options["mask_stride"] not in (4, 8):
-        raise ValueError(f"mask_stride: found {options['mask_stride']}, expected 4 or 8")
+    for name, known in CHOICES.items():
+        if options[name] not in get_args(known):
+            raise ValueError(f"{name}: found {options[name]!r}, expected {' or '.join(map(str, get_args(known)))}")
     if not 0 <= options["min_confidence"] < 1:
         raise ValueError(f"min_confidence: found {options['min_confidence']}, expected a score in [0, 1)")
     if not 0 < options["max_overlap"] <= 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -66,6 +66,20 @@ class TrackState:
             memory_boxes=torch.zeros(b, d, k, 4, device=device),
             memory_indices=torch.zeros(b, d, k, dtype=torch.int64, device=device),
             memory_filled=torch.zeros(b, d, k, dtype=torch.bool, device=device),
+        )
+
+    def release(self, queries: Tensor) -> TrackState:
+        """The state in which some queries hold nothing: they start afresh, and what they left in memory is gone.
+
+        Args:
+            queries: (B, N) bool.
+        """
+        return replace(
+            self,
+            carried=self.carried & ~queries,
+            class_filled=self.class_filled & ~queries[:, None],
+            memory_filled=self.memory_filled
+            & ~queries[:, None].expand(-1, self.memory_filled.shape[1], -1).gather(2, self.memory_indices),
         )
 
     def to(self, device: torch.device | str) -> TrackState:
