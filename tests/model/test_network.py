@@ -259,11 +259,8 @@ class BlockingCopies(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if (
-            func is torch.ops.aten._to_copy.default
-            and args[0].device != result.device
-            and not kwargs.get("non_blocking")
-        ):
+        copied = func is torch.ops.aten._to_copy.default and args[0].device != result.device
+        if copied and not kwargs.get("non_blocking"):
             self.seen.append(f"{args[0].device} to {result.device}")
         return result
 

@@ -132,7 +132,7 @@ def _decode(container: InputContainer, stream: VideoStream, name: str, fps: floa
             for packet in container.demux(stream):
                 try:
                     frames = packet.decode()
-                    damaged += packet.is_corrupt and not frames
+                    damaged += packet.is_corrupt
                 except av.InvalidDataError:
                     damaged += 1
                     continue
