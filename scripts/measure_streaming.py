@@ -26,6 +26,7 @@ import yaml
 from instanceformer import InstanceFormer, VideoInstanceSegmenter
 from instanceformer.data.augment import normalise
 from instanceformer.evaluation.results import iterate_results
+from instanceformer.inference.allocator import keep_memory
 from instanceformer.inference.options import SegmenterOptions
 from instanceformer.inference.segment import SegmentOutputs, segment_video
 from instanceformer.inference.video_io import Frame, open_video
@@ -87,6 +88,7 @@ def main() -> None:
     found = parser.parse_args()
     if found.frames <= EARLY:
         parser.error(f"--frames: found {found.frames}, expected more than {EARLY}")
+    keep_memory()
     network, height, width = build(found.name)
     network.to(found.device)
     confident = threshold(network, moving_squares(height, width, 0), shown=10)

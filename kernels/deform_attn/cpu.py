@@ -117,8 +117,8 @@ class _Places:
 
     def planes(self, heads: slice) -> Tensor:
         """A copy of the steps of some heads, (2, B, m, Q, K) and contiguous."""
-        steps = self.steps[:, :, heads].flatten(3, 4).movedim(-1, 0).transpose(2, 3)
-        return torch.empty(steps.shape, dtype=self.scale.dtype).copy_(steps)
+        steps = self.steps[:, :, heads].flatten(3, 4).transpose(1, 2).contiguous()  # heads apart first: half the time
+        return steps.movedim(-1, 0).to(self.scale.dtype, copy=True, memory_format=torch.contiguous_format)
 
     def split(self, canvas: _Canvas, heads: slice) -> tuple[Tensor, Tensor]:
         """The cell of each point of some heads and how far behind it the point lies: (2, B, m, Q, K) int32 and floats.

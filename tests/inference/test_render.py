@@ -38,6 +38,11 @@ def test_masks_are_translucent_and_contours_solid_in_the_colour_of_the_id():
     assert (FRAME == 90).all()
 
 
+def test_names_are_written_in_the_letters_that_the_font_has():
+    drawn, plain = (draw_instances(FRAME, make_instances((40, 40, 100, 80)), [name]) for name in ("Löwe", "Lowe"))
+    np.testing.assert_array_equal(drawn, plain)
+
+
 def test_a_mask_has_no_contour_along_the_edge_of_the_frame():
     drawn = draw_instances(FRAME, make_instances((0, 40, 100, 80)), NAMES)
     np.testing.assert_array_equal(drawn[70, 0], drawn[70, 50])

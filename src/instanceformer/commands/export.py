@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,5 +23,6 @@ def run(args: Sequence[str]) -> None:
     options = ExportOptions(**{field.name: found[field.name] for field in fields(ExportOptions)})
     for name in ("onnxscript", "onnx_ir"):  # which tell of every node that they leave as it is
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "No complete tensor found in the group")  # of torch.export.save
     files = export_files(found.checkpoint, found.folder, options)
     print(f"written: {', '.join(map(str, files))}")

@@ -37,7 +37,7 @@ def optimise(network: InstanceFormer, dtype: torch.dtype = torch.float32) -> Ins
         ValueError: another dtype, bfloat16 on a device that oneDNN has no products of it for, or an optimised network.
     """
     device = network.query_content.device
-    if any(isinstance(module, PackedConv2d) for module in network.modules()):
+    if any(isinstance(module, PackedConv2d | PackedLinear) for module in network.modules()):
         raise ValueError("network: found one that is optimised already, expected one as it was loaded")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: found {dtype}, expected torch.float32 or torch.bfloat16")
@@ -124,19 +124,20 @@ def pack_layers(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer, with or without a ReLU, as a 1x1 convolution, for which oneDNN has its fastest products."""
+    """A linear layer, with or without a ReLU, by oneDNN: (..., inputs) of any dtype to (..., outputs) of ``dtype``."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, relu: bool) -> None:
         super().__init__()
-        conv = nn.Conv2d(linear.in_features, linear.out_features, 1)
-        conv.weight, conv.bias = nn.Parameter(linear.weight.detach()[..., None, None]), linear.bias
-        self.conv = PackedConv2d(conv, dtype, relu)
+        self.dtype, self.activation = dtype, "relu" if relu else "none"
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
+        self.bias = linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) of any dtype to (..., outputs) of the layer's."""
-        pixels = x.reshape(-1, x.shape[-1]).t()[None, :, None]
-        y: Tensor = self.conv(pixels)
-        return y[0, :, 0].t().view(*x.shape[:-1], -1)
+        """(..., inputs) to (..., outputs)."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x.to(self.dtype), self.weight, self.bias, self.activation, [], ""
+        )
+        return y
 
 
 class PackedConv2d(nn.Module):

@@ -29,15 +29,16 @@ def pixel_position(valid: Tensor, dim: int) -> Tensor:
     """Position of every cell of a feature map, relative to the valid part of its image.
 
     Args:
-        valid: (B, H, W) bool, false where padded.
+        valid: (B, H, W) bool, true in a rectangle at the top left, false where padded.
         dim: number of channels, divisible by 4.
 
     Returns:
         (B, H, W, dim) float32, the first half for y, the second for x. Cell centres run over (0, 2 pi).
     """
     axes = []
-    for axis in (1, 2):
-        count = valid.cumsum(axis, dtype=torch.float32)
-        extent = count.narrow(axis, count.shape[axis] - 1, 1)
-        axes.append(sine_position((count - 0.5) / (extent + 1e-6) * (2 * math.pi), dim // 2))
-    return torch.cat(axes, dim=-1)
+    for present in (valid.any(dim=2), valid.any(dim=1)):  # rows, columns
+        count = present.cumsum(1, dtype=torch.float32)
+        axes.append(sine_position((count - 0.5) / (count[:, -1:] + 1e-6) * (2 * math.pi), dim // 2))
+    rows, columns = axes
+    shape = (*valid.shape, dim // 2)
+    return torch.cat((rows[:, :, None].expand(shape), columns[:, None].expand(shape)), dim=-1)
