@@ -26,7 +26,8 @@ TINY: dict[str, Any] = {
 }
 
 needs_bfloat16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no products of bfloat16 on this processor"
+    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="oneDNN has no products of bfloat16 on this processor",
 )
 
 

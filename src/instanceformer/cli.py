@@ -12,7 +12,7 @@ COMMANDS = {
     "import": ("importing", "turn a labelling tool's export or label images into YouTube-VIS format"),
     "check": ("check", "look for what is wrong with a dataset, before a long run finds out"),
     "convert": ("convert", "weights of the authors' release, Deformable-DETR or SeqFormer, or ours in another format"),
-    "export": ("export", "make programs of a network that run without its code: of torch.export, or in ONNX"),
+    "export": ("export", "make programs of a network that run frame by frame: of torch.export, or in ONNX"),
     "evaluate": ("evaluate", "compare a results file with ground truth: the official AP and AR"),
     "segment": ("segment", "find and follow the objects of a video: a film with masks and ids, results, label images"),
 }

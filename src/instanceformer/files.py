@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         temporary.touch()  # where it cannot be made, rather now than when the work is done
         yield temporary
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())  # so that the name never comes before the content, not even in a power failure
         temporary.replace(path)
     finally:

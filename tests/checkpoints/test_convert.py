@@ -219,6 +219,8 @@ def change(weights: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Te
         ({"class_embed__0__weight": torch.ones(7, 32)}, "found 7 class channels, expected 27"),
         ({"transformer__decoder__bbox_embed__0__layers__0__weight": None}, "expected a model trained with --with_box_"),
         ({"backbone__0__body__layer3__1__conv1__weight": None}, r"found stages of \[2, 2, 1, 2\] blocks"),
+        ({"backbone__0__body__layer1__0__conv1__weight": torch.tensor(1.0)}, r"2\] blocks, \[64\] channels wide"),
+        ({"query_embed__weight": torch.ones(12, 1)}, "dim: found 0, expected at least 1"),
         ({"epoch": 3}, "epoch: found int, expected a tensor"),
         ({"transformer__decoder__layers__0__norm1__weight": None}, "expected a state dict, plain or under 'model'"),
     ],
@@ -234,7 +236,7 @@ def test_what_fits_nothing_is_refused(changes, message: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("content", [{"model": None}, {"model": torch.ones(2)}, {3: torch.ones(2)}])
 def test_files_without_a_state_dict_are_refused(content, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"a\.pth: found \w+ under 'model', expected a state dict"):
+    with pytest.raises(ValueError, match=r"a\.pth: found \w+, expected a state dict, plain"):
         convert_file(tmp_path / "a.pth", tmp_path / "b.ckpt")
 
 

@@ -59,6 +59,7 @@ def reload(program: torch.export.ExportedProgram) -> torch.nn.Module:
     return torch.export.load(buffer).module()
 
 
+@pytest.mark.slow
 @variants
 @torch.no_grad()
 def test_saved_and_loaded_programs_equal_the_network_over_ten_frames(
@@ -74,6 +75,7 @@ def test_saved_and_loaded_programs_equal_the_network_over_ten_frames(
     assert state.memory_filled.any()
 
 
+@pytest.mark.slow
 @variants
 def test_onnx_equals_the_network_over_ten_frames_beginning_with_zeros(
     tiny: Callable[..., InstanceFormer], options: dict[str, Any]
@@ -94,6 +96,7 @@ def test_onnx_equals_the_network_over_ten_frames_beginning_with_zeros(
     assert state["memory_filled"].any()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_command_writes_programs_and_what_one_has_to_know_of_them(
     tiny: Callable[..., InstanceFormer], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -67,6 +67,22 @@ def test_an_exception_leaves_the_old_results_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_an_interruption_within_a_frame_leaves_whole_frames(tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with ResultsWriter(tmp_path / "results.json", CATEGORIES) as writer:
+        writer.write(instances((1, 0, 0.5, 0, 10), (2, 0, 0.5, 20, 25)))
+        writer._database.create_function("interrupt", 0, interrupt)
+        writer._database.execute(
+            "CREATE TEMP TRIGGER stop BEFORE INSERT ON masks WHEN NEW.track = 2 BEGIN SELECT interrupt(); END"
+        )
+        with pytest.raises(OSError, match=r"results\.json: its masks cannot be kept until the end"):
+            writer.write(instances((1, 0, 0.5, 0, 10), (2, 0, 0.5, 20, 25)))
+        writer._database.execute("DROP TRIGGER stop")
+    assert [len(track.segmentations) for track in read_results(tmp_path / "results.json")] == [1, 1]
+
+
 def test_label_images_hold_ids_small_instances_in_front(tmp_path):
     path = tmp_path / "0.png"
     write_label_image(path, instances((3, 0, 0.5, 4, 6), (7, 0, 0.5, 0, 10)))

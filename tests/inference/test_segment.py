@@ -20,8 +20,9 @@ from instanceformer import InstanceFormer, VideoInstanceSegmenter
 from instanceformer.cli import main
 from instanceformer.evaluation.results import decode_mask, read_results
 from instanceformer.inference.options import SegmenterOptions
+from instanceformer.inference.outputs import ResultsWriter
 from instanceformer.inference.segment import SegmentOutputs, segment_video
-from instanceformer.inference.video_io import open_video
+from instanceformer.inference.video_io import VideoWriter, open_video
 
 SHOW_ALL = ["--birth=0", "--show=0", "--max_overlap=1", "--size=64", "--device=cpu"]
 
@@ -128,7 +129,7 @@ def test_of_a_film_that_is_cut_off_what_was_seen_is_complete(tmp_path, checkpoin
     video = cut(write_film(tmp_path / "video.mp4", frames), 0.7)
     message = fail(video, checkpoint, folder, f"--chunk={chunk}")
     assert "video.mp4: the file is cut off" in message
-    assert "what was seen is written" in message
+    assert "what was seen until then is written" in message
     count = len(shape_of(folder / "film.mp4"))
     assert 4 <= count < 12
     assert f"{count} frames could be decoded" in message
@@ -253,10 +254,12 @@ def test_nothing_that_is_read_is_written_and_paths_are_tried_first(
 def test_a_signal_ends_the_run_and_what_was_seen_is_complete(tmp_path, checkpoint, folder, number):
     video = write_film(tmp_path / "video.mp4", moving_square(3000))
     outputs = [f"--output={folder / 'film.mp4'}", f"--results={folder / 'results.json'}", f"--masks={folder / 'masks'}"]
-    program = [sys.executable, "-c", "from instanceformer.cli import main; main()"]
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a job in the background does not
+    program = [sys.executable, "-c", f"{heed}; from instanceformer.cli import main; main()"]
     run = subprocess.Popen([*program, "segment", str(video), f"--checkpoint={checkpoint}", *outputs, *SHOW_ALL])
     try:
-        while run.poll() is None and len(list(folder.glob("masks/*.png"))) < 5:
+        deadline = time.monotonic() + 120
+        while run.poll() is None and len(list(folder.glob("masks/*.png"))) < 5 and time.monotonic() < deadline:
             time.sleep(0.05)
         run.send_signal(number)
         assert run.wait(timeout=60) == 130
@@ -279,6 +282,32 @@ def test_an_output_that_fails_leaves_the_others_complete(tmp_path, checkpoint, f
 
     monkeypatch.setattr(Image.Image, "save", save)
     message = fail(write_film(tmp_path / "video.mp4", moving_square(6)), checkpoint, folder)
-    assert "No space left on device; what was seen is written" in message
+    assert "No space left on device; what was seen until then is written" in message
     assert len(shape_of(folder / "film.mp4")) == 4
     assert {len(track.segmentations) for track in read_results(folder / "results.json")} == {4}
+
+
+@pytest.mark.parametrize("what", ["film", "results", "database"])
+def test_a_file_that_cannot_be_finished_takes_no_other_with_it(tmp_path, checkpoint, folder, monkeypatch, what):
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    def small(writer):
+        begin(writer)._database.execute("PRAGMA max_page_count = 1")
+        return writer
+
+    begin = ResultsWriter.__enter__
+    if what == "film":
+        monkeypatch.setattr(VideoWriter, "_finish", fails)
+    elif what == "results":
+        monkeypatch.setattr("instanceformer.inference.outputs.write_results", fails)
+    else:
+        monkeypatch.setattr(ResultsWriter, "__enter__", small)
+    message = fail(write_film(tmp_path / "video.mp4", moving_square(60)), checkpoint, folder)
+    assert ("masks cannot be kept until the end" if what == "database" else "No space left") in message
+    assert (folder / "film.mp4").exists() == (what != "film")
+    assert (folder / "results.json").exists() == (what != "results")
+    if what == "database":
+        count = len(shape_of(folder / "film.mp4"))
+        assert {len(track.segmentations) for track in read_results(folder / "results.json")} == {count}
+    assert not list(folder.rglob(".*"))

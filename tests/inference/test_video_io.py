@@ -258,6 +258,30 @@ def test_images_of_16_bits_and_photographs_on_their_side_are_shown_as_they_are_m
         read(tmp_path / "deep")
 
 
+def test_the_last_frame_of_matroska_may_be_long(tmp_path):
+    path = tmp_path / "film.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        packets = [
+            packet
+            for frame in [*moving_square(3), None]
+            for packet in stream.encode(None if frame is None else av.VideoFrame.from_ndarray(frame, format="rgb24"))
+        ]
+        packets[-1].duration = int(5 / packets[-1].time_base)
+        container.mux(packets)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].metadata["DURATION"] > "00:00:05"
+    assert len(read(path)) == 3
+
+
+def test_a_clock_that_jitters_does_not_drift():
+    clock = video_io._Clock(fps=10)
+    times = [5.0, 5.1, 5.099, None, 5.199, 5.3, 4.0, 4.1, 4.5, 700.0, 700.1]
+    expected = [0.0, 0.1, 0.1, 0.199, 0.199, 0.3, 0.4, 0.5, 0.9, 1.0, 1.1]
+    assert [clock.read(time) for time in times] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("name", ["film.mkv", "film.webm"])
 def test_matroska_that_is_cut_off_says_so(tmp_path, name):
     codec = "libvpx-vp9" if name == "film.webm" else "libx264"

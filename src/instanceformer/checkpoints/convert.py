@@ -194,7 +194,7 @@ def convert(weights: Mapping[str, Any], options: SourceOptions = SourceOptions()
 def _recognise(weights: Mapping[str, Any]) -> Source:
     """The source that the state dict is of."""
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
-        raise ValueError(f"found {type(weights).__name__} under 'model', expected a state dict, tensors by name")
+        raise ValueError(f"found {type(weights).__name__}, expected a state dict, plain or under 'model'")
     for source in SOURCES:
         if f"{source.prefix}{source.marker}.weight" in weights:
             strange = [name for name, x in weights.items() if not isinstance(x, Tensor)]
@@ -278,9 +278,8 @@ def _resnet(weights: Mapping[str, Tensor], body: str) -> str:
         next(i for i in count() if f"{body}.layer{stage}.{i}.conv1.weight" not in weights) for stage in range(1, 5)
     ]
     sides = (("conv1", 0), ("conv2", 1), ("conv3", 0))
-    widths = [
-        weights[name].shape[side] for conv, side in sides if (name := f"{body}.layer1.0.{conv}.weight") in weights
-    ]
+    names = ((f"{body}.layer1.0.{conv}.weight", side) for conv, side in sides)
+    widths = [weights[name].shape[side] for name, side in names if name in weights and weights[name].ndim == 4]
     found = (*blocks, *widths)
     if found not in RESNETS:
         raise ValueError(

@@ -90,7 +90,7 @@ def check_finite(name: str, weight: Tensor, where: str) -> None:
     """
     if weight.is_complex() or weight.is_quantized or weight.layout != torch.strided:
         raise ValueError(f"{where}: found {name} of {weight.dtype}, {weight.layout}, expected plain real numbers")
-    if not weight.isfinite().all():
+    if not weight.float().isfinite().all():
         raise ValueError(f"{where}: found NaN or infinity in {name}, expected finite weights; take an earlier file")
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from threading import current_thread, main_thread
 
 from jsonargparse import ArgumentParser
 
@@ -35,9 +36,10 @@ def run(args: Sequence[str]) -> None:
     options = SegmenterOptions(**{field.name: found[field.name] for field in fields(SegmenterOptions)})
     refuse_same({"video": found.video, "checkpoint": found.checkpoint, **vars(outputs)})
     keep_memory()
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # whoever stops a camera gets what was seen, as by Ctrl-C
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):  # whoever stops a camera so gets what was seen, as by Ctrl-C
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL and current_thread() is main_thread():
+            signal.signal(number, signal.default_int_handler)
     video = open_video(found.video, found.fps)
     segmenter = VideoInstanceSegmenter.from_checkpoint(found.checkpoint, found.device, options)
     part = {"start": found.start, "end": found.end, "stride": found.stride}

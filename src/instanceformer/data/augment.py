@@ -19,7 +19,8 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 def normalise(frames: Tensor) -> Tensor:
     """(..., 3, H, W) uint8 RGB to float32 of zero mean and unit deviation over ImageNet."""
     mean, std = (
-        255 * torch.tensor(x).view(3, 1, 1).to(frames.device, non_blocking=True) for x in (IMAGE_MEAN, IMAGE_STD)
+        255 * torch.tensor(x).view(3, 1, 1).to(frames.device, non_blocking=frames.is_cuda)
+        for x in (IMAGE_MEAN, IMAGE_STD)
     )
     return frames.float().sub_(mean).div_(std)
 

@@ -12,12 +12,12 @@ def keep_memory() -> None:
     """Keep freed memory in this process, and ask for huge pages.
 
     A frame's large tensors would otherwise go back to the system and be faulted in again, page by page, with the next
-    frame. For a process that does nothing else, before its first tensor; its size stays at its peak. Without glibc, or
-    where an environment variable says how it should allocate, nothing changes.
+    frame. For a process that does nothing else, before its first tensor; its size stays at its peak. Where an
+    environment variable says how to allocate, nothing changes; without glibc only the pages of PyTorch's do.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""The network as programs that run without its code: of torch.export, or in ONNX.
+"""The network as programs: of torch.export, which need this package for their types, or in ONNX, which need nothing.
 
 A video is two programs in turn. ``encode`` knows nothing of other frames; ``step`` takes what it gives and the state
 that the frame before left, and gives the outputs of the frame and the next state. Before the first frame all of the
@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -162,11 +163,15 @@ def export_files(checkpoint: str | Path, folder: Path, options: ExportOptions) -
     Raises:
         ValueError: the checkpoint holds no network, or the packages that ONNX needs are not there.
     """
+    missing = [name for name in ("onnx", "onnxscript") if options.format == "onnx" and find_spec(name) is None]
+    if missing:
+        raise ValueError(f"format: onnx needs {' and '.join(missing)}, not installed here; pip install onnx onnxscript")
     source = checkpoints.read(checkpoint)
     network = InstanceFormer.from_checkpoint(source)
+    programs = export_programs(network, options)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for name, program in zip(("encode", "step"), export_programs(network, options), strict=True):
+    for name, program in zip(("encode", "step"), programs, strict=True):
         files.append(folder / f"{name}.{options.format}")
         with replacing(files[-1]) as temporary, temporary.open("wb") as file:
             if options.format == "pt2":
@@ -185,20 +190,11 @@ def export_files(checkpoint: str | Path, folder: Path, options: ExportOptions) -
 
 
 def to_onnx(program: ExportedProgram) -> bytes:
-    """An ONNX file of a program of ``export_programs``, whose inputs and outputs have the names given above.
-
-    Raises:
-        ValueError: the packages that it needs are not there.
-    """
+    """An ONNX file of a program of ``export_programs``, whose inputs and outputs have the names given above."""
     encodes = len(program.graph_signature.user_inputs) == 1
     inputs = ("frame",) if encodes else (*FEATURES, *STATE)
     outputs = FEATURES if encodes else (*OUTPUTS, *(f"next_{name}" for name in STATE))
-    try:
-        converted = torch.onnx.export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False)
-    except ImportError as error:
-        raise ValueError(
-            f"format: onnx needs a package that is not there ({error}); pip install onnx onnxscript"
-        ) from error
+    converted = torch.onnx.export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False)
     assert converted is not None
     content: bytes = converted.model_proto.SerializeToString()
     return content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -40,7 +41,7 @@ class ResultsWriter:
     def __enter__(self) -> Self:
         check_writable(self.path)
         self._database = sqlite3.connect("")  # a temporary file that nobody else sees
-        self._database.execute("PRAGMA journal_mode = OFF")
+        self._database.execute("PRAGMA journal_mode = MEMORY")
         self._database.execute("CREATE TABLE tracks (id INTEGER PRIMARY KEY, label INTEGER, score REAL)")
         self._database.execute(
             "CREATE TABLE masks (track INTEGER, frame INTEGER, height INTEGER, width INTEGER, counts TEXT, "
@@ -57,21 +58,28 @@ class ResultsWriter:
             for (track, _, _), code in zip(tracks, codes, strict=True)
             if code is not None
         ]
-        try:
+        with self._keeping(), self._database:  # all of a frame or nothing, whatever interrupts
             self._database.executemany("INSERT OR REPLACE INTO tracks VALUES (?, ?, ?)", tracks)
             self._database.executemany("INSERT INTO masks VALUES (?, ?, ?, ?, ?)", rows)
-        except sqlite3.Error as error:
-            raise OSError(f"{self.path}: its masks cannot be kept until the end ({error})") from error
-        self.frames += 1
+            self.frames += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
             if kind is None:
-                write_results(self.path, self._tracks())
+                with self._keeping():
+                    write_results(self.path, self._tracks())
         finally:
             self._database.close()
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """The database's errors as one that says whose they are."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise OSError(f"{self.path}: its masks cannot be kept until the end ({error})") from error
 
     def _tracks(self) -> Iterator[Track]:
         """All tracks, best first."""

@@ -83,9 +83,9 @@ def draw_instances(
             draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colors[index], width=line)
     occupied: list[Rectangle] = []
     for index in order:
-        name = class_names[int(instances.labels[index])]
-        name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()  # all that the font has
-        text = f"#{int(instances.ids[index])} {name}"
+        label = int(instances.labels[index])
+        name = unicodedata.normalize("NFKD", class_names[label]).encode("ascii", "ignore").decode()  # what the font has
+        text = f"#{int(instances.ids[index])} {name.strip() or f'class {label}'}"
         if scores:
             text += f" {float(instances.scores[index]):.2f}"
         occupied.append(_draw_label(draw, text, masks[index], colors[index], occupied))

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -17,6 +18,8 @@ from instanceformer.inference.outputs import ResultsWriter, write_label_image
 from instanceformer.inference.render import draw_instances
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
 from instanceformer.inference.video_io import BrokenVideo, Frame, OpenVideo, TimedFrame, VideoWriter
+
+Writer = TypeVar("Writer", VideoWriter, ResultsWriter)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def segment_video(
     """Segment a video and write what comes of it.
 
     Files appear under their names when they are complete. Whatever ends the video early, a source that breaks off, an
-    error or Ctrl-C, they are completed with what was seen until then, and the error is raised after that.
+    output that cannot be written or Ctrl-C, the others are completed with what was seen until then, and the error is
+    raised after that.
 
     Args:
         video: to segment.
@@ -98,8 +102,7 @@ def segment_video(
         Number of frames looked at.
 
     Raises:
-        BrokenVideo: the video could be read in part only; the outputs are complete as far as that part goes, as they
-            are after any other error that comes later than the first frame.
+        BrokenVideo: the video could be read in part only; the outputs are complete as far as that part goes.
         ValueError: no frame could be read, or start, end or stride are out of range; nothing is written.
         OSError: an output cannot be written.
     """
@@ -117,13 +120,20 @@ def segment_video(
     stopped: BaseException | None = None
     count, beginning = 0, 0.0
     with ExitStack() as stack:
+
+        def enter(writer: Writer) -> Writer:
+            """The writer, to be left on its own: what others come to does not keep it from finishing its file."""
+            entered = writer.__enter__()
+            stack.push(lambda *reason: writer.__exit__(*(reason if count == 0 else (None, None, None))))
+            return entered
+
         results = film = None
         if outputs.masks is not None:
-            check_writable(outputs.masks)
+            check_writable(outputs.masks / "0" if outputs.masks.is_dir() else outputs.masks)
         if outputs.output is not None:
-            film = stack.enter_context(VideoWriter(outputs.output, video.fps / stride))
+            film = enter(VideoWriter(outputs.output, video.fps / stride))
         if outputs.results is not None:
-            results = stack.enter_context(ResultsWriter(outputs.results, segmenter.categories))
+            results = enter(ResultsWriter(outputs.results, segmenter.categories))
         total = None if length is None else len(range(start, length, stride))
         hidden = not progress or sys.stderr is None
         bar = stack.enter_context(tqdm(total=total, unit="frame", disable=hidden))
@@ -147,7 +157,7 @@ def segment_video(
             if stopped is not None and not isinstance(stopped, BrokenVideo):
                 raise stopped
             raise ValueError(f"found no frame from frame {start} on" + (f"; {stopped}" if stopped else "")) from stopped
-    if stopped is not None:
-        stopped.add_note("what was seen is written")
-        raise stopped
+        if stopped is not None:
+            stopped.add_note("what was seen until then is written")
+            raise stopped
     return count

@@ -92,9 +92,8 @@ class VideoInstanceSegmenter:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
             expected = " or ".join(["cpu", *there])
-            raise ValueError(
-                f"device: found {device}, which PyTorch does not have here, expected {expected}"
-            ) from error
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"device: found {device}, expected {expected}, which are here ({reason})") from error
         checkpoint = checkpoints.read(path)
         network = InstanceFormer.from_checkpoint(checkpoint).to(device)
         return cls(network, checkpoint.categories or None, options)
@@ -136,21 +135,28 @@ class VideoInstanceSegmenter:
         """
         frames = (frame.image for frame in open_video(source).frames)
         self.reset()
-        return self._segment(frames)
+        return self._segment(frames, self._video)
 
-    def _segment(self, frames: Iterable[Frame]) -> Iterator[FrameInstances]:
-        video = self._video
-        for chunk in chunks(map(self._checked, frames), self.options.chunk):
+    def _segment(self, frames: Iterable[Frame], video: object) -> Iterator[FrameInstances]:
+        def current(frame: Frame) -> Frame:
+            if self._video is not video:
+                raise ValueError("found another video begun in the middle of this one; expected one at a time")
+            return frame
+
+        for chunk in chunks((self._checked(current(frame)) for frame in frames), self.options.chunk):
             features = self._encode(chunk)
-            for t in range(len(chunk)):
-                if self._video is not video:
-                    raise ValueError("found another video begun in the middle of this one; expected one at a time")
+            for t, frame in enumerate(chunk):
+                current(frame)
                 yield self._track(features[t])
 
     @torch.no_grad()
     def _encode(self, frames: Sequence[Frame]) -> FrameFeatures:
         """The stateless part, of a few frames at once."""
-        images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).to(self._device, non_blocking=True)
+        images = (
+            torch.from_numpy(np.stack(frames))
+            .permute(0, 3, 1, 2)
+            .to(self._device, non_blocking=self._device.type == "cuda")
+        )
         pixels = normalise(resize(images, self.options.size, self.options.max_size))
         with self._autocast():
             return self.network.encode(pixels[None])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -28,10 +29,12 @@ Source = str | Path | int | Iterable[Frame]  # see open_video
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 STREAM_TIMEOUT = 30.0  # seconds without data after which a stream counts as broken off
-LONGEST_PAUSE = 600.0  # seconds from one frame to the next; more than that is a clock that was set
+LONGEST_PAUSE = 600.0  # seconds from one frame to the next; more than that is a clock that was set,
+LONGEST_STEP_BACK = 1.0  # and so is more than this back; less is held until the clock is there again
 UNSPECIFIED = 2  # FFmpeg's number of the colour space of a film that does not say
 HD_HEIGHT = 720  # pixels from which a film that does not say so is taken to have the colours of high definition
 TICKS = 90_000  # of a film's clock in a second: the usual frame rates are whole numbers of them
+PHOTOGRAPHS = ("JPEG", "MPO")  # formats of cameras, which say how they were held
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # of damaged images
 CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}  # FFmpeg's input device and its name
 
@@ -61,7 +64,7 @@ class OpenVideo:
         frames: in order of presentation, all of one size. Reading raises ValueError where the first frame cannot be
             had, BrokenVideo after the last that can.
         fps: frames per second, on the average.
-        length: number of frames that its file declares; None where it does not.
+        length: number of frames that its file declares, or that its duration makes likely; None where it says neither.
     """
 
     frames: Iterator[TimedFrame]
@@ -124,12 +127,14 @@ def _open_stream(name: str, fps: float, device: str | None = None) -> OpenVideo:
 
 def _decode(container: InputContainer, stream: VideoStream, name: str, fps: float) -> Iterator[TimedFrame]:
     count = damaged = missing = 0
-    first = clock = seconds = 0.0  # by the clock, the video's beginning and its last frame; and the time between them
+    clock, end = _Clock(fps), 0.0  # the end of the last packet, in seconds as the file counts them
     shape: tuple[int, ...] = ()
     problem = ""
     with container:
         try:
             for packet in container.demux(stream):
+                if packet.pts is not None and packet.time_base is not None:
+                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 try:
                     frames = packet.decode()
                     damaged += packet.is_corrupt
@@ -137,14 +142,8 @@ def _decode(container: InputContainer, stream: VideoStream, name: str, fps: floa
                     damaged += 1
                     continue
                 for frame in frames:
-                    image = _upright(frame)
-                    time = cast("float | None", frame.time)  # whatever its stub says
-                    clock = clock + 1 / fps if time is None else time
-                    if count == 0:
-                        first, shape = clock, image.shape
-                    elif not 0 <= clock - first - seconds <= LONGEST_PAUSE:
-                        first = clock - seconds - 1 / fps
-                    seconds = clock - first
+                    image, seconds = _upright(frame), clock.read(frame.time)
+                    shape = shape or image.shape
                     if image.shape != shape:
                         raise BrokenVideo(
                             f"{name}: frame {count} has {image.shape[1]}x{image.shape[0]} pixels, expected "
@@ -156,17 +155,34 @@ def _decode(container: InputContainer, stream: VideoStream, name: str, fps: floa
             problem = f"reading failed ({error})"
         if container.size > 0:
             missing = sum(entry.pos + entry.size > container.size for entry in stream.index_entries)
-        declared = _declared_duration(stream)
+        declared = _declared_duration(stream) if "matroska" in container.format.name else 0.0
     if not problem and missing:
         problem = f"the file is cut off, {missing} of its frames are not there"
-    elif not problem and count and clock < declared - 1 - 1 / fps:
-        problem = f"the file is cut off, {declared:g} seconds of video are declared, the last frame is of {clock:g}"
+    elif not problem and count and end < declared - 1:
+        problem = f"the file is cut off, {declared:g} seconds of video are declared, {end:g} are there"
     elif not problem and damaged:
         problem = f"{damaged} packets of data were damaged"
     if count == 0:
         raise ValueError(f"{name}: no frame can be decoded" + (f"; {problem}" if problem else ""))
     if problem:
         raise BrokenVideo(f"{name}: {problem}; {count} frames could be decoded")
+
+
+class _Clock:
+    """Seconds since a video's first frame, which never go back, from the times that its frames carry."""
+
+    def __init__(self, fps: float) -> None:
+        self._step, self._first, self._now, self._seconds = 1 / fps, math.nan, 0.0, 0.0
+
+    def read(self, time: float | None) -> float:
+        """The seconds of the next frame, whose time is ``time``; None where it carries none."""
+        self._now = self._now + self._step if time is None else time
+        if math.isnan(self._first):
+            self._first = self._now
+        elif not -LONGEST_STEP_BACK <= self._now - self._first - self._seconds <= LONGEST_PAUSE:
+            self._first = self._now - self._seconds - self._step
+        self._seconds = max(self._seconds, self._now - self._first)
+        return self._seconds
 
 
 def _upright(frame: av.VideoFrame) -> Frame:
@@ -184,7 +200,7 @@ def _upright(frame: av.VideoFrame) -> Frame:
 
 
 def _declared_duration(stream: VideoStream) -> float:
-    """How many seconds long Matroska says a stream is; 0 where nothing is said."""
+    """The second at which Matroska says that a stream ends; 0 where nothing is said."""
     parts = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
     return 3600 * int(parts[1]) + 60 * int(parts[2]) + float(parts[3]) if parts else 0.0
 
@@ -200,7 +216,7 @@ def _open_folder(folder: Path, fps: float) -> OpenVideo:
     for file in files:
         try:
             with Image.open(file) as image:
-                lies = image.format == "JPEG" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+                lies = image.format in PHOTOGRAPHS and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
                 sizes.append(image.size[::-1] if lies else image.size)
         except IMAGE_ERRORS as error:
             raise ValueError(f"{file}: cannot be read as an image ({error})") from error
@@ -217,7 +233,7 @@ def _read_images(files: list[Path], fps: float) -> Iterator[TimedFrame]:
     for index, file in enumerate(files):
         try:
             with Image.open(file) as image:
-                pixels = _to_rgb(ImageOps.exif_transpose(image) if image.format == "JPEG" else image)
+                pixels = _to_rgb(ImageOps.exif_transpose(image) if image.format in PHOTOGRAPHS else image)
         except IMAGE_ERRORS as error:
             kind = BrokenVideo if index else ValueError
             raise kind(f"{file}: cannot be read as an image ({error})") from error
@@ -225,7 +241,7 @@ def _read_images(files: list[Path], fps: float) -> Iterator[TimedFrame]:
 
 
 def _to_rgb(image: Image.Image) -> Frame:
-    if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):  # Pillow would cut off at 255
         return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels are of Pillow's mode {image.mode}, expected 8 or 16 bits")
@@ -262,7 +278,8 @@ class VideoWriter:
         with ExitStack() as stack:
             temporary = stack.enter_context(replacing(self.path))
             container = av.open(str(temporary.absolute()), "w", format="mp4", options={"movflags": "faststart"})
-            self._container = stack.enter_context(container)
+            self._container = container
+            stack.callback(self._close)
             stack.push(self._finish)
             self._stack = stack.pop_all()
         return self
@@ -303,6 +320,10 @@ class VideoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
+
+    def _close(self) -> None:
+        with suppress(av.FFmpegError):  # which comes after the error that says what is wrong
+            self._container.close()
 
     def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
         """Write what the encoder holds back, and the index; after an exception nothing."""

@@ -283,8 +283,8 @@ class InstanceFormer(nn.Module):
         for stride, (h, w) in zip((4, *STRIDES), shapes, strict=False):
             extents = torch.tensor([(math.ceil(a / stride), math.ceil(b / stride)) for a, b in sizes])
             rows, columns = torch.arange(h) < extents[:, :1], torch.arange(w) < extents[:, 1:]
-            valid.append((rows[:, :, None] & columns[:, None, :]).to(frames.device, non_blocking=True))
-            ratios.append((extents.flip(-1) / torch.tensor((w, h))).to(frames.device, non_blocking=True))
+            valid.append((rows[:, :, None] & columns[:, None, :]).to(frames.device, non_blocking=frames.is_cuda))
+            ratios.append((extents.flip(-1) / torch.tensor((w, h))).to(frames.device, non_blocking=frames.is_cuda))
         padded = None if padding is None else ~torch.cat([v.flatten(1) for v in valid[1:]], dim=1)
         valid_ratios = torch.stack(ratios[1:], dim=1)
 
@@ -303,7 +303,7 @@ class InstanceFormer(nn.Module):
             mask_features=mask_features.unflatten(0, (batch, count)),
             levels=pyramid,
             valid_ratios=valid_ratios,
-            sizes=torch.tensor([(float(w), float(h)) for h, w in sizes]).to(frames.device, non_blocking=True),
+            sizes=torch.tensor([(float(w), float(h)) for h, w in sizes]).to(frames.device, non_blocking=frames.is_cuda),
             grid=shapes[0],
         )
 
@@ -435,7 +435,7 @@ def valid_sizes(padding: Tensor) -> list[tuple[int, int]]:
 def _check_options(options: dict[str, Any]) -> None:
     """Refuse options that no network can have."""
     counts = ("num_classes", "num_queries", "num_heads", "num_points", "encoder_layers", "decoder_layers")
-    for name in (*counts, "feedforward_dim", "memory_frames", "memory_tokens"):
+    for name in (*counts, "dim", "feedforward_dim", "memory_frames", "memory_tokens"):
         if options[name] < 1:
             raise ValueError(f"{name}: found {options[name]}, expected at least 1")
     if options["memory_tokens"] > options["num_queries"]:
