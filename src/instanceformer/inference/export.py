@@ -138,12 +138,11 @@ def export_programs(network: InstanceFormer, options: ExportOptions) -> tuple[Ex
     """
     if options.shown > network.num_queries:
         raise ValueError(f"shown: found {options.shown}, expected at most the network's {network.num_queries} queries")
+    encode, step = Encode(network), Step(network, (options.height, options.width), options.shown)
     if options.format == "onnx":
-        network = copy.deepcopy(network)
-        for module in network.modules():
+        for module in (*encode.modules(), *step.modules()):
             if isinstance(module, DeformableAttention):
                 module.backend = "reference"
-    encode, step = Encode(network), Step(network, (options.height, options.width), options.shown)
     frame = torch.zeros(1, 3, options.height, options.width, dtype=torch.uint8, device=network.query_content.device)
     arguments = (*encode(frame), network.initial_state(1))
     return torch.export.export(encode, (frame,)), torch.export.export(step, arguments)
@@ -178,9 +177,10 @@ def export_files(checkpoint: str | Path, folder: Path, options: ExportOptions) -
                 torch.export.save(program, file)
             else:
                 file.write(to_onnx(program))
+    state = network.initial_state(1)
     about = {
         "frame": {"height": options.height, "width": options.width, "type": "uint8", "channels": "RGB"},
-        "state": {name: list(getattr(network.initial_state(1), name).shape) for name in STATE},
+        "state": {name: list(getattr(state, name).shape) for name in STATE},
         "categories": [vars(category) for category in source.categories],
     }
     files.append(folder / "about.json")

@@ -104,7 +104,9 @@ def open_video(source: Source, fps: float = 25.0) -> OpenVideo:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such video file or folder of images")
-    return _open_folder(path, fps) if path.is_dir() else _open_stream(str(path.absolute()), fps)  # no colon leads it
+    if path.is_dir():
+        return _open_folder(path, fps)
+    return _open_stream(str(path.absolute()), fps)  # FFmpeg would take what precedes a colon for a protocol
 
 
 def _open_stream(name: str, fps: float, device: str | None = None) -> OpenVideo:
