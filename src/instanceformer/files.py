@@ -1,13 +1,20 @@
-"""Files that are never seen half written, and the order of their names."""
+"""Files that are never seen half written nor written by two at once, and the order of their names."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+FULL = 2**16
+"""Bytes of free space below which a disk on which something could not be written counts as full."""
 
 
 def natural_order(name: str) -> tuple[Any, ...]:
@@ -31,7 +38,11 @@ def _beside(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which takes its place when the block ends well and is removed otherwise."""
+    """A temporary path beside ``path``, which takes its place when the block ends well and is removed otherwise.
+
+    Raises:
+        OSError: it cannot be written; where the disk is full, the message says which, and what was there is unchanged.
+    """
     temporary = _beside(path)
     try:
         temporary.touch()  # where it cannot be made, rather now than when the work is done
@@ -39,5 +50,54 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())  # so that the name never comes before the content, not even in a power failure
         temporary.replace(path)
+    except Exception as error:
+        if _is_full(path.absolute().parent, error):
+            raise OSError(
+                f"{path}: found no space left on the disk of {path.absolute().parent}; make room there and start "
+                "again, nothing that was there before is lost"
+            ) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_full(folder: Path, error: Exception) -> bool:
+    """Whether an error comes of a full disk; not every library keeps the number of it."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return shutil.disk_usage(folder).free < FULL
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove what ``replacing`` had begun in a folder when its process was killed; hold the folder's lock meanwhile.
+
+    Args:
+        folder: to look in, not in what is below it.
+        pattern: of the names that the files were to have, such as ``*.ckpt``.
+    """
+    for path in folder.glob(f".{pattern}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locking(path: Path) -> Iterator[None]:
+    """Keep other processes from writing to a path while the block runs; the lock ends with the process at the latest.
+
+    Args:
+        path: of a file or folder, there or not, in a folder that exists. The lock is a hidden file beside it.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BlockingIOError(
+            f"{path}: another process is writing to it; wait until it has ended, or give this one another place"
+        ) from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held, so that nobody else's is taken away
+        lock.release()
