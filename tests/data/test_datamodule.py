@@ -258,7 +258,7 @@ def test_every_option_reaches_the_training_clips(tiny_dataset: Callable[..., Any
         max_size=33,
         num_workers=0,
     )
-    together = data.train_dataloader().dataset
+    together = data.train_dataloader().dataset.clips
     assert isinstance(together, ConcatDataset)
     clips, pseudo_clips = together.datasets
     assert isinstance(clips, ClipDataset)

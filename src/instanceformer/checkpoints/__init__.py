@@ -1,3 +1,3 @@
-from instanceformer.checkpoints.files import Checkpoint, read, write
+from instanceformer.checkpoints.files import Checkpoint, load, read, write
 
-__all__ = ["Checkpoint", "read", "write"]
+__all__ = ["Checkpoint", "load", "read", "write"]

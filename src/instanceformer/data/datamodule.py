@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
@@ -21,6 +22,7 @@ from instanceformer.data.catalog import CATALOG, CatalogSplit, DatasetName, loca
 from instanceformer.data.clips import ClipDataset, collate_clips
 from instanceformer.data.pseudo_video import PseudoClips, PseudoVideo
 from instanceformer.data.reading import read_annotations
+from instanceformer.data.sampling import ClipSampler, SeededClips
 from instanceformer.data.streaming import StreamingVideos
 
 SplitName = Literal["train", "valid", "test", "predict"]
@@ -32,6 +34,7 @@ CATALOG_SPLITS: dict[SplitName, CatalogSplit] = {
     "predict": "valid",
 }
 PAPER_AUGMENTATION = Augmentation()
+PAPER_EVAL_SIZE, PAPER_MAX_SIZE = 360, 768
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,9 @@ class VideoDataModule(LightningDataModule):
     A dataset of the catalogue needs only ``root`` and ``name``: its training split is trained on, its validation split
     is tested and predicted, and validated on if it has annotations. A split that is given takes the place of that.
 
+    Training is the same wherever it is interrupted: which clips a batch has, and how they are drawn and augmented,
+    follows from the seed (``seed_everything``) and from the number of the batch, see ``ClipSampler``.
+
     Args:
         train: split to train on; must have annotations.
         valid: split to validate on; must have annotations.
@@ -89,9 +95,15 @@ class VideoDataModule(LightningDataModule):
         clip_gap: least distance between the frames of a clip; 2 and more keep frames that are nearly alike apart.
         clips_per_video: clips an epoch has of each video; none: one around each frame in which an instance is visible.
         chunk_frames: frames that evaluation and prediction read at once.
-        eval_size: shorter side in pixels of the frames in evaluation and prediction.
-        max_size: greatest length in pixels of the longer side, everywhere.
+        eval_size: shorter side in pixels of the frames in evaluation and prediction; none: that of the checkpoint
+            which is evaluated, or 360.
+        max_size: greatest length in pixels of the longer side, everywhere; none: likewise, or 768.
         num_workers: processes that read data, for each loader.
+        skip_unreadable: in training, take another clip for one with an image that cannot be read, with a warning; how
+            many were replaced is logged as ``train/replaced_clips``. If false, such an image ends the training.
+
+    Attributes:
+        seed: of the training data, torch's own when ``setup`` is called.
     """
 
     def __init__(
@@ -110,9 +122,10 @@ class VideoDataModule(LightningDataModule):
         clip_gap: int = 1,
         clips_per_video: int | None = None,
         chunk_frames: int = 6,
-        eval_size: int = 360,
-        max_size: int = 768,
+        eval_size: int | None = None,
+        max_size: int | None = None,
         num_workers: int = 4,
+        skip_unreadable: bool = False,
     ) -> None:
         super().__init__()
         options = {
@@ -122,7 +135,7 @@ class VideoDataModule(LightningDataModule):
             "max_size": max_size,
         }
         for option, value in options.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"data.{option}: expected 1 or more, found {value}")
         if root is None and (name is not None or (joint is not None and joint.split is None)):
             found = f"data.name={name}" if name is not None else "data.joint without a split"
@@ -136,9 +149,12 @@ class VideoDataModule(LightningDataModule):
         self.clip_gap = clip_gap
         self.clips_per_video = clips_per_video
         self.chunk_frames = chunk_frames
-        self.eval_size = eval_size
-        self.max_size = max_size
+        self._given_sizes = (eval_size, max_size)
+        self.eval_size, self.max_size = eval_size or PAPER_EVAL_SIZE, max_size or PAPER_MAX_SIZE
         self.num_workers = num_workers
+        self.skip_unreadable = skip_unreadable
+        self.seed = 0
+        self.training_clips: SeededClips | None = None  # once there is a loader of them
         self.find_finished: Callable[[], frozenset[int]] = frozenset  # ids of videos that test and predict leave out
         self._datasets: dict[SplitName, VideoDataset] = {}
 
@@ -189,23 +205,68 @@ class VideoDataModule(LightningDataModule):
         if stage == "fit":
             if self.joint is not None:
                 self._check_first_frames("data.joint", self._joint_images, self._joint_split)
-            clips = len(self._clips())
-            needed = self.batch_size * (1 if self.trainer is None else self.trainer.world_size)
+            self.seed = torch.initial_seed()
+            if self.trainer is not None:
+                self.seed = self.trainer.strategy.broadcast(self.seed)
+            clips = len(self._clips)
+            needed = self.batch_size * self._processes
             if clips < needed:
                 raise ValueError(
                     f"data.train: {clips} clips an epoch are too few for one batch of {needed} (batch_size "
                     f"{self.batch_size} on each device); lower batch_size or raise clips_per_video"
                 )
 
+    def adopt_sizes(self, eval_size: int, max_size: int) -> None:
+        """Take the sizes of a checkpoint, in pixels, where none were given."""
+        given_eval_size, given_max_size = self._given_sizes
+        self.eval_size, self.max_size = given_eval_size or eval_size, given_max_size or max_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of the training clips follows from, for a checkpoint."""
+        return {
+            "seed_everything": self.seed,
+            "data.batch_size": self.batch_size,
+            "number of processes": self._processes,
+            "number of clips in an epoch": len(self._clips),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See that a resumed training goes on with the clips that it would have had.
+
+        Raises:
+            ValueError: something that their order follows from is not as it was.
+        """
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        for name, value in self.state_dict().items():
+            if state_dict.get(name) != value:
+                raise ValueError(
+                    f"{name}: found {value}, expected {state_dict.get(name)} as in the checkpoint: a training that is "
+                    "resumed goes on with the batches that it would have had; to begin another with its weights, give "
+                    "the checkpoint as --model.init_from"
+                )
+
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ClipTargets]]:
-        """Shuffled batches of clips: ClipBatch. An incomplete last batch is left out."""
+        """Shuffled batches of clips: ClipBatch. It begins with the first one that the training has not begun."""
+        # Lightning warns where a loader has no state: this one follows the trainer's own count of batches
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+        trainer, clips = self.trainer, self._clips
+        self.training_clips = SeededClips(clips, self.skip_unreadable)
         return DataLoader(
-            self._clips(),
+            self.training_clips,
             batch_size=self.batch_size,
-            shuffle=True,
+            sampler=ClipSampler(
+                len(clips),
+                batch_size=self.batch_size,
+                seed=self.seed,
+                begun=lambda: 0 if trainer is None else trainer.fit_loop.total_batch_idx + 1,
+                rank=0 if trainer is None else trainer.global_rank,
+                world_size=self._processes,
+            ),
             drop_last=True,
             collate_fn=collate_clips,
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_the_trainer,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -222,6 +283,11 @@ class VideoDataModule(LightningDataModule):
         """The chunks of this rank's share of the videos to predict."""
         return self._stream("predict")
 
+    @property
+    def _processes(self) -> int:
+        return 1 if self.trainer is None else int(self.trainer.world_size)
+
+    @cached_property
     def _clips(self) -> ClipDataset | ConcatDataset[tuple[Tensor, ClipTargets]]:
         clips = ClipDataset(
             self._dataset("train"),
@@ -261,6 +327,7 @@ class VideoDataModule(LightningDataModule):
             videos,
             batch_size=None,
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_the_trainer,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -331,3 +398,9 @@ class VideoDataModule(LightningDataModule):
                     f"{option}: {path}, the first frame of video {video.id} in {split.annotations}, does not exist; "
                     f"is {option}.images = {split.images} the folder that file_names are relative to?"
                 )
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Let a worker process go on when its whole group is told to end: the trainer finishes its step first."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

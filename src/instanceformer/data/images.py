@@ -9,7 +9,11 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 
-class ImageSizeError(ValueError):
+class ImageError(ValueError):
+    """An image file that cannot be read."""
+
+
+class ImageSizeError(ImageError):
     """An image of another size than its video's."""
 
 
@@ -27,16 +31,16 @@ def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
 
     Raises:
         ImageSizeError: it is of another size.
-        ValueError: it is missing, not an image, or not a single one of 8 bits a channel.
+        ImageError: it is missing, not an image, or not a single one of 8 bits a channel.
     """
     try:
         image: Tensor = decode_image(str(path), mode=ImageReadMode.RGB)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: {what} cannot be read as an image ({reason})") from error
+        raise ImageError(f"{path}: {what} cannot be read as an image ({reason})") from error
     if image.dtype != torch.uint8 or image.ndim != 3:
         found = f"{len(image)} images" if image.ndim == 4 else f"values of type {image.dtype}"
-        raise ValueError(f"{path}: {what} is to be one image of 8 bits a channel, found {found}; convert the file")
+        raise ImageError(f"{path}: {what} is to be one image of 8 bits a channel, found {found}; convert the file")
     if image.shape[1:] != (height, width):
         raise ImageSizeError(
             f"{path}: {what} is {image.shape[1]}x{image.shape[2]} (height x width), but the annotation file says "

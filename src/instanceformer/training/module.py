@@ -11,10 +11,12 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from instanceformer.checkpoints.files import describe
 from instanceformer.data.batch import ClipBatch, VideoChunk
 from instanceformer.data.datamodule import VideoDataModule
+from instanceformer.data.sampling import derive_seed
 from instanceformer.evaluation.postprocess import InferenceOptions, VideoInference
 from instanceformer.evaluation.results import Track
 from instanceformer.evaluation.video_ap import VideoAveragePrecision
@@ -22,7 +24,7 @@ from instanceformer.model.decoder import of_queries
 from instanceformer.model.network import InstanceFormer
 from instanceformer.training.losses import ClipOutputs, LossTerms, LossWeights, clip_losses
 from instanceformer.training.matching import MatchCosts, match_entering
-from instanceformer.training.optim import OptimizerOptions, build_optimizer, build_scheduler
+from instanceformer.training.optim import OptimizerOptions, apply_options, build_optimizer, build_scheduler
 from instanceformer.training.targets import DenseTargets
 
 
@@ -44,7 +46,8 @@ class InstanceFormerModule(LightningModule):
         losses: weights of equation 6.
         costs: weights of the matching.
         optimizer: optimiser and schedule.
-        inference: protocol of validation, test and prediction.
+        inference: protocol of validation, test and prediction; none: that of the checkpoint which is evaluated, or the
+            paper's.
         backbone_weights: ``imagenet`` loads torchvision's weights into the backbone before training.
         init_from: checkpoint of an earlier training, for instance on COCO, whose weights are taken over before this one
             starts, as far as their shapes agree; what differs, such as the class heads of other categories, is new.
@@ -56,13 +59,14 @@ class InstanceFormerModule(LightningModule):
         losses: LossWeights = LossWeights(),
         costs: MatchCosts = MatchCosts(),
         optimizer: OptimizerOptions = OptimizerOptions(),
-        inference: InferenceOptions = InferenceOptions(),
+        inference: InferenceOptions | None = None,
         backbone_weights: Literal["imagenet", "none"] = "none",
         init_from: Path | None = None,
     ) -> None:
         super().__init__()
         self.network = network
-        self.losses, self.costs, self.optimizer_options, self.inference = losses, costs, optimizer, inference
+        self.losses, self.costs, self.optimizer_options = losses, costs, optimizer
+        self.inference, self._gave_inference = inference or InferenceOptions(), inference is not None
         self.backbone_weights, self.init_from = backbone_weights, init_from
         self.metric: VideoAveragePrecision | None = None
         self._videos: dict[int, VideoInference] = {}
@@ -129,6 +133,17 @@ class InstanceFormerModule(LightningModule):
 
     # Training --------------------------------------------------------------------------------------------------------
 
+    def on_train_start(self) -> None:
+        """Let the options of this run count, not those with which the checkpoint was written that it resumes."""
+        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        assert isinstance(optimizer, Optimizer)
+        assert isinstance(scheduler, LambdaLR)
+        apply_options(optimizer, scheduler, self.optimizer_options)
+
+    def on_train_batch_start(self, batch: ClipBatch, batch_idx: int) -> None:
+        """Let the random numbers of a step, dropout's, follow from the seed, the batch and the rank alone."""
+        torch.manual_seed(derive_seed(self.data.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank))
+
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         """One step on a batch of clips: the total loss of equation 6."""
         terms = self.compute_losses(batch)
@@ -137,6 +152,8 @@ class InstanceFormerModule(LightningModule):
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=size)
         for field in fields(terms):
             self.log(f"train/{field.name}", getattr(terms, field.name).detach(), batch_size=size)
+        if self.data.skip_unreadable and self.data.training_clips is not None:
+            self.log("train/replaced_clips", float(self.data.training_clips.replaced.value), batch_size=size)
         return total
 
     def compute_losses(self, batch: ClipBatch) -> LossTerms:
@@ -187,10 +204,24 @@ class InstanceFormerModule(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the norm of the gradient before it is clipped."""
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip all gradients together by their norm, or each by its value, and log the norm before that.
+
+        Lightning's own clipping refuses a fused optimizer under every mixed precision.
+        """
+        parameters = [p for p in self.network.parameters() if p.grad is not None]
+        if gradient_clip_val is not None and gradient_clip_algorithm != "value":
+            norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if gradient_clip_val is not None and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        self.log("train/gradient_norm", norm)
 
     # Evaluation ------------------------------------------------------------------------------------------------------
 

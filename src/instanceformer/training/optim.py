@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR
+from torch.optim.lr_scheduler import LambdaLR
 
 SLOW = ("sampling_offsets", "location.")
 """Layers that place sampling points; like the backbone they learn at a tenth of the rate."""
@@ -46,6 +46,11 @@ class OptimizerOptions:
                 "expected 0, or the schedule cosine or constant"
             )
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rate of each group of parameters."""
+        return {"network": self.lr, "backbone": self.backbone_lr, "slow": self.lr * self.slow_factor}
+
 
 def build_optimizer(network: nn.Module, options: OptimizerOptions, fused: bool = True) -> Optimizer:
     """AdamW over three groups, named ``network``, ``backbone`` and ``slow``; frozen parameters are left out.
@@ -53,27 +58,31 @@ def build_optimizer(network: nn.Module, options: OptimizerOptions, fused: bool =
     Args:
         network: whose ``named_parameters`` are grouped.
         options: rates.
-        fused: one kernel for all parameters; Lightning cannot clip gradients with it under fp16 loss scaling.
+        fused: one kernel for all parameters; under fp16 loss scaling it would unscale the gradients itself, after they
+            were clipped.
     """
     groups: dict[str, list[nn.Parameter]] = {"network": [], "backbone": [], "slow": []}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             slow = any(part in name for part in SLOW)
             groups["backbone" if name.startswith("backbone.") else "slow" if slow else "network"].append(parameter)
-    rates = {"network": options.lr, "backbone": options.backbone_lr, "slow": options.lr * options.slow_factor}
     return AdamW(
-        [{"params": parameters, "lr": rates[name], "name": name} for name, parameters in groups.items() if parameters],
+        [
+            {"params": parameters, "lr": options.rates[name], "name": name}
+            for name, parameters in groups.items()
+            if parameters
+        ],
         weight_decay=options.weight_decay,
         fused=fused,
     )
 
 
-def build_scheduler(optimizer: Optimizer, options: OptimizerOptions, total_steps: float) -> tuple[LRScheduler, str]:
+def build_scheduler(optimizer: Optimizer, options: OptimizerOptions, total_steps: float) -> tuple[LambdaLR, str]:
     """The schedule and the interval, ``epoch`` or ``step``, at which Lightning advances it."""
     if options.schedule == "cosine" and not math.isfinite(total_steps):
         raise ValueError("optimizer.schedule: found cosine without an end, expected trainer.max_steps or max_epochs")
     if options.schedule == "multistep":
-        return MultiStepLR(optimizer, list(options.milestones)), "epoch"
+        return LambdaLR(optimizer, lambda epoch: 0.1 ** sum(epoch >= end for end in options.milestones)), "epoch"
 
     def factor(step: int) -> float:
         if step < options.warmup_steps:
@@ -84,3 +93,12 @@ def build_scheduler(optimizer: Optimizer, options: OptimizerOptions, total_steps
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     return LambdaLR(optimizer, factor), "step"
+
+
+def apply_options(optimizer: Optimizer, scheduler: LambdaLR, options: OptimizerOptions) -> None:
+    """Let the rates and the weight decay of ``options`` count where those of a checkpoint were loaded."""
+    scheduler.base_lrs = []
+    for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        rate = options.rates[group["name"]]
+        scheduler.base_lrs.append(rate)
+        group.update(initial_lr=rate, lr=rate * factor(scheduler.last_epoch), weight_decay=options.weight_decay)

@@ -1,0 +1,114 @@
+"""Which clips a training sees, in which order, as a function of the seed and of how many batches it has begun."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sized
+from multiprocessing import Value
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from instanceformer.data.batch import ClipTargets
+from instanceformer.data.images import ImageError
+
+Clip = tuple[Tensor, ClipTargets]
+
+MAX_REPLACEMENTS = 20
+"""How many unreadable clips in a row are replaced by others before the dataset counts as lost."""
+
+
+class ClipKey(NamedTuple):
+    """What a sampler asks of a dataset.
+
+    Attributes:
+        item: its index.
+        seed: of all random numbers that it takes to make it.
+    """
+
+    item: int
+    seed: int
+
+
+def derive_seed(*numbers: int) -> int:
+    """A seed of 63 bits that depends on every one of the non-negative ``numbers`` and on their order."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class ClipSampler(DistributedSampler[ClipKey]):
+    """The order of a training's clips, and the place in it.
+
+    Epoch after epoch runs through all items in an order of its own, drawn from the seed; each process takes its share.
+    The place is a number of batches, counted from the beginning of the training over all epochs, and it is asked for
+    whenever iteration begins: a training that is resumed goes on with the clips that it would have had.
+
+    It is a DistributedSampler so that Lightning leaves it as it is.
+
+    Args:
+        items: number of them in an epoch.
+        batch_size: items of a batch of one process. An incomplete last batch of an epoch is left out.
+        seed: of the order and of every item's random numbers.
+        begun: gives the number of batches that the training has begun so far.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self, items: int, *, batch_size: int, seed: int, begun: Callable[[], int], rank: int, world_size: int
+    ) -> None:
+        super().__init__(cast("Dataset[ClipKey]", range(items)), world_size, rank, seed=seed)
+        self.items, self.batch_size, self.begun = items, batch_size, begun
+        self.batches = items // (batch_size * world_size)
+
+    def __len__(self) -> int:
+        """Number of this process's items in a whole epoch."""
+        return self.batches * self.batch_size
+
+    def __iter__(self) -> Iterator[ClipKey]:
+        epoch, batch = divmod(self.begun(), self.batches)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.items)
+        for item in order[self.rank :: self.num_replicas][batch * self.batch_size : len(self)].tolist():
+            yield ClipKey(item, derive_seed(self.seed, epoch, item))
+
+
+class SeededClips(Dataset[Clip]):
+    """Clips that depend on the seed in their key and on nothing else, in whatever process they are made.
+
+    Args:
+        clips: a dataset with a length whose random numbers are torch's.
+        skip_unreadable: take another clip, drawn at random, in place of one with an image that cannot be read.
+
+    Attributes:
+        replaced: how many clips were, in all worker processes together.
+    """
+
+    def __init__(self, clips: Dataset[Clip], skip_unreadable: bool = False) -> None:
+        self.clips, self.skip_unreadable = clips, skip_unreadable
+        self.replaced: Any = Value("q", 0)
+
+    def __len__(self) -> int:
+        return len(cast("Sized", self.clips))
+
+    def __getitem__(self, key: ClipKey) -> Clip:
+        """Make the clip.
+
+        Raises:
+            ImageError: an image cannot be read and is not to be skipped, or too many cannot.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(key.seed)  # not torch.manual_seed, which would seed the GPU, too
+            item = key.item
+            for attempt in range(MAX_REPLACEMENTS):
+                try:
+                    return self.clips[item]
+                except ImageError as error:
+                    if not self.skip_unreadable or attempt == MAX_REPLACEMENTS - 1:
+                        raise
+                    warnings.warn(f"{error}; another clip takes its place", stacklevel=2)
+                with self.replaced.get_lock():
+                    self.replaced.value += 1
+                item = int(torch.randint(len(self), ()))
+        raise AssertionError("unreachable")
