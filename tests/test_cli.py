@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 
 from instanceformer import InstanceFormer
 from instanceformer.cli import main
@@ -90,6 +92,7 @@ def test_fit_then_validate_test_predict_and_evaluate(
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1"]
     assert [row["step"] for row in rows if row["val/AP"]] == ["1"]
+    wandb.finish()
     recorded = b"".join(path.read_bytes() for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert b'"memory_frames":4,"memory_tokens":4' in recorded  # the whole configuration goes to W&B
     assert checkpoint.exists()
@@ -143,6 +146,7 @@ def test_a_folder_has_one_training(config: Path, tmp_path: Path, capsys: pytest.
     with pytest.raises(ValueError, match=r"last\.ckpt: damaged, .* --overwrite=true"):
         main(command)
     (run / "older.ckpt").write_bytes(before[run / "last.ckpt"])
+    os.utime(run / "older.ckpt", (0, 0))
     main(command)
     said = capsys.readouterr().out
     assert f"{run / 'last.ckpt'}: damaged" in said
