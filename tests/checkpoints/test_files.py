@@ -4,19 +4,24 @@ import json
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.plugins import TorchCheckpointIO
 
 from instanceformer import InstanceFormer, checkpoints
 from instanceformer.checkpoints import Checkpoint, DamagedError, FrameSize, load_for_trainer
 from instanceformer.checkpoints.convert import convert_file
 from instanceformer.cli import main
 from instanceformer.data.annotations import Category
+from instanceformer.data.augment import Augmentation
 from instanceformer.data.datamodule import Split, VideoDataModule
 from instanceformer.training.module import InstanceFormerModule
+from instanceformer.training.optim import OptimizerOptions
 
 CATEGORIES = tuple(Category(3 * i, f"kind {i}") for i in range(5))
 
@@ -47,34 +52,50 @@ def test_other_programs_can_read_the_exported_weights(tiny, tmp_path: Path) -> N
         assert json.loads(file.metadata()["instanceformer"])["network_options"]["num_classes"] == 5
 
 
-def test_lightning_saves_what_the_classes_are_and_takes_a_written_file(tiny, tmp_path: Path) -> None:
-    main(
-        [
-            "synthesize",
-            str(tmp_path),
-            "--train_videos=1",
-            "--valid_videos=1",
-            "--length=8",
-            "--workers=1",
-            "--overwrite",
-        ]
-    )
-    data = VideoDataModule(
-        valid=Split(tmp_path / "valid.json", tmp_path / "JPEGImages"), eval_size=64, num_workers=0, chunk_frames=2
-    )
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    trainer = Trainer(**quiet, enable_model_summary=False)
-    network = tiny(num_classes=4)
-    trainer.validate(InstanceFormerModule(network), data, verbose=False)
-    trainer.save_checkpoint(tmp_path / "lightning.ckpt")
-    found = checkpoints.read(tmp_path / "lightning.ckpt")
+class ReadingIO(TorchCheckpointIO):
+    """Lightning's files, read by this package."""
+
+    def load_checkpoint(self, path: str, *_: object, **__: object) -> dict[str, object]:
+        return load_for_trainer(path)
+
+
+def test_a_training_goes_on_from_what_is_read_and_evaluates_either_format(tiny, tmp_path: Path) -> None:
+    main(["synthesize", str(tmp_path), "--train_videos=1", "--valid_videos=1", "--length=8", "--workers=1"])
+    images = tmp_path / "JPEGImages"
+    train, valid = (Split(tmp_path / f"{name}.json", images) for name in ("train", "valid"))
+    small = {"clip_frames": 2, "clips_per_video": 2, "batch_size": 1, "eval_size": 64, "max_size": 128}
+    plain = Augmentation(sizes=[], crop=0)
+    data = VideoDataModule(train=train, valid=valid, augmentation=plain, num_workers=0, **small)
+
+    def trainer(**options: Any) -> Trainer:
+        quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "enable_model_summary": False}
+        return Trainer(**quiet, num_sanity_val_steps=0, plugins=[ReadingIO()], **options)
+
+    def module() -> InstanceFormerModule:
+        schedule = OptimizerOptions(schedule="cosine", warmup_steps=1)
+        return InstanceFormerModule(tiny(num_classes=4, backbone_norm="batch"), optimizer=schedule)
+
+    def keeping() -> list[Callback]:
+        best = ModelCheckpoint(tmp_path / "run", monitor="val/AP", mode="max", save_last=True)
+        return [best, EarlyStopping("val/AP", mode="max"), Timer("00:01:00:00")]
+
+    trained = module()
+    trainer(callbacks=keeping(), max_epochs=1).fit(trained, data)
+    path = tmp_path / "run" / "last.ckpt"
+    content, found = load_for_trainer(path), checkpoints.read(path)
+    assert set(torch.load(path, weights_only=True)) == set(content)
+    assert content.keys() >= {"optimizer_states", "lr_schedulers", "loops", "callbacks", "state_dict"}
+    resumed = trainer(callbacks=keeping(), max_epochs=2)
+    resumed.fit(module(), data, ckpt_path=path)
+    assert resumed.global_step == 2 * content["global_step"] > 0
+
     assert found.categories == data.categories
     assert {category.name for category in found.categories} >= {"circle"}
-
-    checkpoints.write(found, tmp_path / "written.ckpt")
-    other = InstanceFormerModule(tiny(num_classes=4))
-    trainer.validate(other, data, ckpt_path=tmp_path / "written.ckpt", verbose=False)
-    assert torch.equal(other.network.query_content, network.query_content)
+    for name in ("written.ckpt", "written.safetensors"):
+        checkpoints.write(found, tmp_path / name)
+        other = module()
+        trainer(enable_checkpointing=False).validate(other, data, ckpt_path=tmp_path / name, verbose=False)
+        assert torch.equal(other.network.query_content, trained.network.query_content)
 
 
 def test_an_early_checkpoint_has_no_categories_and_no_sizes(tiny, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from instanceformer.checkpoints.files import (
     read,
     write,
 )
-from instanceformer.checkpoints.loading import DamagedError, find_newest
+from instanceformer.checkpoints.loading import DamagedError, find_newest, load
 
 __all__ = [
     "PAPER_SIZE",
@@ -18,6 +18,7 @@ __all__ = [
     "describe",
     "find_newest",
     "from_content",
+    "load",
     "load_for_trainer",
     "read",
     "write",
