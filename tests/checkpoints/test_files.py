@@ -26,10 +26,10 @@ from instanceformer.training.optim import OptimizerOptions
 CATEGORIES = tuple(Category(3 * i, f"kind {i}") for i in range(5))
 
 
-@pytest.mark.parametrize("name", ["a.ckpt", "made/a.safetensors"])
+@pytest.mark.parametrize(("name", "backbone"), [("a.ckpt", "resnet18"), ("made/a.safetensors", "swin_t")])
 @torch.no_grad()
-def test_one_file_is_enough(tiny, tmp_path: Path, name: str) -> None:
-    network = tiny(location="refined")
+def test_one_file_is_enough(tiny, tmp_path: Path, name: str, backbone: str) -> None:
+    network = tiny(location="refined", backbone=backbone)
     told = {"frame_size": FrameSize(96, 160), "inference": {"candidates": "any_frame", "max_tracks": 7}}
     checkpoints.write(Checkpoint(network.options, network.state_dict(), CATEGORIES, **told), tmp_path / name)
     assert [path.name for path in (tmp_path / name).parent.iterdir()] == [Path(name).name]
@@ -41,6 +41,8 @@ def test_one_file_is_enough(tiny, tmp_path: Path, name: str) -> None:
     loaded = InstanceFormer.from_checkpoint(tmp_path / name)
     frames = torch.randn(1, 2, 3, 64, 96)
     assert not loaded.training
+    for one, other in zip(loaded.parameters(), network.parameters(), strict=True):
+        assert (one.device, one.stride(), one.requires_grad) == (other.device, other.stride(), other.requires_grad)
     assert torch.equal(loaded(frames)[0].logits, network(frames)[0].logits)
 
 
