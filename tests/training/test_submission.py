@@ -18,11 +18,10 @@ import torch
 import yaml
 from tests.conftest import TINY
 
-from instanceformer import InstanceFormer
+from instanceformer import InstanceFormer, checkpoints
 from instanceformer.cli import main
 from instanceformer.evaluation.results import read_results
 from instanceformer.training.callbacks import ResultsWriter
-from instanceformer.training.module import InstanceFormerModule
 
 VIDEOS = [1, 2, 3, 4]
 RECORDER = """
@@ -75,8 +74,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save_checkpoint(path: Path, seed: int) -> None:
     torch.manual_seed(seed)
-    weights = InstanceFormerModule(InstanceFormer(4, **TINY, backbone_norm="batch")).state_dict()
-    torch.save({"state_dict": weights, "pytorch-lightning_version": "2.5.0"}, path)
+    network = InstanceFormer(4, **TINY, backbone_norm="batch")
+    checkpoints.write(checkpoints.Checkpoint(network.options, network.state_dict()), path)
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
+from instanceformer.checkpoints import find_newest
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.files import locking, remove_leftovers, replacing
 from instanceformer.training.callbacks import ResultsWriter
-from instanceformer.training.checkpointing import LAST, CheckpointFiles, LastCheckpoint, find_newest
+from instanceformer.training.checkpointing import LAST, CheckpointFiles, LastCheckpoint
 from instanceformer.training.metrics_file import MetricsFile
 from instanceformer.training.module import InstanceFormerModule
 
