@@ -87,7 +87,7 @@ def test_fit_then_validate_test_predict_and_evaluate(
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/videos/val/videos/*.mp4"))
     resume = [f"--ckpt_path={checkpoint}", "--trainer.max_steps=3", "--model.init_from=nowhere.ckpt"]
     main(["fit", "--config", str(config), *resume, f"--trainer.default_root_dir={tmp_path / 'resumed'}"])  # no init
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt"):
+    with pytest.raises(SystemExit, match=r"nowhere\.ckpt"):
         main(["fit", "--config", str(config), "--model.init_from=nowhere.ckpt"])
     for command in ("validate", "test", "predict"):
         main([command, "--config", str(config), "--ckpt_path", str(checkpoint), f"--results.path={command}.json"])
@@ -180,22 +180,5 @@ def test_every_shipped_config_parses(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_wrong_number_of_classes_is_found_before_anything_runs(config: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"found 7, expected 4.*circle"):
+    with pytest.raises(SystemExit, match=r"found 7, expected 4.*circle"):
         main(["fit", "--config", str(config), "--model.network.num_classes=7", "--trainer.logger=false"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["evaluate", "nowhere.json", "nothing.json"], "nowhere.json"),
-        (["synthesize", "out", "--min_instances=9"], "max_instances"),
-    ],
-)
-def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    shown = f"{stop.value.code}{capsys.readouterr().err}"
-    assert stop.value.code != 0
-    assert message in shown
-    assert "Traceback" not in shown
