@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -27,6 +27,7 @@ FILES = {
     "of_argument.yaml": TIMER % "verbose: x",
     "class.yaml": "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.Timr}]}",
     "split.yaml": "data: {train: {annotations: a.json, imges: b}}",
+    "kind.yaml": "data: {train: 3}",
     "broken.yaml": "trainer:\n  max_steps: [1, 2\n",
     "text.yaml": "just a text",
 }
@@ -109,6 +110,7 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[obje
             "split.yaml: data.train: instanceformer.data.datamodule.Split: found imges, expected an argument of it; "
             "did you mean images?",
         ),
+        ("fit --config kind.yaml", "kind.yaml: data.train: found 3, expected Split, null;"),
         ("fit --config broken.yaml", "broken.yaml: found no options in YAML (line 3: "),
         ("fit --config text.yaml", "text.yaml: found no options in YAML (str);"),
         ("fit --config binary.yaml", "binary.yaml: found no options in YAML ('utf-8' codec"),
@@ -266,12 +268,13 @@ def test_an_interrupt_ends_with_130_and_no_traceback(interrupt, capsys, monkeypa
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_output_that_nobody_reads_is_no_error(unbuffered: str, tiny_dataset: Callable[..., Any]) -> None:
-    annotations = str(tiny_dataset().annotations)
+def test_output_that_nobody_reads_is_no_error(unbuffered: str) -> None:
+    video = {"id": 1, "width": 4, "height": 4, "length": 1, "file_names": ["a.jpg"]}
+    Path("a.json").write_text(json.dumps({"videos": [video], "categories": [{"id": 1, "name": "a"}]}))
     reading, writing = os.pipe()
     os.close(reading)
     run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "check", annotations],
+        [sys.executable, "-c", PROGRAM, "check", "a.json"],
         stdout=writing,
         stderr=subprocess.PIPE,
         text=True,

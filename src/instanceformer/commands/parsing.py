@@ -116,7 +116,8 @@ def _explained(message: str) -> str:
             return f"found {path}, expected a class{nearest(found[2], vars(resolve_name(found[1])))}"
         return f"{path}: {_explained(reason)}"
     if found := re.search(UNION, message, re.DOTALL):
-        reasons = re.findall(r"^\s*- (.+)", found[2], re.MULTILINE)
+        indent = " " * (len(found[2]) - len(found[2].lstrip()))
+        reasons = re.findall(rf"^{indent}- (.+)", found[2], re.MULTILINE)
         plain = [reason for reason in reasons if not re.match("Expected|Not a valid subclass", reason)]
         return plain[0] if plain else f"found {found[3]}, expected {_type(found[1])}"
     if found := re.search(r"Expected an? (.+)\. Got value: (.*)", message, re.DOTALL):
