@@ -12,6 +12,7 @@ import torch
 
 from instanceformer import InstanceFormer
 from instanceformer.cli import main
+from instanceformer.training.module import InstanceFormerModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORK = """
@@ -182,3 +183,18 @@ def test_every_shipped_config_parses(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_wrong_number_of_classes_is_found_before_anything_runs(config: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"found 7, expected 4.*circle"):
         main(["fit", "--config", str(config), "--model.network.num_classes=7", "--trainer.logger=false"])
+
+
+def test_a_fault_in_a_training_step_keeps_its_traceback_and_one_before_it_does_not(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("found 3 dimensions, expected 4")
+
+    arguments = ["fit", "--config", str(config), "--trainer.num_sanity_val_steps=0"]
+    monkeypatch.setattr(InstanceFormerModule, "training_step", fails)
+    with pytest.raises(ValueError, match="found 3 dimensions"):
+        main(arguments)
+    monkeypatch.setattr(InstanceFormerModule, "configure_optimizers", fails)
+    with pytest.raises(SystemExit, match=r"^instanceformer fit: found 3 dimensions, expected 4$"):
+        main(arguments)

@@ -83,7 +83,7 @@ class Parser(ArgumentParser):
 def _said(message: str, parser: ArgumentParser, args: Sequence[str]) -> str:
     """A message of jsonargparse in the words of this package."""
     options = [option for option in parser._option_string_actions if option.startswith("--")]
-    if found := re.match(r"(?:unrecognized arguments|ambiguous option): ([^\s=]+)", message):
+    if found := re.match(r"(?:[Uu]nrecognized arguments|ambiguous option): ([^\s=]+)", message):
         expected = f"an option{nearest(found[1], options)}" if found[1].startswith("-") else "nothing more"
         return f"found {found[1]}, expected {expected}"
     if found := re.match(r"the following arguments are required: (.+)", message):
