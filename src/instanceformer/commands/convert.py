@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from instanceformer.checkpoints.convert import SourceOptions, convert_file
+from instanceformer.commands.parsing import Parser
 
 
 def run(args: Sequence[str]) -> None:
     """Convert weights of the authors' release, Deformable-DETR or SeqFormer, or a checkpoint to another format."""
-    parser = ArgumentParser(prog="instanceformer convert", description=run.__doc__)
+    parser = Parser(prog="instanceformer convert", description=run.__doc__)
     parser.add_argument("source", type=Path, help="a .pth of theirs, or a checkpoint of this package")
     parser.add_argument("output", type=Path, help="checkpoint to write, .ckpt or .safetensors")
     parser.add_class_arguments(SourceOptions)
