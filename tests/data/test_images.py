@@ -74,7 +74,9 @@ def test_label_images_are_turned_like_frames(tmp_path: Path) -> None:
 
 def test_annotations_of_the_pixels_as_stored_are_refused_by_that_name(tmp_path: Path) -> None:
     path = save_turned(tmp_path / "0.jpg", 6)
-    with pytest.raises(ImageSizeError, match=r"a frame is 40x24 .*EXIF orientation 6 .*says 24x40, as it is stored; .*exif"):
+    with pytest.raises(
+        ImageSizeError, match=r"a frame is 40x24 .*EXIF orientation 6 .*says 24x40, as it is stored; .*exif"
+    ):
         read_image(path, HEIGHT, WIDTH, "a frame")
     with pytest.raises(ImageSizeError, match=r"is 40x24 .*says 10x10; resize the frames") as error:
         read_image(path, 10, 10, "a frame")
@@ -110,7 +112,9 @@ def test_frames_lie_in_the_folder_unless_others_are_asked_for(tmp_path: Path) ->
         for name in ("v/0.jpg", "v/../v/0.jpg", "inside/0.jpg", str(images / "v" / "0.jpg")):
             assert frame_path(folder, name) == folder / name
         for name in ("../0.jpg", "v/../../images3/0.jpg", str(elsewhere / "0.jpg"), "link/0.jpg", "v/link.jpg"):
-            with pytest.raises(ValueError, match=r"leads out of this folder, to .*; expected .* outside_images") as error:
+            with pytest.raises(
+                ValueError, match=r"leads out of this folder, to .*; expected .* outside_images"
+            ) as error:
                 frame_path(folder, name)
             assert not isinstance(error.value, ImageError)  # which a run may pass over
             assert frame_path(folder, name, outside=True) == folder / name

@@ -57,8 +57,8 @@ def frame_path(images: Path, name: str, outside: bool = False) -> Path:
         raise ImageError(f"{images}: found the file name {show(name)}, which no file can have ({error})") from error
     if not Path(target).is_relative_to(os.path.realpath(images)):
         raise ValueError(
-            f"{images}: found the file name {show(name)}, which leads out of this folder, to {shorten(target)}; expected "
-            "frames inside it; correct the file names, or allow it by the option outside_images"
+            f"{images}: found the file name {show(name)}, which leads out of this folder, to {shorten(target)}; "
+            "expected frames inside it; correct the file names, or allow it by the option outside_images"
         )
     return path
 
@@ -101,9 +101,9 @@ def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
     if image.shape[1:] == (width, height) and (turned := image_orientation(path)) in _SIDEWAYS:
         raise ImageSizeError(
             f"{name}: {what} is {found}, turned as its EXIF orientation {turned} says and as viewers and labelling "
-            f"tools show it, but the annotation file says {height}x{width}, as it is stored; if the masks were drawn on "
-            "the pixels as stored, remove the tag from the files (exiftool -Orientation= FILE), otherwise correct the "
-            "annotation file"
+            f"tools show it, but the annotation file says {height}x{width}, as it is stored; if the masks were drawn "
+            "on the pixels as stored, remove the tag from the files (exiftool -Orientation= FILE), otherwise correct "
+            "the annotation file"
         )
     raise ImageSizeError(
         f"{name}: {what} is {found}, but the annotation file says {height}x{width}; resize the frames or correct the "
@@ -112,13 +112,12 @@ def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
 
 
 def image_orientation(path: Path) -> int:
-    """How an image file is to be turned, see ``orientation``; of the file only the head is read.
-
-    Raises:
-        OSError: it cannot be read as an image.
-    """
-    with Image.open(path) as image:
-        return orientation(image)
+    """How an image file is to be turned, see ``orientation``, of which only the head is read; 1 if Pillow cannot."""
+    try:
+        with Image.open(path) as image:
+            return orientation(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return 1
 
 
 def orientation(image: Image.Image) -> int:

@@ -117,7 +117,7 @@ def read_labels(path: Path, frames: Frames, modes: Sequence[str]) -> NDArray[Any
         modes: the kinds of image that are allowed, as Pillow names them.
 
     Returns:
-        (height, width) integers or booleans, palette indices where there is a palette.
+        (height, width) integers or booleans, palette indices where there is a palette; (height, width, 3) of RGB.
 
     Raises:
         ValueError: it cannot be read, or is of another kind or size.
@@ -129,13 +129,13 @@ def read_labels(path: Path, frames: Frames, modes: Sequence[str]) -> NDArray[Any
         raise ValueError(f"{path}: cannot be read as a PNG ({error}); is the file complete?") from error
     if mode not in modes:
         raise ValueError(f"{path}: expected a PNG of mode {' or '.join(modes)} (as Pillow names them), found {mode}")
-    if labels.shape != (frames.height, frames.width):
-        is_turned = labels.shape == (frames.width, frames.height)
+    if labels.shape[:2] != (frames.height, frames.width):
+        is_turned = labels.shape[:2] == (frames.width, frames.height)
         expected = (
             f"{_show((frames.height, frames.width))} pixels, as the frames of {Path(frames.file_names[0]).parent}"
         )
         hint = "; are the frames turned by an EXIF orientation that the label lacks?" if is_turned else ""
-        raise ValueError(f"{path}: expected {expected} have, found {_show(labels.shape)}{hint}")
+        raise ValueError(f"{path}: expected {expected} have, found {_show(labels.shape[:2])}{hint}")
     return labels
 
 
