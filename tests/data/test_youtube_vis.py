@@ -71,6 +71,25 @@ def test_all_forms_of_a_mask_are_the_same(tiny_dataset: Callable[..., Any], form
     assert np.array_equal(video.decode_masks(video.instances, range(3))[:, 0].numpy(), tiny.masks[1])
 
 
+@pytest.mark.parametrize("fragment", [[1, 1, 5, 5], [1.5, 1], []])
+def test_polygons_of_fewer_than_three_points_are_left_out(
+    tiny_dataset: Callable[..., Any], fragment: list[float]
+) -> None:
+    tiny = tiny_dataset(lengths=(3,), instances=1)
+    (record,) = tiny.content["annotations"]
+    square = [3, 2, 15, 2, 15, 8, 3, 8]
+    record["segmentations"][0] = [fragment, square]
+    with pytest.warns(UserWarning, match=r"\.json: annotations\[0\]\.segmentations\[0\]: expected .* 1 mask\(s\)"):
+        video = read_annotations(tiny.write()).videos[0]
+    assert np.array_equal(video.decode_masks(video.instances, range(3))[:, 0].numpy(), tiny.masks[1])
+    record["segmentations"][0] = [fragment]
+    with pytest.raises(ValueError, match=r"segmentations\[0\]: expected polygons"):
+        read_annotations(tiny.write())
+    record["segmentations"][0] = [[1, 1, 5], square]  # with a coordinate missing
+    with pytest.raises(ValueError, match=r"segmentations\[0\]: expected polygons"):
+        read_annotations(tiny.write())
+
+
 @pytest.mark.parametrize(
     "empty",
     [
