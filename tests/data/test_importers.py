@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from pycocotools import mask as mask_utils
 from tests.data.conftest import TinyDataset
 
+from instanceformer.cli import main
 from instanceformer.data.annotations import Instance, Video, VideoDataset
 from instanceformer.data.importers import import_binary_masks, import_cocovid, import_davis, import_mots
 from instanceformer.data.importers.identities import with_unique_ids
@@ -660,6 +661,40 @@ def test_binary_masks_refuse(tiny_dataset: MakeDataset, tmp_path: Path, folder: 
     save(tmp_path / f"masks/v0/{folder}/00000.png", labels)
     with pytest.raises(ValueError, match=message):
         import_binary_masks(tmp_path / "masks", made.images)
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_shows_how_names_are_written_and_passes_its_options_on(
+    tiny_dataset: MakeDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["import", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    example = '{"v0": {"1": "car", "2": "person"}}'
+    assert example.replace("v0", "street") in shown
+
+    made = tiny_dataset(lengths=(2,))
+    labels = write_davis(made, tmp_path / "labels")
+    names = write_json(tmp_path / "names.json", {**json.loads(example), "v9": {"1": "dog"}})
+    output = tmp_path / "out.json"
+    command = ["import", "davis", str(labels), str(output), f"--images={made.images}", f"--names={names}"]
+    with pytest.raises(SystemExit, match="found names of v9"):
+        main(command)
+    main([*command, "--other_videos"])
+    assert [category.name for category in read_annotations(output).categories] == ["car", "dog", "person"]
+
+    content = cocovid(made, lambda v, i: {"instance_id": 0, "category_id": 3})
+    path = str(write_json(tmp_path / "coco.json", content))
+    with pytest.raises(SystemExit, match="--merge_parts"):
+        main(["import", "cocovid", path, str(output), "--overwrite"])
+    main(["import", "cocovid", path, str(output), "--overwrite", "--merge_parts"])
+    assert len(read_annotations(output).videos[0].instances) == 1
+    for wrong in (["davis", "--merge_parts"], ["mots", "--other_videos"]):
+        with pytest.raises(SystemExit):
+            main(["import", wrong[0], str(labels), str(output), f"--images={made.images}", "--overwrite", wrong[1]])
+        assert f"{wrong[1]}: expected" in capsys.readouterr().err
 
 
 # --- files and folders -----------------------------------------------------------------------------------------------
