@@ -221,7 +221,11 @@ def test_instances_that_are_shades_of_an_edge_are_found(tmp_path: Path, kind: st
         )
     )
     report = check_dataset(tmp_path / "a.json")
-    expected = {"instances that are thin edges of others": ("warning", 1)} if kind == "blurred" else {}
+    expected = (
+        {"instances that are thin edges of others, as of blurred label images": ("warning", 1)}
+        if kind == "blurred"
+        else {}
+    )
     assert found(report) == expected
     assert len(annotations) >= 9
 

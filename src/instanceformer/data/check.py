@@ -205,8 +205,7 @@ def _check_videos(dataset: VideoDataset, findings: _Findings, needs_files: bool)
             if unknown:
                 place = f"annotation {instance.id} of video {video.id}: expected {', '.join(OCCLUSION_LEVELS)} or null"
                 findings.add("error", "unknown level of occlusion", f"{place}, found {show(unknown)}")
-        if len(video.instances) >= MAX_RIMS:
-            _check_rims(video, findings)
+        _check_rims(video, findings)
 
 
 def _check_rims(video: Video, findings: _Findings) -> None:
@@ -216,17 +215,18 @@ def _check_rims(video: Video, findings: _Findings) -> None:
     codes: list[dict[str, Any]] = [
         {"size": [video.height, video.width], "counts": counts} for counts in shown[frame] if counts is not None
     ]
-    boxes = mask_utils.toBbox(codes).prod(axis=1, where=[False, False, True, True]) if codes else np.zeros(0)
-    thin = mask_utils.area(codes) < MAX_FILLED * boxes if codes else np.zeros(0, dtype=np.bool_)
-    if not are_shades(int(thin.sum()), len(codes)):
-        return  # without a mask decoded
+    if len(codes) < MAX_RIMS:
+        return
+    sizes = mask_utils.toBbox(codes)[:, 2:].prod(axis=1)
+    if not are_shades(int((mask_utils.area(codes) < MAX_FILLED * sizes).sum()), len(codes)):
+        return  # before any mask is decoded
     labels = np.zeros((video.height, video.width), dtype=np.int64)
     for label, code in enumerate(codes, 1):
         labels[mask_utils.decode(code).astype(np.bool_)] = label
     rims = find_rims(labels)
     if are_shades(len(rims), len(codes)):
-        place = f"video {video.id}: {len(rims)} of {len(codes)} instances in frame {frame}; were its label images anti-"
-        findings.add("warning", "instances that are thin edges of others", f"{place}aliased or blurred?")
+        place = f"video {video.id}: {len(rims)} of {len(codes)} instances in frame {frame}"
+        findings.add("warning", "instances that are thin edges of others, as of blurred label images", place)
 
 
 def _check_areas(dataset: VideoDataset, findings: _Findings) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import struct
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,15 +54,24 @@ def frame_path(images: Path, name: str, outside: bool = False) -> Path:
     if outside:
         return path
     try:
-        target = os.path.realpath(path)
+        is_link = stat.S_ISLNK(os.lstat(path).st_mode)
+    except OSError:  # reading it will say why
+        is_link = False
     except ValueError as error:
         raise ImageError(f"{images}: found the file name {show(name)}, which no file can have ({error})") from error
-    if not Path(target).is_relative_to(os.path.realpath(images)):
+    folder, last = os.path.split(path)
+    target = os.path.realpath(path) if is_link or last == ".." else os.path.join(_real(folder), last)
+    if not os.path.join(target, "").startswith(os.path.join(_real(str(images)), "")):
         raise ValueError(
             f"{images}: found the file name {show(name)}, which leads out of this folder, to {shorten(target)}; "
             "expected frames inside it; correct the file names, or allow it by the option outside_images"
         )
     return path
+
+
+@lru_cache(maxsize=2**14)  # what is asked for every frame is to cost microseconds
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
