@@ -20,8 +20,9 @@ from av.container import InputContainer
 from av.sidedata.sidedata import SideData
 from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
+from instanceformer.data.images import upright, upright_size
 from instanceformer.files import natural_order, replacing
 
 Frame = npt.NDArray[np.uint8]  # (H, W, 3), RGB
@@ -34,7 +35,6 @@ LONGEST_STEP_BACK = 1.0  # and so is more than this back; less is held until the
 UNSPECIFIED = 2  # FFmpeg's number of the colour space of a film that does not say
 HD_HEIGHT = 720  # pixels from which a film that does not say so is taken to have the colours of high definition
 TICKS = 90_000  # of a film's clock in a second: the usual frame rates are whole numbers of them
-PHOTOGRAPHS = ("JPEG", "MPO")  # formats of cameras, which say how they were held
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # of damaged images
 CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}  # FFmpeg's input device and its name
 
@@ -80,7 +80,7 @@ def open_video(source: Source, fps: float = 25.0) -> OpenVideo:
 
     Args:
         source: a video file in any container and codec that FFmpeg reads; a folder of images, one a frame, in the order
-            of their names with numbers as numbers, photographs turned as their cameras say; the address of a stream,
+            of their names with numbers as numbers, turned as their EXIF orientation says; the address of a stream,
             such as rtsp://...; the index of a camera, also as text; or frames (H, W, 3) uint8 RGB.
         fps: frames per second of images, frames, and files that do not say when a frame is to be shown.
 
@@ -218,14 +218,13 @@ def _open_folder(folder: Path, fps: float) -> OpenVideo:
     for file in files:
         try:
             with Image.open(file) as image:
-                lies = image.format in PHOTOGRAPHS and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-                sizes.append(image.size[::-1] if lies else image.size)
+                sizes.append(upright_size(image))
         except IMAGE_ERRORS as error:
             raise ValueError(f"{file}: cannot be read as an image ({error})") from error
         if sizes[-1] != sizes[0]:
-            (width, height), expected = sizes[-1], sizes[0]
+            (height, width), expected = sizes[-1], sizes[0]
             raise ValueError(
-                f"{file}: found {width}x{height} pixels, expected {expected[0]}x{expected[1]} like {files[0].name}; "
+                f"{file}: found {width}x{height} pixels, expected {expected[1]}x{expected[0]} like {files[0].name}; "
                 "the frames of a video have one size"
             )
     return OpenVideo(_read_images(files, fps), fps, len(files))
@@ -235,7 +234,7 @@ def _read_images(files: list[Path], fps: float) -> Iterator[TimedFrame]:
     for index, file in enumerate(files):
         try:
             with Image.open(file) as image:
-                pixels = _to_rgb(ImageOps.exif_transpose(image) if image.format in PHOTOGRAPHS else image)
+                pixels = _to_rgb(image)
         except IMAGE_ERRORS as error:
             kind = BrokenVideo if index else ValueError
             raise kind(f"{file}: cannot be read as an image ({error})") from error
@@ -243,11 +242,12 @@ def _read_images(files: list[Path], fps: float) -> Iterator[TimedFrame]:
 
 
 def _to_rgb(image: Image.Image) -> Frame:
+    shown = upright(image)
     if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):  # Pillow would cut off at 255
-        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        return np.repeat((np.asarray(shown) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels are of Pillow's mode {image.mode}, expected 8 or 16 bits")
-    return np.array(image.convert("RGB"))
+    return np.array(shown.convert("RGB"))
 
 
 class VideoWriter:
