@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from instanceformer.data.augment import Augmentation
 from instanceformer.data.batch import ClipTargets, VideoChunk
 from instanceformer.data.catalog import CATALOG, CatalogSplit, DatasetName, locate, map_categories
 from instanceformer.data.clips import ClipDataset, collate_clips
+from instanceformer.data.images import frame_path
 from instanceformer.data.pseudo_video import PseudoClips, PseudoVideo
 from instanceformer.data.reading import read_annotations
-from instanceformer.data.sampling import ClipSampler, SeededClips
+from instanceformer.data.sampling import ClipSampler, SeededClips, leave_signals_to_the_trainer
 from instanceformer.data.streaming import StreamingVideos
 
 SplitName = Literal["train", "valid", "test", "predict"]
@@ -101,6 +101,7 @@ class VideoDataModule(LightningDataModule):
         num_workers: processes that read data, for each loader.
         skip_unreadable: in training, take another clip for one with an image that cannot be read, with a warning; how
             many were replaced is logged as ``train/replaced_clips``. If false, such an image ends the training.
+        outside_images: allow file names and links that lead out of a split's folder of images.
 
     Attributes:
         seed: of the training data, torch's own when ``setup`` is called.
@@ -127,6 +128,7 @@ class VideoDataModule(LightningDataModule):
         max_size: int | None = None,
         num_workers: int = 4,
         skip_unreadable: bool = False,
+        outside_images: bool = False,
     ) -> None:
         super().__init__()
         options = {
@@ -153,7 +155,7 @@ class VideoDataModule(LightningDataModule):
         self.given_sizes = (eval_size, max_size)
         self.eval_size, self.max_size = eval_size or PAPER_EVAL_SIZE, max_size or PAPER_MAX_SIZE
         self.num_workers = num_workers
-        self.skip_unreadable = skip_unreadable
+        self.skip_unreadable, self.outside_images = skip_unreadable, outside_images
         self.seed = 0
         self.training_clips: SeededClips | None = None  # once there is a loader of them
         self.find_finished: Callable[[], frozenset[int]] = frozenset  # ids of videos that test and predict leave out
@@ -196,7 +198,7 @@ class VideoDataModule(LightningDataModule):
         Raises:
             FileNotFoundError: an annotation file or the first frame of a video is missing.
             ValueError: a split is not given, not in the format or without annotations, or two splits differ in their
-                categories, or there are too few clips for one batch.
+                categories, there are too few clips for one batch, or a frame lies outside the images' folder.
         """
         names = [SPLIT_OF_STAGE[stage]]
         if stage == "fit" and self._validates:
@@ -205,7 +207,7 @@ class VideoDataModule(LightningDataModule):
             self._check(name)
         if stage == "fit":
             if self.joint is not None:
-                self._check_first_frames("data.joint", self._joint_images, self._joint_split)
+                self._check_frames("data.joint", self._joint_images, self._joint_split)
             self.seed = torch.initial_seed()
             if self.trainer is not None:
                 self.seed = self.trainer.strategy.broadcast(self.seed)
@@ -383,25 +385,19 @@ class VideoDataModule(LightningDataModule):
                     f"{self._split(known).annotations}; the first that is not in both is {unlike}. Class indices would "
                     "not mean the same; give both files the same list of categories"
                 )
-        self._check_first_frames(f"data.{name}", dataset, split)
+        self._check_frames(f"data.{name}", dataset, split)
 
-    def _check_first_frames(self, option: str, dataset: VideoDataset, split: Split) -> None:
-        """See that every video's first frame is there, before a long run finds out that it is not."""
+    def _check_frames(self, option: str, dataset: VideoDataset, split: Split) -> None:
+        """See that frames may be read and that every video's first one is there, before a long run finds out."""
         for video in dataset.videos:
             if not video.file_names:
                 raise ValueError(
                     f"{option}: video {video.id} of {split.annotations} has no file_names; expected its frames, "
                     f"relative to {option}.images = {split.images}"
                 )
-            path = split.images / video.file_names[0]
-            if not path.is_file():
+            paths = [frame_path(split.images, name, self.outside_images) for name in video.file_names]
+            if not paths[0].is_file():
                 raise FileNotFoundError(
-                    f"{option}: {path}, the first frame of video {video.id} in {split.annotations}, does not exist; "
-                    f"is {option}.images = {split.images} the folder that file_names are relative to?"
+                    f"{option}: {paths[0]}, the first frame of video {video.id} in {split.annotations}, does not "
+                    f"exist; is {option}.images = {split.images} the folder that file_names are relative to?"
                 )
-
-
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """Let a worker process go on when its whole group is told to end: the trainer finishes its step first."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)

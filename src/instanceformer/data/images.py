@@ -64,7 +64,8 @@ def frame_path(images: Path, name: str, outside: bool = False) -> Path:
     if not os.path.join(target, "").startswith(os.path.join(_real(str(images)), "")):
         raise ValueError(
             f"{images}: found the file name {show(name)}, which leads out of this folder, to {shorten(target)}; "
-            "expected frames inside it; correct the file names, or allow it by the option outside_images"
+            "expected frames inside it; correct the file names, or allow it by the option outside_images "
+            "(of data, or of check)"
         )
     return path
 
