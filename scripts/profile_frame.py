@@ -33,7 +33,7 @@ from instanceformer import InstanceFormer
 from instanceformer.data.augment import normalise
 from instanceformer.inference.allocator import keep_memory
 from instanceformer.inference.optimise import optimise
-from instanceformer.inference.video_io import open_video
+from instanceformer.video.reading import open_video
 from instanceformer.model.attention import DeformableAttention
 from instanceformer.model.encoder import FeedForward
 

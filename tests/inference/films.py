@@ -11,7 +11,7 @@ from typing import Any
 import av
 import numpy as np
 
-from instanceformer.inference.video_io import Frame
+from instanceformer.video.frames import Frame
 
 
 def moving_square(count: int = 6, height: int = 48, width: int = 64) -> list[Frame]:

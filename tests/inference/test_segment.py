@@ -22,7 +22,8 @@ from instanceformer.evaluation.results import decode_mask, read_results
 from instanceformer.inference.options import SegmenterOptions
 from instanceformer.inference.outputs import ResultsWriter
 from instanceformer.inference.segment import SegmentOutputs, segment_video
-from instanceformer.inference.video_io import VideoWriter, open_video
+from instanceformer.video.reading import open_video
+from instanceformer.video.writing import VideoWriter
 
 SHOW_ALL = ["--birth=0", "--show=0", "--max_overlap=1", "--size=64", "--device=cpu"]
 

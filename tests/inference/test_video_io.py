@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 from tests.inference.films import cut, moving_square, turn, write_film, write_sound
 
-from instanceformer.inference import video_io
-from instanceformer.inference.video_io import BrokenVideo, VideoWriter, open_video
+from instanceformer.video import films
+from instanceformer.video.frames import BrokenVideo
+from instanceformer.video.reading import open_video
+from instanceformer.video.writing import VideoWriter
 
 
 def read(source, **options):
@@ -276,7 +278,7 @@ def test_the_last_frame_of_matroska_may_be_long(tmp_path):
 
 
 def test_a_clock_that_jitters_does_not_drift():
-    clock = video_io._Clock(fps=10)
+    clock = films._Clock(fps=10)
     times = [5.0, 5.1, 5.099, None, 5.199, 5.3, 4.0, 4.1, 4.5, 700.0, 700.1]
     expected = [0.0, 0.1, 0.1, 0.199, 0.199, 0.3, 0.4, 0.5, 0.9, 1.0, 1.1]
     assert [clock.read(time) for time in times] == pytest.approx(expected)
@@ -398,7 +400,7 @@ def test_a_stream_ends_when_it_is_closed_and_breaks_off_when_it_falls_silent(tmp
     closed.set()
     assert len(read(serve(content, closed))) == 30
 
-    monkeypatch.setattr(video_io, "STREAM_TIMEOUT", 1.0)
+    monkeypatch.setattr(films, "STREAM_TIMEOUT", 1.0)
     silent = threading.Event()
     count, message = read_until_broken(serve(content, silent))
     silent.set()

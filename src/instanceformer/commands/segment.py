@@ -15,7 +15,7 @@ from instanceformer.inference.allocator import keep_memory
 from instanceformer.inference.options import SegmenterOptions
 from instanceformer.inference.segment import SegmentOutputs, refuse_same, segment_video
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
-from instanceformer.inference.video_io import open_video
+from instanceformer.video.reading import open_video
 
 
 def run(args: Sequence[str]) -> None:

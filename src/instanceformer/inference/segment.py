@@ -17,7 +17,8 @@ from instanceformer.files import check_writable
 from instanceformer.inference.outputs import ResultsWriter, write_label_image
 from instanceformer.inference.render import draw_instances
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
-from instanceformer.inference.video_io import BrokenVideo, Frame, OpenVideo, TimedFrame, VideoWriter
+from instanceformer.video.frames import BrokenVideo, Frame, OpenVideo, TimedFrame
+from instanceformer.video.writing import VideoWriter
 
 Writer = TypeVar("Writer", VideoWriter, ResultsWriter)
 
