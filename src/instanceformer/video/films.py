@@ -63,7 +63,8 @@ class _Film:
 
     def __init__(self, name: str, fps: float, device: str | None, reconnect: float) -> None:
         self.name, self.device, self.reconnect = name, device, reconnect
-        self._clock, self._count, self._shape = _Clock(fps), 0, ()
+        self._clock, self._count = _Clock(fps), 0
+        self._shape: tuple[int, ...] = ()
         self._arrived = 0.0  # when the last frame did, by the system's clock
 
     def read(self, container: InputContainer, stream: VideoStream) -> Iterator[TimedFrame]:

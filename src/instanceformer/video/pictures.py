@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from instanceformer.files import natural_order
 from instanceformer.video.cut_off import cut_off
@@ -68,7 +68,7 @@ def open_animation(path: Path) -> OpenVideo | None:
             image.seek(pictures.start)
             image.load()
             return OpenVideo(_read_animation(path), 1 / _seconds(image), len(pictures))
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         return None
     except IMAGE_ERRORS as error:
         raise ValueError(f"{path}: cannot be read as an image ({error})") from error

@@ -56,4 +56,6 @@ def open_video(source: Source, fps: float = 25.0, reconnect: float = 0.0) -> Ope
         raise FileNotFoundError(f"{path}: no such video file or folder of images")
     if path.is_dir():
         return open_folder(path, fps)
-    return open_animation(path) or open_film(str(path.absolute()), fps)  # FFmpeg would take what precedes a colon for a protocol
+    return open_animation(path) or open_film(
+        str(path.absolute()), fps
+    )  # FFmpeg would take what precedes a colon for a protocol
