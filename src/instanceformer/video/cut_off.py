@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-EBML, SEGMENT, CLUSTER = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"  # elements of Matroska
-UNSIZED = (SEGMENT, CLUSTER)  # of which those written as a stream say no length
+UNSIZED = {bytes.fromhex(name) for name in ("18538067", "1f43b675")}  # of Matroska: segment, cluster
+PARTS = ("1a45dfa3", "114d9b74", "1549a966", "1654ae6b", "1c53bb6b", "1941a469", "1043a770", "1254c367")  # of a segment
+BLOCKS = ("e7", "5854", "a7", "ab", "a3", "a0", "af", "ec", "bf")  # of a cluster
+ELEMENTS = UNSIZED | {bytes.fromhex(name) for name in (*PARTS, *BLOCKS)}
 BOXES = b"ftyp styp moov moof mdat mfra free skip wide uuid sidx emsg pnot meta".split()  # of MP4, at its top
 OBJECTS = (b"\x30\x26\xb2\x75", b"\x36\x26\xb2\x75", b"\x90\x08\x00\x33")  # of ASF: header, data and index
 TAGS = (8, 9, 18)  # of FLV: sound, video, data
@@ -39,22 +41,22 @@ def cut_off(path: Path, container: str) -> str | None:
 
 
 def _matroska(file: BinaryIO, size: int) -> int:
-    at, inside = 0, False
+    at = 0
     while at < size:
         head = _read(file, at, 12)
         first = _width(head[:1])
         name, field = head[:first], head[first:]
         width = _width(field[:1])
-        if first > 4 or (field and width > 8):
+        if len(name) == first and name not in ELEMENTS:
             return 0
         if len(field) < width:
             return size + 1
-        known = (1 << 7 * width) - 1
-        length = int.from_bytes(field[:width], "big") & known
-        if (not inside and name not in (EBML, SEGMENT)) or (length == known and name not in UNSIZED):
-            return 0
-        if length == known:  # written as a stream: what it holds comes next
-            inside, length = True, 0
+        unknown = (1 << 7 * width) - 1
+        length = int.from_bytes(field[:width], "big") & unknown
+        if length == unknown:  # written as a stream: what it holds comes next
+            if name not in UNSIZED:
+                return 0
+            length = 0
         at += first + width + length
     return at
 
