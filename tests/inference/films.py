@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import struct
+import threading
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -117,3 +119,20 @@ def read_until_broken(source: Any) -> tuple[int, str]:
 def difference(frames: Sequence[Frame], originals: Sequence[Frame]) -> float:
     """The greatest mean distance of a frame from its original, in grey levels."""
     return max(np.abs(a.astype(int) - b).mean() for a, b in zip(frames, originals, strict=True))
+
+
+def serve(*contents: bytes, stall: threading.Event | None = None) -> str:
+    """The address of a server that sends one content to each that comes, and then closes or waits for ``stall``."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def send() -> None:
+        with server:
+            for content in contents:
+                connection, _ = server.accept()
+                with connection:
+                    connection.sendall(content)
+                    if stall is not None:
+                        stall.wait(20)
+
+    threading.Thread(target=send, daemon=True).start()
+    return f"tcp://127.0.0.1:{server.getsockname()[1]}"

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.inference.conftest import SHOW_ALL, fail, segment, shape_of
-from tests.inference.films import moving_square, write_film
+from tests.inference.films import moving_square, serve, write_film
 
 from instanceformer.cli import main
+from instanceformer.evaluation.results import read_results
 from instanceformer.files import locking
+from instanceformer.inference.options import SegmenterOptions
 from instanceformer.inference.outputs import MasksWriter
 from instanceformer.inference.segment import SegmentOutputs, segment_video
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
+from instanceformer.video import films
 from instanceformer.video.reading import open_video
 
 OUTPUTS = {"output": "film.mp4", "results": "results.json", "masks": "masks"}
@@ -107,6 +110,23 @@ def test_masks_that_could_not_all_be_written_do_not_replace_those_that_are_there
     with MasksWriter(folder) as writer, pytest.raises(AttributeError):
         writer.write(0, None)
     assert contents(tmp_path) == {"masks/000000.png": b"of an earlier run"}
+
+
+def test_identities_go_on_over_a_stream_that_drops(tmp_path, checkpoint, folder, monkeypatch, capsys):
+    """As if it had not: the same ids, and the frames of both connections in one film."""
+    parts = [write_film(tmp_path / f"{t}.ts", moving_square(8)[t : t + 4]) for t in (0, 4)]
+    monkeypatch.setattr(films, "FIRST_REST", 0.01)
+    address = serve(*(part.read_bytes() for part in parts))
+    message = fail(address, checkpoint, folder, "--reconnect=0.2")
+    assert "the stream ended, and did not come back within 0.2 seconds; 8 frames could be decoded" in message
+    assert "the stream ended; trying for 0.2 seconds to open it again" in capsys.readouterr().err
+    assert len(shape_of(folder / "film.mp4")) == 8
+    tracks = read_results(folder / "results.json")
+    assert any(all(mask is not None for mask in track.segmentations) for track in tracks)
+    frames = [frame.image for part in parts for frame in open_video(part).frames]
+    options = SegmenterOptions(birth=0, show=0, max_overlap=1, size=64)
+    whole = list(VideoInstanceSegmenter.from_checkpoint(checkpoint, "cpu", options).segment(frames))
+    assert sorted(track.score for track in tracks) == pytest.approx(sorted(whole[-1].scores.tolist()), abs=1e-4)
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
 """Films of all kinds are read."""
 
+import gc
+
 import av
 import numpy as np
 import pytest
+from av.sidedata.sidedata import SideDataContainer
 from tests.inference.films import cut, difference, moving_square, read, read_until_broken, turn, write_film, write_sound
 
 from instanceformer.video import films
@@ -167,3 +170,18 @@ def test_a_film_with_dropped_frames_is_whole(tmp_path):
     found = open_video(path)
     assert found.length is None or found.length > 5
     assert [frame.seconds for frame in found.frames] == pytest.approx(times, abs=2e-3)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_nothing_of_a_film_is_left_when_it_has_been_read(tmp_path, count):
+    """A process that is forked off would wait for the threads of a decoder that it inherits."""
+    path = write_film(tmp_path / "film.mkv", moving_square(5), "ffv1", "yuv444p")
+    gc.collect()
+    gc.disable()
+    try:
+        frames = open_video(path).frames
+        assert len([next(frames) for _ in range(count)]) == count
+        frames.close()
+        assert not [thing for thing in gc.get_objects() if type(thing) is SideDataContainer]
+    finally:
+        gc.enable()

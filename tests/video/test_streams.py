@@ -1,35 +1,17 @@
 """Streams are read, and opened again when they drop."""
 
 import re
-import socket
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
-from tests.inference.films import difference, moving_square, read, read_until_broken, write_film
+from tests.inference.films import difference, moving_square, read, read_until_broken, serve, write_film
 
 from instanceformer.video import films
 from instanceformer.video.frames import BrokenVideo
 from instanceformer.video.reading import open_video
-
-
-def serve(*contents, stall=None):
-    """The address of a server that sends one content to each that comes, and then closes or waits for ``stall``."""
-    server = socket.create_server(("127.0.0.1", 0))
-
-    def send():
-        with server:
-            for content in contents:
-                connection, _ = server.accept()
-                with connection:
-                    connection.sendall(content)
-                    if stall is not None:
-                        stall.wait(20)
-
-    threading.Thread(target=send, daemon=True).start()
-    return f"tcp://127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.fixture

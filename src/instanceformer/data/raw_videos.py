@@ -85,10 +85,8 @@ def _is_video(path: Path) -> bool:
 class RawStream(IterableDataset[VideoChunk]):
     """One rank's videos, one after the other, each as consecutive chunks of frames from its first to its last.
 
-    Every video goes to one rank, whole, and is read by the first worker process, since a film is decoded in one go. Use
-    it with ``DataLoader(..., batch_size=None, num_workers=0)``, where FFmpeg's threads decode; or with one worker that
-    is not forked (``multiprocessing_context="spawn"``): a fork that inherits FFmpeg's decoders may wait for ever for
-    their threads, which it did not inherit.
+    Every video goes to one rank, whole, and is read by the first worker process, since a film is decoded in one go;
+    more than one worker have nothing to do. Use it with ``DataLoader(..., batch_size=None)``.
 
     How long a video is shows at its end: its last chunk has its length, the others one that lies beyond them. Of a
     video that breaks off, the part that could be read is all there is, and a warning says so. A rank that gets no video

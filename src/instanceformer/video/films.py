@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 import time
@@ -69,6 +70,13 @@ class _Film:
 
     def read(self, container: InputContainer, stream: VideoStream) -> Iterator[TimedFrame]:
         """All frames; see ``OpenVideo``."""
+        try:
+            yield from self._read(container, stream)
+        finally:
+            gc.collect()  # of frames whose side data was looked at: they keep the decoder, for whose threads a process
+            # that is forked off, as a DataLoader does, would wait for ever when it came to free them
+
+    def _read(self, container: InputContainer, stream: VideoStream) -> Iterator[TimedFrame]:
         live = container.size <= 0  # what has a size ends with it, and would begin again from its first frame
         problem = yield from self._decode(container, stream)
         while self.reconnect and live and self._count:
