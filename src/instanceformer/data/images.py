@@ -1,33 +1,22 @@
-"""Frames from image files: where they may lie, and how they are turned. Imports torch only to read one."""
+"""Frames from image files: where they may lie, and how they are read. Imports torch only to read one."""
 
 from __future__ import annotations
 
 import os
 import re
 import stat
-import struct
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from instanceformer.data.run_lengths import show
+from instanceformer.orientation import SIDEWAYS, image_orientation, upright
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_TURNS = {  # by EXIF orientation what makes an image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SIDEWAYS = (5, 6, 7, 8)
 
 
 class ImageError(ValueError):
@@ -110,7 +99,7 @@ def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
     if image.shape[1:] == (height, width):
         return image
     found = f"{image.shape[1]}x{image.shape[2]} (height x width)"
-    if image.shape[1:] == (width, height) and (turned := image_orientation(path)) in _SIDEWAYS:
+    if image.shape[1:] == (width, height) and (turned := image_orientation(path)) in SIDEWAYS:
         raise ImageSizeError(
             f"{name}: {what} is {found}, turned as its EXIF orientation {turned} says and as viewers and labelling "
             f"tools show it, but the annotation file says {height}x{width}, as it is stored; if the masks were drawn "
@@ -121,43 +110,6 @@ def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
         f"{name}: {what} is {found}, but the annotation file says {height}x{width}; resize the frames or correct the "
         "file"
     )
-
-
-def image_orientation(path: Path) -> int:
-    """How an image file is to be turned, see ``orientation``, of which only the head is read; 1 if Pillow cannot."""
-    try:
-        with Image.open(path) as image:
-            return orientation(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return 1
-
-
-def orientation(image: Image.Image) -> int:
-    """How an image that was just opened is to be turned, as EXIF's number; 1 where it is upright or nothing is said.
-
-    What Pillow turns by itself, which is TIFF, is upright.
-    """
-    data = image.info.get("exif")  # Pillow's getexif would decode a whole PNG, and take XMP's word as nothing else does
-    if not data:
-        return 1
-    exif = Image.Exif()
-    try:
-        exif.load(data)
-        found = exif.get(ExifTags.Base.Orientation)
-    except (SyntaxError, ValueError, OSError, struct.error):  # damaged, as decoders pass over it
-        return 1
-    return found if found in _TURNS else 1
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says."""
-    turn = _TURNS.get(orientation(image))
-    return image if turn is None else image.transpose(turn)
-
-
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width in pixels of an image that was just opened, once it is upright."""
-    return (image.width, image.height) if orientation(image) in _SIDEWAYS else (image.height, image.width)
 
 
 def shorten(path: Path | str) -> str:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from instanceformer.data.images import upright, upright_size
 from instanceformer.files import natural_order
+from instanceformer.orientation import upright, upright_size
 
 _FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
