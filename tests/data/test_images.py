@@ -9,7 +9,7 @@ from PIL import ExifTags, Image
 
 from instanceformer.data.images import ImageError, ImageSizeError, frame_path, read_image
 from instanceformer.data.importers.frames import find_frames, read_labels
-from instanceformer.inference.video_io import open_video
+from instanceformer.video.reading import open_video
 
 HEIGHT, WIDTH = 24, 40  # as stored
 UPRIGHT = {  # by orientation, after the standard: where the stored picture's first row and first column are shown

@@ -25,8 +25,8 @@ def open_video(source: Source, fps: float = 25.0, reconnect: float = 0.0) -> Ope
     Args:
         source: a video file in any container and codec that FFmpeg reads; an animated GIF, PNG or WebP; a folder of
             images, one a frame, in the order of their names with numbers as numbers, turned as their EXIF
-            orientation says; the address of a stream, such as rtsp://...; the index of a camera, also as text; or frames
-            (H, W, 3) uint8 RGB.
+            orientation says; the address of a stream, such as rtsp://...; the index of a camera, also as text; or
+            frames (H, W, 3) uint8 RGB.
         fps: frames per second of images, frames, and files that do not say when a frame is to be shown.
         reconnect: seconds for which to go on trying to open a camera or live stream that dropped, with growing pauses;
             the time that passes counts as the film's. 0: a stream's end is the video's.
