@@ -66,7 +66,7 @@ def fused_backward(
 
 @dataclass(frozen=True)
 class Device:
-    """What a launch depends on: lanes of a warp, for NVIDIA the compute capability, whether it is Triton's interpreter."""
+    """What a launch depends on: a warp's lanes, for NVIDIA the compute capability, whether Triton interprets."""
 
     lanes: int
     capability: tuple[int, int] | None
