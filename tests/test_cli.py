@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import wandb
 
 from instanceformer import InstanceFormer
 from instanceformer.cli import main
+from instanceformer.files import locking
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORK = """
@@ -83,12 +88,19 @@ def test_fit_then_validate_test_predict_and_evaluate(
     monkeypatch.chdir(tmp_path)
     main(["fit", "--config", str(config)])
     checkpoint = tmp_path / "best.ckpt"
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1"]
+    assert [row["step"] for row in rows if row["val/AP"]] == ["1"]
+    wandb.finish()
+    recorded = b"".join(path.read_bytes() for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert b'"memory_frames":4,"memory_tokens":4' in recorded  # the whole configuration goes to W&B
     assert checkpoint.exists()
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/videos/val/videos/*.mp4"))
     resume = [f"--ckpt_path={checkpoint}", "--trainer.max_steps=3", "--model.init_from=nowhere.ckpt"]
     main(["fit", "--config", str(config), *resume, f"--trainer.default_root_dir={tmp_path / 'resumed'}"])  # no init
     with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt"):
-        main(["fit", "--config", str(config), "--model.init_from=nowhere.ckpt"])
+        main(["fit", "--config", str(config), "--model.init_from=nowhere.ckpt", "--trainer.default_root_dir=new"])
     for command in ("validate", "test", "predict"):
         main([command, "--config", str(config), "--ckpt_path", str(checkpoint), f"--results.path={command}.json"])
     assert not (tmp_path / "validate.json").exists()
@@ -107,6 +119,80 @@ def test_fit_then_validate_test_predict_and_evaluate(
     assert network.options["num_queries"] == 10
     with torch.no_grad():
         assert network(torch.randn(1, 1, 3, 96, 160))[0].logits.shape == (1, 1, 10, 4)
+
+
+def test_a_folder_has_one_training(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is refused changes nothing; the same command goes on, another one has to be asked for."""
+    run = tmp_path / "run"
+    command = ["fit", "--config", str(config), f"--trainer.default_root_dir={run}", "--trainer.logger=false"]
+    command += ["--trainer.callbacks=[{class_path: lightning.pytorch.callbacks.LearningRateMonitor}]"]
+    main(command)  # without a logger there is nothing to monitor the rate for
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "last.ckpt"]
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(
+        FileExistsError, match=r"another configuration \(model\.optimizer\.lr: 0\.5 here, 0\.0001 there\)"
+    ):
+        main([*command, "--model.optimizer.lr=0.5"])
+    with pytest.raises(FileExistsError, match=r"found the checkpoints of another training, such as last\.ckpt"):
+        main([*command, f"--ckpt_path={tmp_path / 'other.ckpt'}"])
+    with locking(run / "last.ckpt"), pytest.raises(BlockingIOError, match="another process is writing to it"):
+        main(command)
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+    capsys.readouterr()
+    main(command)
+    assert f"{run}: goes on from last.ckpt" in capsys.readouterr().out
+    (run / "last.ckpt").write_bytes(before[run / "last.ckpt"][:-100])
+    with pytest.raises(ValueError, match=r"last\.ckpt: damaged, .* --overwrite=true"):
+        main(command)
+    (run / "older.ckpt").write_bytes(before[run / "last.ckpt"])
+    os.utime(run / "older.ckpt", (0, 0))
+    main(command)
+    said = capsys.readouterr().out
+    assert f"{run / 'last.ckpt'}: damaged" in said
+    assert f"{run}: goes on from older.ckpt" in said
+    main([*command, "--model.optimizer.lr=0.5", "--overwrite=true"])
+    assert "lr: 0.5" in (run / "config.yaml").read_text()
+    assert optimizer_groups(run)[0]["lr"] == 0.5
+
+
+def optimizer_groups(run: Path) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = torch.load(run / "last.ckpt", weights_only=True)["optimizer_states"][0][
+        "param_groups"
+    ]
+    return groups
+
+
+def test_options_change_on_a_resumption_or_are_refused_by_name(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ["fit", "--config", str(config), f"--trainer.default_root_dir={run}", "--trainer.limit_val_batches=0"]
+    command += ["--trainer.logger=false", "--trainer.callbacks=[]"]
+    main(command)
+    resume = [*command, f"--ckpt_path={run / 'last.ckpt'}", "--trainer.max_steps=3"]
+    before = (run / "config.yaml").read_text()
+    for option, message in {
+        "--seed_everything=1": "seed_everything: found 1, expected 0 as in the checkpoint",
+        "--data.batch_size=1": r"data\.batch_size: found 1, expected 2 as in the checkpoint",
+        "--data.clips_per_video=2": "number of clips in an epoch: found 8, expected 4",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            main([*resume, option])
+    assert (run / "config.yaml").read_text() == before
+    main([*resume, "--model.optimizer={lr: 0.01, backbone_lr: 0.02, slow_factor: 0.5, weight_decay: 0.3}"])
+    rates = {group["name"]: group["lr"] for group in optimizer_groups(run)}
+    assert rates == {"network": 0.01, "backbone": 0.02, "slow": 0.005}
+    assert {group["weight_decay"] for group in optimizer_groups(run)} == {0.3}
+    assert "lr: 0.01" in (run / "config.yaml").read_text()
+
+
+def test_evaluation_takes_the_runs_own_checkpoint(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"--ckpt_path: found none, and no .*last\.ckpt"):
+        main(["test", "--config", str(config)])
+    main(["fit", "--config", str(config), "--trainer.limit_val_batches=0", "--trainer.callbacks=[]"])
+    main(["test", "--config", str(config)])
+    assert (tmp_path / "results.json").exists()
+    with locking(tmp_path / "results.json"), pytest.raises(BlockingIOError, match=r"results\.json: another process"):
+        main(["test", "--config", str(config)])
 
 
 NO_TORCH = "import sys; from instanceformer.cli import main; main(); assert 'torch' not in sys.modules"

@@ -113,6 +113,7 @@ class InstanceFormerCLI(LightningCLI):
 
         Raises:
             FileExistsError: the folder holds the checkpoints of another training.
+            ValueError: all of its checkpoints are damaged.
         """
         there = sorted(folder.glob("*.ckpt"))
         if config.overwrite or not there:
@@ -131,11 +132,13 @@ class InstanceFormerCLI(LightningCLI):
         if unlike:
             raise FileExistsError(f"{folder}: found a training with another configuration ({unlike}); {advice}")
         newest, damaged = find_newest(folder)
+        if newest is None:
+            raise ValueError(
+                f"{damaged[0]}: damaged, and no sound checkpoint is beside it; start again by --overwrite=true"
+            )
         if _is_rank_zero():
-            for path in damaged:
-                print(f"{path}: damaged, left as it is")
-            print(f"{folder}: " + ("starts again" if newest is None else f"goes on from {newest.name}"))
-        return None if newest is None else str(newest)
+            print("\n".join([*(f"{path}: damaged" for path in damaged), f"{folder}: goes on from {newest.name}"]))
+        return str(newest)
 
     def _unlike(self, path: Path, config: Namespace) -> str:
         """The first options in which a saved configuration differs; empty where it does not."""

@@ -1,0 +1,214 @@
+"""A training that is stopped anywhere ends with the weights of one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tests.conftest import TINY
+from tests.processes import kill, run, start, wait_until
+
+from instanceformer.cli import main
+
+STEPS = 8
+Fit = Callable[..., list[str]]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_seeded: None) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    sizes = ["--train_videos=5", "--valid_videos=2", "--length=8", "--height=48", "--width=80"]
+    main(["synthesize", str(folder), *sizes, "--workers=1", "--overwrite"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fit(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Fit:
+    """Gives the arguments of a training in a folder: 4 steps an epoch, of videos and images, with dropout."""
+    split = {
+        name: {"annotations": f"{data}/{name}.json", "images": f"{data}/JPEGImages"} for name in ("train", "valid")
+    }
+    config = {
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": STEPS,
+            "log_every_n_steps": 1,
+            "gradient_clip_val": 0.5,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}],
+        },
+        "model": {
+            "network": {"num_classes": 4, **TINY, "backbone_norm": "batch", "dropout": 0.1},
+            "optimizer": {"milestones": [1], "lr": 1e-3, "backbone_lr": 1e-3},
+        },
+        "data": {
+            **split,
+            "joint": {"share": 0.4, "split": split["train"]},
+            "augmentation": {"sizes": [40, 48], "crop": 0.5, "crop_from": [48], "crop_sides": [32, 48]},
+            "batch_size": 2,
+            "clip_frames": 2,
+            "clips_per_video": 1,
+            "eval_size": 48,
+            "num_workers": 0,
+        },
+    }
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+
+    def arguments(folder: Path, *more: str) -> list[str]:
+        return ["fit", f"--config={path}", f"--trainer.default_root_dir={folder}", *more]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def whole(fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Where the training comes to without an interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    torch.set_num_threads(1)
+    main(fit(folder))
+    return state(folder)
+
+
+def state(folder: Path) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(folder / "last.ckpt", weights_only=True)
+    return checkpoint
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], steps: int = STEPS) -> None:
+    assert found["global_step"] == expected["global_step"] == steps
+    for name, weight in expected["state_dict"].items():
+        assert torch.equal(found["state_dict"][name], weight), name
+    for of, theirs in zip(found["optimizer_states"], expected["optimizer_states"], strict=True):
+        assert [group["lr"] for group in of["param_groups"]] == [group["lr"] for group in theirs["param_groups"]]
+        for index, moments in theirs["state"].items():
+            for name, moment in moments.items():
+                assert torch.equal(of["state"][index][name], moment), (index, name)
+
+
+@pytest.mark.parametrize(
+    ("stop", "options"),
+    [
+        (3, []),
+        (4, []),
+        (5, ["--trainer.limit_val_batches=0"]),
+        (3, ["--data.num_workers=2"]),
+        (2, ["--trainer.accumulate_grad_batches=3"]),
+        (3, ["--trainer.precision=bf16-mixed", "--model.optimizer={schedule: cosine, warmup_steps: 2}"]),
+        (3, ["--trainer.limit_train_batches=2"]),
+    ],
+    ids=["mid-epoch", "end of epoch", "second epoch", "workers", "accumulation", "bfloat16", "part of an epoch"],
+)
+def test_steps_and_the_rest_equal_all_at_once(fit: Fit, whole, tmp_path: Path, stop: int, options: list[str]) -> None:
+    """Also where the first part ends with max_steps, and the second, which has more, gets its checkpoint."""
+    expected = whole
+    if len(options) and "limit_val" not in options[0] and "workers" not in options[0]:
+        main(fit(tmp_path / "whole", *options))
+        expected = state(tmp_path / "whole")
+    total = [] if "cosine" not in str(options) else [f"--trainer.max_epochs={STEPS}"]
+    folder = tmp_path / "parts"
+    main(fit(folder, *options, f"--trainer.max_steps={stop}", *total))
+    assert state(folder)["global_step"] == stop
+    main(fit(folder, *options, f"--ckpt_path={folder / 'last.ckpt'}"))
+    assert_same(state(folder), expected)
+
+
+def begun(folder: Path) -> int:
+    """Number of steps that a training has logged."""
+    try:
+        return len((folder / "metrics.csv").read_text().splitlines()) - 1
+    except FileNotFoundError:
+        return 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on(fit: Fit, whole, tmp_path: Path, number: int, code: int) -> None:
+    """The signal comes to all processes of the group, as a cluster and a terminal send it."""
+    log, command = tmp_path / "log", fit(tmp_path / "run", "--data.num_workers=2", "--trainer.limit_val_batches=0")
+    process = start(command, log)
+    wait_until(lambda: begun(tmp_path / "run") >= 2, process)
+    assert kill(process, number) == code, log.read_text()
+    stopped = state(tmp_path / "run")["global_step"]
+    assert 2 <= stopped < STEPS
+    assert f"stopped by {signal.Signals(number).name} at step {stopped}; the same command goes on" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert run(command, log) == 0, log.read_text()
+    assert_same(state(tmp_path / "run"), whole)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_any_moment_change_nothing(fit: Fit, tmp_path: Path) -> None:
+    """Fifteen at random moments, five while a checkpoint is being written; always the same command again."""
+    steps, log, draw = 120, tmp_path / "log", random.Random(0)
+    options = [f"--trainer.max_steps={steps}", "--checkpoint.every_n_train_steps=2", "--trainer.limit_val_batches=0"]
+    assert run(fit(tmp_path / "whole", *options), log) == 0, log.read_text()
+    folder, command = tmp_path / "run", fit(tmp_path / "run", *options)
+    for while_saving in draw.sample([False] * 15 + [True] * 5, 20):
+        process = start(command, log, die_while_saving=while_saving)
+        process.join(300 if while_saving else draw.uniform(0.2, 1.8))
+        code = kill(process) if process.exitcode is None else process.exitcode
+        assert code == -signal.SIGKILL, log.read_text()
+    assert 0 < state(folder)["global_step"] < steps
+    assert run(command, log) == 0, log.read_text()
+    assert_same(state(folder), state(tmp_path / "whole"), steps)
+    assert not list(folder.glob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_two_ranks_stopped_by_a_signal_or_killed_equal_two_that_were_not(fit: Fit, tmp_path: Path) -> None:
+    """As a user starts them: one program, which starts the other; the signal goes to the first alone."""
+    program = tmp_path / "run.py"
+    program.write_text("from instanceformer.cli import main\n\nmain()\n")
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=1", "--trainer.limit_val_batches=0"]
+
+    def begin(folder: Path) -> subprocess.Popen[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(program), *fit(folder, *options, "--checkpoint.every_n_train_steps=2")]
+        return subprocess.Popen(
+            command,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    whole, parts = begin(tmp_path / "whole"), begin(tmp_path / "parts")
+    while begun(tmp_path / "parts") < 1:
+        assert parts.poll() is None, parts.communicate()[0]
+        time.sleep(0.05)
+    parts.send_signal(signal.SIGTERM)
+    said = parts.communicate(timeout=120)[0]
+    assert parts.returncode == 143, said
+    stopped = state(tmp_path / "parts")["global_step"]
+    assert 1 <= stopped < STEPS
+    said = whole.communicate(timeout=120)[0]
+    assert whole.returncode == 0, said
+
+    parts = begin(tmp_path / "parts")
+    while begun(tmp_path / "parts") < stopped + 2:
+        assert parts.poll() is None, parts.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(parts.pid, signal.SIGKILL)
+    parts.communicate()
+    parts = begin(tmp_path / "parts")
+    said = parts.communicate(timeout=120)[0]
+    assert parts.returncode == 0, said
+    assert_same(state(tmp_path / "parts"), state(tmp_path / "whole"))
