@@ -3,18 +3,18 @@
     python scripts/rehearse.py [CONFIG ...] [--folder DIR] [--real-size]
 
 CONFIG are files of configs/, all by default; those whose checkpoints they start from run as well. A training is stopped
-after its first step by SIGTERM, as a cluster does, and taken up again by the same command; then come `validate` where
-there are annotations, `test` and `predict`. Each runs at its own precision, clipping, clip length, batch size, joint data,
-losses, schedule, strategy, callbacks and loggers. These are made small (``small_flags``):
+after its first step by SIGTERM, as a cluster does, and taken up again by the same command; then come ``validate`` where
+there are annotations, ``test`` and ``predict``. Each runs at its own precision, clipping, clip length, batch size,
+joint data, losses, schedule, strategy, callbacks and loggers. These are made small (``small_flags``):
 
 - the Trainer: 4 steps, or 2 epochs of 2; a CPU, with 2 processes for ovis and 1 for the rest; every step is logged;
-- the network: 32 channels, 20 queries, 1 + 2 layers; ResNet-18 in place of ResNet-50, without ImageNet's weights, so that
-  nothing is downloaded: pretraining has ordinary batch norm instead, and those that start from it the frozen one, as ever;
+- the network: 64 channels, 20 queries, 1 + 2 layers; ResNet-18 in place of ResNet-50, without ImageNet's weights, so
+  that nothing is downloaded: pretraining has ordinary batch norm instead, and what starts from it the frozen one;
 - the data: the miniatures of scripts/miniatures.py, frames of 64x96, resized to sides of 48 and 64.
 
-A sweep runs with its first values, offline. ``--real-size`` leaves network and frames as they are (360x640) on what the
-machine has, one GPU if there is one. Prints a table, where the output of what failed is, and exits with 1 if anything
-did. Needs the W&B package, but no account.
+YouTube-VIS 2022, which has no configuration, runs with that of 2021. A sweep runs with its first values, offline.
+``--real-size`` leaves network and frames as they are (360x640) on what the machine has, one GPU if there is one. Prints
+a table, where the output of what failed is, and exits with 1 if anything did. Needs no account and downloads nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,6 +39,8 @@ SCRIPTS = Path(__file__).resolve().parent
 CONFIGS = SCRIPTS.parent / "configs"
 ON_TOP_OF = {"demo_frames": "demo"}
 """Configurations that go on top of another one."""
+VARIANTS = {"ytvis22": ("ytvis21", "--data.name=ytvis22")}
+"""Datasets without a configuration of their own: that of another one, and the flag that makes it theirs."""
 TWO_PROCESSES = ("ovis",)
 STAGES = ("fit", "resume", "validate", "test", "predict")
 TIMEOUT = 600.0
@@ -84,7 +87,7 @@ class Rehearsal:
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """Of the run, in the folder of all."""
         return Path(f"runs/{self.name}")
 
 
@@ -101,13 +104,6 @@ class Outcome:
     seconds: float
     fault: str | None
     output: Path
-
-
-@dataclass
-class Row:
-    """The stages of a configuration that were run, by name."""
-
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
 
 
 def read_rehearsals(configs: Path = CONFIGS) -> dict[str, Rehearsal]:
@@ -129,6 +125,8 @@ def read_rehearsals(configs: Path = CONFIGS) -> dict[str, Rehearsal]:
         init_from = content.get("model", {}).get("init_from")
         train = [f"--config=configs/{name}.yaml" for name in files]
         found[path.stem] = Rehearsal(path.stem, train, content, Path(init_from).parent.name if init_from else None)
+    for name, (like, flag) in VARIANTS.items():
+        found[name] = replace(found[like], name=name, train=[*found[like].train, flag])
     return dict(sorted(found.items(), key=lambda item: (_depth(item[1], found), item[0])))
 
 
@@ -162,7 +160,7 @@ def small_flags(rehearsal: Rehearsal, real_size: bool) -> dict[str, list[str]]:
     if not real_size:
         if config.get("model", {}).get("network", {}).get("backbone") != "small":
             every.append("--model.network.backbone=resnet18")
-        sizes = {"dim": 32, "num_heads": 4, "num_queries": 20, "feedforward_dim": 48}
+        sizes = {"dim": 64, "num_heads": 4, "num_queries": 20, "feedforward_dim": 48}
         layers = {"encoder_layers": 1, "decoder_layers": 2}
         every += [f"--model.network.{name}={value}" for name, value in (sizes | layers).items()]
         every += ["--data.eval_size=48", "--data.max_size=96"]
@@ -170,7 +168,12 @@ def small_flags(rehearsal: Rehearsal, real_size: bool) -> dict[str, list[str]]:
             augmentation = {"sizes": [48, 64], "crop_from": [56, 64], "crop_sides": [32, 64]}
             every += [f"--data.augmentation.{name}={value}" for name, value in augmentation.items()]
     steps = ["--trainer.max_steps=4"] if "max_steps" in trainer else ["--trainer.max_epochs=2"]
-    fit = [*steps, "--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1", "--trainer.callbacks+=stop.StopOnce"]
+    fit = [
+        *steps,
+        "--trainer.limit_train_batches=2",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.callbacks+=stop.StopOnce",
+    ]
     if rehearsal.is_sweep:
         fit.append("--trainer.logger.init_args.offline=true")
     return {
@@ -201,20 +204,20 @@ def commands(rehearsal: Rehearsal, real_size: bool) -> dict[str, list[str]]:
     return lines
 
 
-def look_at(stage: str, rehearsal: Rehearsal, text: str) -> str | None:
-    """What is wrong with what a stage that ended well has left, or with what it printed; none where nothing is."""
+def look_at(stage: str, run: Path, text: str) -> str | None:
+    """What is wrong with what a stage that ended well has left in its folder, or printed; none where nothing is."""
     needed = {"validate": [], "test": ["results.json", "results.zip"], "predict": ["results.json", "results.zip"]}
     for name in needed.get(stage, ["last.ckpt", "config.yaml", "metrics.csv"]):
-        if not (rehearsal.folder / name).is_file():
-            return f"{rehearsal.folder / name} was not written"
+        if not (run / name).is_file():
+            return f"{run / name} was not written"
     if stage == "resume" and "goes on from last.ckpt" not in text:
         return "started anew, where it should have gone on from last.ckpt"
     if stage == "resume":
-        last = (rehearsal.folder / "metrics.csv").read_text().splitlines()[-1]
+        last = (run / "metrics.csv").read_text().splitlines()[-1]
         if not last.startswith("3,"):
             return f"metrics.csv ends with {last[:20]}, expected step 3, the last of 4"
     if stage in ("test", "predict"):
-        json.loads((rehearsal.folder / "results.json").read_text())
+        json.loads((run / "results.json").read_text())
     if stage == "validate" and "val/AP" not in text:
         return "no val/AP was printed"
     return None
@@ -230,6 +233,9 @@ def run_in_process(line: list[str], folder: Path, output: Path) -> None:
     sys.path.insert(0, str(folder))
     sys.argv = ["program.py", *line]  # Lightning starts the other processes of ddp so
     sys.modules["__main__"].__spec__ = None
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # for the workers of its loaders, as if it had been started alone
     from instanceformer.cli import main
 
     main(line)
@@ -243,10 +249,8 @@ def run_stage(context: Any, rehearsal: Rehearsal, stage: str, line: list[str], f
     process.start()
     process.join(TIMEOUT)
     code = process.exitcode
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # what is left of it
-    except ProcessLookupError:
-        pass
     process.join()
     seconds = time.perf_counter() - start
     text = output.read_text(errors="replace") if output.is_file() else ""
@@ -258,7 +262,7 @@ def run_stage(context: Any, rehearsal: Rehearsal, stage: str, line: list[str], f
         lines = [line for line in text.splitlines() if line.strip()]
         fault = f"exit code {code}, expected {expected}: {lines[-1][:300] if lines else 'nothing printed'}"
     else:
-        fault = look_at(stage, rehearsal, text)
+        fault = look_at(stage, folder / rehearsal.folder, text)
     return Outcome(seconds, fault, output)
 
 
@@ -310,7 +314,7 @@ def choose(names: Sequence[str], among: dict[str, Rehearsal]) -> list[Rehearsal]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="file of configs/, or its name without .yaml")
+    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="file of configs/, or its name; all if left out")
     parser.add_argument("--folder", type=Path, help="empty or new folder that keeps all that is made")
     parser.add_argument("--real-size", action="store_true", help="leave network and frames as large as they are")
     options = parser.parse_args()
