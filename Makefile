@@ -32,14 +32,19 @@ demo: runs/demo/results.json ## synthetic videos, a short training on the CPU, a
 data/demo/valid.json: | $(INSTALLED)
 	$(BIN)/instanceformer synthesize data/demo --overwrite
 
-runs/demo_frames/last.ckpt: data/demo/valid.json configs/demo.yaml configs/demo_frames.yaml
-	$(BIN)/instanceformer fit --config configs/demo.yaml --config configs/demo_frames.yaml
+# A training that was interrupted goes on where it was; one that is complete but out of date starts again.
+FIT = $(BIN)/instanceformer fit --overwrite=$(if $(wildcard $@),true,false)
 
-runs/demo/last.ckpt: runs/demo_frames/last.ckpt
-	$(BIN)/instanceformer fit --config configs/demo.yaml
+runs/demo_frames/.trained: data/demo/valid.json configs/demo.yaml configs/demo_frames.yaml
+	$(FIT) --config configs/demo.yaml --config configs/demo_frames.yaml
+	touch $@
 
-runs/demo/results.json: runs/demo/last.ckpt
-	$(BIN)/instanceformer test --config configs/demo.yaml --trainer.devices 1 --trainer.strategy auto --ckpt_path $<
+runs/demo/.trained: runs/demo_frames/.trained
+	$(FIT) --config configs/demo.yaml
+	touch $@
+
+runs/demo/results.json: runs/demo/.trained
+	$(BIN)/instanceformer test --config configs/demo.yaml --trainer.devices 1 --trainer.strategy auto
 
 test: $(INSTALLED) ## format, lint, types and the whole test suite
 	$(BIN)/ruff format --check .
