@@ -24,6 +24,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -39,8 +40,18 @@ SCRIPTS = Path(__file__).resolve().parent
 CONFIGS = SCRIPTS.parent / "configs"
 ON_TOP_OF = {"demo_frames": "demo"}
 """Configurations that go on top of another one."""
-VARIANTS = {"ytvis22": ("ytvis21", "--data.name=ytvis22")}
-"""Datasets without a configuration of their own: that of another one, and the flag that makes it theirs."""
+GIVEN = {
+    "small": [
+        "--model.network.num_classes=12",
+        *(
+            f"--data.{split}={{annotations: data/mine/{file}.json, images: data/mine/JPEGImages}}"
+            for split, file in (("train", "train"), ("valid", "valid"), ("test", "valid"), ("predict", "valid"))
+        ),
+    ]
+}
+"""What a configuration leaves to the command line."""
+VARIANTS = {"ytvis22": ("ytvis21", ["--data.name=ytvis22", "--trainer.default_root_dir=runs/ytvis22"])}
+"""Datasets without a configuration of their own: that of another one, and the flags that make it theirs."""
 TWO_PROCESSES = ("ovis",)
 STAGES = ("fit", "resume", "validate", "test", "predict")
 TIMEOUT = 600.0
@@ -88,7 +99,16 @@ class Rehearsal:
     @property
     def folder(self) -> Path:
         """Of the run, in the folder of all."""
-        return Path(f"runs/{self.name}")
+        option = "--trainer.default_root_dir="
+        given = [word.removeprefix(option) for word in self.train if word.startswith(option)]
+        return Path(given[-1] if given else self.config["trainer"]["default_root_dir"])
+
+    @property
+    def is_annotated(self) -> bool:
+        """Whether there is a split to validate on."""
+        data = self.config.get("data", {})
+        given = any(word.startswith("--data.valid=") for word in self.train)
+        return given or "valid" in data or data.get("name") == "coco"
 
 
 @dataclass
@@ -112,22 +132,34 @@ def read_rehearsals(configs: Path = CONFIGS) -> dict[str, Rehearsal]:
     for path in sorted(configs.glob("*.yaml")):
         config = yaml.safe_load(path.read_text())
         if "program" in config:
-            values = [f"--{name}={space['values'][0]}" for name, space in config["parameters"].items()]
-            words = [w for word in config["command"] for w in (values if word == "${args}" else [word])]
-            base = next(word.split("/")[-1].removesuffix(".yaml") for word in words if word.startswith("--config="))
-            start = Path(_read(configs, base)["model"]["init_from"]).parent.name
-            found[path.stem] = Rehearsal(path.stem, words[2:], config, start)
+            found[path.stem] = _read_sweep(path.stem, config, configs)
             continue
         files = [ON_TOP_OF[path.stem], path.stem] if path.stem in ON_TOP_OF else [path.stem]
         content: dict[str, Any] = {}
         for name in files:
             content = _merge(content, _read(configs, name))
         init_from = content.get("model", {}).get("init_from")
-        train = [f"--config=configs/{name}.yaml" for name in files]
+        train = [f"--config=configs/{name}.yaml" for name in files] + GIVEN.get(path.stem, [])
         found[path.stem] = Rehearsal(path.stem, train, content, Path(init_from).parent.name if init_from else None)
-    for name, (like, flag) in VARIANTS.items():
-        found[name] = replace(found[like], name=name, train=[*found[like].train, flag])
+    for name, (like, flags) in VARIANTS.items():
+        found[name] = replace(found[like], name=name, train=[*found[like].train, *flags])
     return dict(sorted(found.items(), key=lambda item: (_depth(item[1], found), item[0])))
+
+
+def _read_sweep(name: str, config: dict[str, Any], configs: Path) -> Rehearsal:
+    """The command line that W&B's agent would run first, from a program that only says how it was called."""
+    values = [f"--{option}={space['values'][0]}" for option, space in config["parameters"].items()]
+    with TemporaryDirectory() as folder:
+        program = Path(folder) / "instanceformer"
+        program.write_text("""#!/bin/sh\nprintf '%s\\0' "$@"\n""")
+        program.chmod(0o700)
+        words = [str(program) if word == "${program}" else word for word in config["command"]]
+        words = [w for word in words for w in (values if word == "${args}" else [word])]
+        environment = {**os.environ, "WANDB_RUN_ID": "rehearsal"}
+        called = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    train = called.split("\0")[1:-1]  # without ``fit`` and what follows the last
+    base = next(Path(word).stem for word in train if word.startswith("--config="))
+    return Rehearsal(name, train, config, Path(_read(configs, base)["model"]["init_from"]).parent.name)
 
 
 def _read(configs: Path, name: str) -> dict[str, Any]:
@@ -152,7 +184,6 @@ def small_flags(rehearsal: Rehearsal, real_size: bool) -> dict[str, list[str]]:
     processes = 2 if rehearsal.name in TWO_PROCESSES and not real_size else 1
     every = [
         f"--trainer.accelerator={'auto' if real_size else 'cpu'}",
-        f"--trainer.default_root_dir={rehearsal.folder}",
         "--model.backbone_weights=none",
     ]
     if rehearsal.start is None and config["model"].get("backbone_weights") == "imagenet":
@@ -168,12 +199,9 @@ def small_flags(rehearsal: Rehearsal, real_size: bool) -> dict[str, list[str]]:
             augmentation = {"sizes": [48, 64], "crop_from": [56, 64], "crop_sides": [32, 64]}
             every += [f"--data.augmentation.{name}={value}" for name, value in augmentation.items()]
     steps = ["--trainer.max_steps=4"] if "max_steps" in trainer else ["--trainer.max_epochs=2"]
-    fit = [
-        *steps,
-        "--trainer.limit_train_batches=2",
-        "--trainer.log_every_n_steps=1",
-        "--trainer.callbacks+=stop.StopOnce",
-    ]
+    fit = [*steps, "--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]
+    if "val_check_interval" in trainer:
+        fit.append("--trainer.val_check_interval=2")
     if rehearsal.is_sweep:
         fit.append("--trainer.logger.init_args.offline=true")
     return {
@@ -184,22 +212,16 @@ def small_flags(rehearsal: Rehearsal, real_size: bool) -> dict[str, list[str]]:
     }
 
 
-def is_annotated(rehearsal: Rehearsal) -> bool:
-    """Whether there is a split to validate on."""
-    data = rehearsal.config.get("data", {})
-    return "valid" in data or data.get("name") == "coco"
-
-
 def commands(rehearsal: Rehearsal, real_size: bool) -> dict[str, list[str]]:
     """Command lines of its stages, without the program's name."""
     flags = small_flags(rehearsal, real_size)
-    lines = {"fit": ["fit", *rehearsal.train, *flags["fit"]]}
+    lines = {"fit": ["fit", *rehearsal.train, *flags["fit"], "--trainer.callbacks+=stop.StopOnce"]}
     lines["resume"] = lines["fit"]
     if not rehearsal.is_sweep:
         for stage in ("validate", "test", "predict"):
-            if stage != "validate" or is_annotated(rehearsal):
+            if stage != "validate" or rehearsal.is_annotated:
                 lines[stage] = [stage, *rehearsal.train, *flags[stage]]
-    if "predict" in lines and "name" not in rehearsal.config["data"]:  # it says no videos of its own: those to test on
+    if "test" in rehearsal.config.get("data", {}):  # and no videos to predict, which are then the same
         lines["predict"].append(f"--data.predict={json.dumps(rehearsal.config['data']['test'])}")
     return lines
 
