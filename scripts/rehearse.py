@@ -228,8 +228,10 @@ def commands(rehearsal: Rehearsal, real_size: bool) -> dict[str, list[str]]:
 
 def look_at(stage: str, run: Path, text: str) -> str | None:
     """What is wrong with what a stage that ended well has left in its folder, or printed; none where nothing is."""
-    needed = {"validate": [], "test": ["results.json", "results.zip"], "predict": ["results.json", "results.zip"]}
-    for name in needed.get(stage, ["last.ckpt", "config.yaml", "metrics.csv"]):
+    results = ["results.json", "results.zip"]
+    training = ["last.ckpt", "config.yaml"]
+    needed = {"fit": training, "resume": [*training, "metrics.csv"], "validate": [], "test": results, "predict": results}
+    for name in needed[stage]:
         if not (run / name).is_file():
             return f"{run / name} was not written"
     if stage == "resume" and "goes on from last.ckpt" not in text:
@@ -302,7 +304,7 @@ def rehearse(rehearsals: Sequence[Rehearsal], folder: Path, real_size: bool, rep
     (folder / "output").mkdir()
     (folder / "program.py").write_text(PROGRAM)
     (folder / "stop.py").write_text(STOP)
-    os.environ |= {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path]), "WANDB_SILENT": "true"}
+    os.environ |= {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, [folder, *sys.path])), "WANDB_SILENT": "true"}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["instanceformer.commands.train"])
     report("".join(f"{title:16}" for title in ("", *STAGES)).rstrip())

@@ -122,7 +122,7 @@ def small(words: list[str]) -> list[str]:
     stage = words[1] if len(words) > 1 else ""
     configs = re.findall(r"configs/(\w+)\.yaml", " ".join(words))
     if stage in ("fit", "validate", "test", "predict") and configs:
-        flags = [*run_flags(configs[-1], stage), "--data.num_workers=0", *flags]
+        flags = [*run_flags(configs[-1], stage), "--data.num_workers=0", "--trainer.devices=1", *flags]
     return [*words, *flags]
 
 
@@ -145,7 +145,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = InstanceFormer(4, **TINY).eval()
     for path in ("model.safetensors", "runs/demo/last.ckpt"):
         checkpoints.write(checkpoints.Checkpoint(network.options, network.state_dict(), SHAPES), root / path)
-    for name, channels in (("r50_ovis", 26), ("r50_ytvis", 41)):
+    for name, channels in (("r50_ovis", 27), ("r50_ytvis", 42)):
         weights = theirs(build(RELEASE, channels, location="paper"), RELEASE)
         torch.save({"model": weights}, root / f"{name}.pth")
     return root
