@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
+
+from instanceformer.commands.parsing import begun, nearest, of_the_users, one_line, rank
 
 COMMANDS = {
     "synthesize": ("synthesize", "make a dataset of moving, occluding shapes in YouTube-VIS format"),
     "import": ("importing", "turn a labelling tool's export or label images into YouTube-VIS format"),
     "check": ("check", "look for what is wrong with a dataset, before a long run finds out"),
-    "convert": ("convert", "weights of the authors' release, Deformable-DETR or SeqFormer, or ours in another format"),
-    "export": ("export", "make programs of a network that run frame by frame: of torch.export, or in ONNX"),
+    "fit": ("train", "train a network, as a configuration says"),
+    "validate": ("train", "measure a checkpoint: AP, AR and losses on the validation videos"),
+    "test": ("train", "write a checkpoint's results file for the test videos; AP if they have annotations"),
+    "predict": ("train", "write a checkpoint's results file for videos without annotations"),
     "evaluate": ("evaluate", "compare a results file with ground truth: the official AP and AR"),
     "segment": ("segment", "find and follow the objects of a video: a film with masks and ids, results, label images"),
+    "convert": ("convert", "weights of the authors' release, Deformable-DETR or SeqFormer, or ours in another format"),
+    "export": ("export", "make programs of a network that run frame by frame: of torch.export, or in ONNX"),
 }
-"""By name the module in ``instanceformer.commands`` and what it does; all other commands are LightningCLI's."""
+"""By name the module in ``instanceformer.commands`` and what it does, in the order in which one meets them."""
+
+HELP = "\n".join(
+    (
+        "usage: instanceformer COMMAND ... [--debug]",
+        "",
+        *(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()),
+        "",
+        "`instanceformer COMMAND --help` lists a command's options; --debug, or INSTANCEFORMER_DEBUG=1, shows where an",
+        "error was raised; `instanceformer --version` says which version this is.",
+    )
+)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -24,16 +43,49 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Args:
         args: without the program's name; None takes the process's own.
+
+    Raises:
+        SystemExit: what was given is wrong, in one line and code 1, or 2 of an option; 130 if interrupted, 141 if
+            nobody reads the output any more.
     """
     given = sys.argv[1:] if args is None else list(args)
-    if given and given[0] in COMMANDS:
-        module, _ = COMMANDS[given[0]]
-        warnings.showwarning = lambda message, *_: print(f"instanceformer {given[0]}: {message}", file=sys.stderr)
+    debug = "--debug" in given or os.environ.get("INSTANCEFORMER_DEBUG", "0") not in ("", "0")
+    try:
         try:
-            import_module(f"instanceformer.commands.{module}").run(given[1:])
-        except (ValueError, OSError) as error:
-            sys.exit(f"instanceformer {given[0]}: {'; '.join((str(error), *getattr(error, '__notes__', ())))}")
-        return
-    from instanceformer.commands.train import run
+            _run([word for word in given if word != "--debug"], debug)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `instanceformer check ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter flushes at its end
+        sys.exit(141)
 
-    run(args, epilog="Besides these: " + "; ".join(f"{name}: {text}" for name, (_, text) in COMMANDS.items()))
+
+def _run(given: list[str], debug: bool) -> None:
+    name, *rest = given or [""]
+    if name in ("", "-h", "--help"):
+        print(HELP)
+        sys.exit(0 if name else 2)
+    if name == "--version":
+        print(f"instanceformer {version('instanceformer')}")
+        return
+    if name not in COMMANDS:
+        expected = f"expected a command: {', '.join(COMMANDS)}{nearest(name, COMMANDS)}"
+        print(f"instanceformer: found {name}, {expected}", file=sys.stderr)
+        sys.exit(2)
+    module, _ = COMMANDS[name]
+    if module != "train":  # Lightning shows warnings in its own way
+        warnings.showwarning = lambda message, *_: print(f"instanceformer {name}: {message}", file=sys.stderr)
+    begun.set(False)
+    try:
+        import_module(f"instanceformer.commands.{module}").run(given if module == "train" else rest)
+    except (KeyboardInterrupt, SystemExit) as stop:  # Lightning makes of the first the second
+        if debug or not (isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt)):
+            raise
+        print(f"instanceformer {name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        unread = isinstance(error, BrokenPipeError) and module != "train"  # the only pipe of these is their output
+        if debug or unread or not of_the_users(error):
+            raise
+        hint = "\n(--debug shows where)" if begun.get() else ""
+        raise SystemExit(f"{rank()}instanceformer {name}: {one_line(error)}{hint}") from error

@@ -12,9 +12,12 @@ from tests.conftest import TINY
 from torch import Tensor
 
 from instanceformer import InstanceFormer, checkpoints
+from instanceformer.checkpoints import Checkpoint, FrameSize
 from instanceformer.checkpoints.convert import SourceOptions, convert, convert_file
 from instanceformer.checkpoints.sources import DEFORMABLE_DETR, RELEASE, SEQFORMER, Source
+from instanceformer.cli import main
 from instanceformer.data.catalog import CATALOG
+from instanceformer.files import locking
 
 HEADS = SourceOptions(heads=TINY["num_heads"])
 
@@ -179,13 +182,47 @@ def test_files_of_every_format(tmp_path: Path) -> None:
     first, *others = (checkpoints.read(tmp_path / name) for name in names)
     assert first.categories == CATALOG["coco"].categories
     for other in others:
-        assert (other.options, other.categories) == (first.options, first.categories)
+        for field in ("options", "categories", "frame_size", "inference"):
+            assert getattr(other, field) == getattr(first, field)
         assert all(torch.equal(other.weights[name], x) for name, x in first.weights.items())
     InstanceFormer.from_checkpoint(tmp_path / "exported.safetensors")
+    assert first.frame_size == FrameSize(360, 768)
     with pytest.raises(ValueError, match=r"found suffix '\.pth', expected"):
         convert_file(tmp_path / "no such file", tmp_path / "b.pth")
     with pytest.raises(ValueError, match="which says its own options"):
         convert_file(tmp_path / "plain.ckpt", tmp_path / "b.safetensors", HEADS)
+
+
+def test_sizes_and_protocol_survive_another_format(tiny, tmp_path: Path) -> None:
+    network = tiny()
+    told = {"frame_size": FrameSize(96, 160), "inference": {"candidates": "any_frame"}}
+    checkpoints.write(Checkpoint(network.options, network.state_dict(), **told), tmp_path / "a.ckpt")
+    main(["convert", str(tmp_path / "a.ckpt"), str(tmp_path / "b.safetensors")])
+    found = checkpoints.read(tmp_path / "b.safetensors")
+    assert {key: getattr(found, key) for key in told} == told
+
+
+def test_an_output_that_exists_is_replaced_only_if_told(tiny, tmp_path: Path) -> None:
+    network = tiny()
+    source, output, link = (tmp_path / name for name in ("a.ckpt", "b.safetensors", "link.ckpt"))
+    checkpoints.write(Checkpoint(network.options, network.state_dict()), source)
+    link.symlink_to(source)
+    output.write_text("of an earlier run")
+    command = ["convert", str(source), str(output)]
+    with pytest.raises(SystemExit, match=r"b\.safetensors exists; give another output, or --overwrite"):
+        main(command)
+    assert output.read_text() == "of an earlier run"
+    with locking(output), pytest.raises(SystemExit, match=r"b\.safetensors: another process is writing to it"):
+        main([*command, "--overwrite"])
+    assert output.read_text() == "of an earlier run"
+    main([*command, "--overwrite"])
+    assert checkpoints.read(output).options == network.options
+    before = source.read_bytes()
+    for same in (source, link):
+        with pytest.raises(SystemExit, match=rf"{same.name} exists"):
+            main(["convert", str(source), str(same), "--overwrite"])
+    assert source.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "b.safetensors", "link.ckpt"]
 
 
 def change(weights: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Tensor]:

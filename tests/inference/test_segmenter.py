@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import fields
 from functools import partialmethod
 
@@ -8,9 +9,10 @@ from tests.conftest import needs_bfloat16
 from tests.inference.films import moving_square, write_film
 from torch import nn
 
-from instanceformer import VideoInstanceSegmenter
+from instanceformer import VideoInstanceSegmenter, checkpoints
+from instanceformer.checkpoints import Checkpoint, FrameSize
 from instanceformer.data.annotations import Category
-from instanceformer.data.augment import normalise, resize
+from instanceformer.data.augment import fit_size, normalise, resize
 from instanceformer.evaluation.postprocess import resize_masks
 from instanceformer.inference.options import SegmenterOptions
 from instanceformer.inference.segmenter import chunks
@@ -153,15 +155,52 @@ def test_a_checkpoint_brings_its_categories(tiny, tmp_path):
         "state_dict": {f"network.{name}": value for name, value in network.state_dict().items()},
     }
     torch.save(checkpoint, tmp_path / "bare.ckpt")
-    bare = VideoInstanceSegmenter.from_checkpoint(tmp_path / "bare.ckpt", device="cpu")
+    paper = SegmenterOptions(size=360)
+    bare = VideoInstanceSegmenter.from_checkpoint(tmp_path / "bare.ckpt", device="cpu", options=paper)
     assert bare.categories == (Category(1, "class 1"), Category(2, "class 2"))
     torch.save(
         {**checkpoint, "categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}]}, tmp_path / "named.ckpt"
     )
-    named = VideoInstanceSegmenter.from_checkpoint(str(tmp_path / "named.ckpt"), device="cpu")
+    named = VideoInstanceSegmenter.from_checkpoint(str(tmp_path / "named.ckpt"), device="cpu", options=paper)
     assert named.categories == (Category(7, "cat"), Category(9, "dog"))
     assert not named.network.training
     assert_same([named.step(noise(1)[0])], [VideoInstanceSegmenter(network).step(noise(1)[0])])
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "seen"),
+    [
+        (FrameSize(64, 100), {}, FrameSize(64, 100)),
+        (FrameSize(64, 100), {"size": 70}, FrameSize(70, 100)),
+        (FrameSize(64, 100), {"max_size": 80}, FrameSize(64, 80)),
+        (FrameSize(64, 100), {"size": 70, "max_size": 90}, FrameSize(70, 90)),
+        (None, {"size": 70}, FrameSize(70, 768)),
+    ],
+)
+def test_frames_are_seen_at_the_checkpoints_size_unless_told(tiny, tmp_path, own, given, seen):
+    network = tiny()
+    checkpoint = Checkpoint(network.options, network.state_dict(), frame_size=own)
+    checkpoints.write(checkpoint, tmp_path / "a.ckpt")
+    with warnings.catch_warnings(action="error"):
+        segmenter = VideoInstanceSegmenter.from_checkpoint(
+            tmp_path / "a.ckpt", "cpu", SegmenterOptions(birth=0, show=0, **given)
+        )
+    asked = []
+    encode = segmenter.network.encode
+    segmenter.network.encode = lambda pixels: asked.append(tuple(pixels.shape[-2:])) or encode(pixels)
+    segmenter.step(noise(1)[0])
+    assert segmenter.frame_size == seen
+    assert asked == [fit_size(90, 120, seen.size, seen.max_size)]
+
+
+def test_a_checkpoint_without_sizes_warns_and_a_network_without_one_does_not(tiny, tmp_path):
+    network = tiny()
+    checkpoints.write(Checkpoint(network.options, network.state_dict()), tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match=r"a\.ckpt: does not say at which size .* at 360 pixels .* give it by --size"):
+        segmenter = VideoInstanceSegmenter.from_checkpoint(tmp_path / "a.ckpt", "cpu")
+    assert segmenter.frame_size == FrameSize(360, 768)
+    with warnings.catch_warnings(action="error"):
+        assert VideoInstanceSegmenter(network).frame_size == FrameSize(360, 768)
 
 
 def test_films_and_arrays_of_any_layout_are_taken(tiny, tmp_path):

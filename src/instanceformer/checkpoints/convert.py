@@ -11,10 +11,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from instanceformer.checkpoints.files import Checkpoint, check_finite, check_suffix, is_own, load, read, write
+from instanceformer.checkpoints.files import (
+    PAPER_SIZE,
+    Checkpoint,
+    check_finite,
+    check_suffix,
+    from_content,
+    is_own,
+    write,
+)
+from instanceformer.checkpoints.loading import load
 from instanceformer.checkpoints.sources import RELEASE, SOURCES, Source
 from instanceformer.data.annotations import Category
 from instanceformer.data.catalog import CATALOG, DatasetName
+from instanceformer.files import locking
 from instanceformer.model.heads import COORDINATE_SCALE, HIDDEN
 from instanceformer.model.network import InstanceFormer
 
@@ -109,36 +119,50 @@ class Conversion:
         return "\n".join(lines)
 
 
-def convert_file(source: Path, output: Path, options: SourceOptions = SourceOptions()) -> str:
+def convert_file(source: Path, output: Path, options: SourceOptions = SourceOptions(), overwrite: bool = False) -> str:
     """Write the weights of others as a checkpoint, or a checkpoint of this package in another format.
 
     Args:
         source: a ``.pth`` whose ``model`` entry is a state dict, a plain state dict, or a checkpoint of this package.
         output: ``.ckpt`` or ``.safetensors``.
         options: for weights of others.
+        overwrite: whether to replace an output that exists.
 
     Returns:
         A report of a few lines.
 
     Raises:
         FileNotFoundError: there is no such file.
+        FileExistsError: the output exists and is not to be replaced, or is the source.
+        BlockingIOError: another process is writing the output.
         ValueError: the source is damaged or fits nothing, or the output has another suffix.
     """
     check_suffix(output)
     content = load(source)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with locking(output):
+        if output.exists() and (not overwrite or output.samefile(source)):
+            raise FileExistsError(
+                f"{output} exists; give another output, or --overwrite to replace one of an earlier run"
+            )
+        checkpoint, report = _make(source, content, options)
+        write(checkpoint, output)
+    return f"{report}\n  written to {output}"
+
+
+def _make(source: Path, content: Mapping[str, Any], options: SourceOptions) -> tuple[Checkpoint, str]:
+    """The checkpoint of a file's content, and what became of it."""
     if is_own(content):
         if options != SourceOptions():
             raise ValueError(f"{source}: found a checkpoint of this package, which says its own options; give none")
-        checkpoint, report = read(source), f"{source}: a checkpoint of this package"
+        checkpoint = from_content(content, str(source))
         InstanceFormer.from_checkpoint(checkpoint)  # refuses what is not whole
-    else:
-        try:
-            conversion = convert(content.get("model", content), options)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
-        checkpoint, report = conversion.checkpoint, str(conversion)
-    write(checkpoint, output)
-    return f"{report}\n  written to {output}"
+        return checkpoint, f"{source}: a checkpoint of this package"
+    try:
+        conversion = convert(content.get("model", content), options)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    return conversion.checkpoint, str(conversion)
 
 
 def convert(weights: Mapping[str, Any], options: SourceOptions = SourceOptions()) -> Conversion:
@@ -164,6 +188,8 @@ def convert(weights: Mapping[str, Any], options: SourceOptions = SourceOptions()
             f"found {source.title} without transformer.decoder.bbox_embed, that is without iterative box refinement; "
             "expected a model trained with --with_box_refine, since ours refines boxes in every layer"
         )
+    for name in mapped:
+        check_finite(name, weights[name], source.title)
     architecture = _architecture(weights, source, layers, options)
     outputs = _shape(weights, source, "class_embed.0.weight", 2)[0]
     channels, categories, classes = _classes(outputs, options)
@@ -174,7 +200,6 @@ def convert(weights: Mapping[str, Any], options: SourceOptions = SourceOptions()
     expected = network.state_dict()
     ours: dict[str, Tensor] = {}
     for name, target in mapped.items():
-        check_finite(name, weights[name], source.title)
         for new, x in _translate(name, target, weights[name], channels, outputs).items():
             if new not in expected or x.shape != expected[new].shape:
                 wanted = f"shape {tuple(expected[new].shape)}" if new in expected else "no such entry"
@@ -187,7 +212,7 @@ def convert(weights: Mapping[str, Any], options: SourceOptions = SourceOptions()
             f"found nothing in {source.title} for {len(lacking)} of our parameters, such as {', '.join(lacking[:3])}; "
             "expected a whole state dict"
         )
-    checkpoint = Checkpoint(network.options, {**expected, **ours}, categories)
+    checkpoint = Checkpoint(network.options, {**expected, **ours}, categories, PAPER_SIZE)
     return Conversion(source.title, checkpoint, tuple(mapped), dropped, left_new, classes)
 
 

@@ -7,15 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
+from instanceformer.commands.parsing import Parser
 from instanceformer.data.catalog import CATALOG, CatalogSplit, DatasetName, locate
 from instanceformer.data.check import check_dataset
 
 
 def run(args: Sequence[str]) -> None:
     """Look for what is wrong with a dataset, before a long run finds out."""
-    parser = ArgumentParser(prog="instanceformer check", description=run.__doc__)
+    parser = Parser(prog="instanceformer check", description=run.__doc__)
     parser.add_argument("annotations", type=Path, nargs="?", help="JSON file; may be left out with --root and --name")
     parser.add_argument("--images", type=Path, help="folder of the frames; without it they are not looked for")
     parser.add_argument("--decode", action="store_true", help="read every frame")

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from instanceformer.checkpoints.convert import SourceOptions, convert_file
+from instanceformer.commands.parsing import Parser
 
 
 def run(args: Sequence[str]) -> None:
     """Convert weights of the authors' release, Deformable-DETR or SeqFormer, or a checkpoint to another format."""
-    parser = ArgumentParser(prog="instanceformer convert", description=run.__doc__)
+    parser = Parser(prog="instanceformer convert", description=run.__doc__)
     parser.add_argument("source", type=Path, help="a .pth of theirs, or a checkpoint of this package")
     parser.add_argument("output", type=Path, help="checkpoint to write, .ckpt or .safetensors")
     parser.add_class_arguments(SourceOptions)
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     found = parser.parse_args(list(args))
     options = SourceOptions(**{field.name: found[field.name] for field in fields(SourceOptions)})
-    print(convert_file(found.source, found.output, options))
+    print(convert_file(found.source, found.output, options, found.overwrite))

@@ -6,15 +6,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
+from instanceformer.commands.parsing import Parser
 from instanceformer.data.reading import read_annotations
 from instanceformer.evaluation.evaluate import evaluate_files
 
 
 def run(args: Sequence[str]) -> None:
     """Compare a results file with ground truth: the official AP and AR."""
-    parser = ArgumentParser(prog="instanceformer evaluate", description=run.__doc__)
+    parser = Parser(prog="instanceformer evaluate", description=run.__doc__)
     parser.add_argument("ground_truth", type=Path, help="annotations in YouTube-VIS format")
     parser.add_argument("results", type=Path, help="results.json in the challenge's format")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
+from instanceformer.commands.parsing import Parser
 from instanceformer.inference.export import ExportOptions, export_files
 
 
 def run(args: Sequence[str]) -> None:
     """Make programs of a checkpoint's network that run frame by frame, of torch.export or in ONNX."""
-    parser = ArgumentParser(prog="instanceformer export", description=run.__doc__)
+    parser = Parser(prog="instanceformer export", description=run.__doc__)
     parser.add_argument("checkpoint", type=Path, help="of the network")
     parser.add_argument("folder", type=Path, help="where encode, step and about.json go")
     parser.add_class_arguments(ExportOptions)

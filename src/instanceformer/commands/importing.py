@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentParser
-
+from instanceformer.commands.parsing import Parser
 from instanceformer.data.importers import import_binary_masks, import_cocovid, import_davis, import_mots
 from instanceformer.data.writing import write_youtube_vis
 
 
 def run(args: Sequence[str]) -> None:
     """Turn a video export of a labelling tool, or label images, into an annotation file in YouTube-VIS format."""
-    parser = ArgumentParser(prog="instanceformer import", description=run.__doc__)
+    parser = Parser(prog="instanceformer import", description=run.__doc__)
     parser.add_argument(
         "format",
         type=Literal["cocovid", "davis", "mots", "masks"],

@@ -9,8 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from threading import current_thread, main_thread
 
-from jsonargparse import ArgumentParser
-
+from instanceformer.commands.parsing import Parser
 from instanceformer.inference.allocator import keep_memory
 from instanceformer.inference.options import SegmenterOptions
 from instanceformer.inference.segment import SegmentOutputs, refuse_same, segment_video
@@ -20,7 +19,7 @@ from instanceformer.inference.video_io import open_video
 
 def run(args: Sequence[str]) -> None:
     """Find and follow the objects of a video: the video with masks and ids, a results file, label images."""
-    parser = ArgumentParser(prog="instanceformer segment", description=run.__doc__)
+    parser = Parser(prog="instanceformer segment", description=run.__doc__)
     parser.add_argument("video", help="video file, folder of images, stream address or number of a camera")
     parser.add_argument("--checkpoint", type=Path, required=True, help="of the network")
     parser.add_class_arguments(SegmentOutputs)

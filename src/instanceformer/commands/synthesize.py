@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
+from instanceformer.commands.parsing import Parser
 from instanceformer.data.synthetic import SyntheticOptions, synthesize
 
 
 def run(args: Sequence[str]) -> None:
     """Make a dataset of moving, occluding shapes in YouTube-VIS format."""
-    parser = ArgumentParser(prog="instanceformer synthesize", description=run.__doc__)
+    parser = Parser(prog="instanceformer synthesize", description=run.__doc__)
     parser.add_argument("directory", type=Path, help="where train.json, valid.json and JPEGImages/ go")
     parser.add_argument("--overwrite", action="store_true", help="replace what the directory holds")
     parser.add_class_arguments(SyntheticOptions)

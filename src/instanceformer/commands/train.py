@@ -9,21 +9,37 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
+from instanceformer.checkpoints import find_newest
+from instanceformer.commands.parsing import Parser, begun
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.files import locking, remove_leftovers, replacing
 from instanceformer.training.callbacks import ResultsWriter
-from instanceformer.training.checkpointing import LAST, CheckpointFiles, LastCheckpoint, find_newest
+from instanceformer.training.checkpointing import LAST, CheckpointFiles, LastCheckpoint
 from instanceformer.training.metrics_file import MetricsFile
 from instanceformer.training.module import InstanceFormerModule
 
 CONFIG = "config.yaml"
 FREE = ("ckpt_path", "overwrite", "weights_only", "trainer.default_root_dir", "results.path")
 """Options that do not make a training another one."""
+
+
+class TrainingParser(Parser, LightningArgumentParser):
+    """LightningCLI's parser, with errors of one line."""
+
+
+class Begun(Callback):
+    """Says when the first step begins: what fails from then on may be a fault of the program."""
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """Training begins."""
+        begun.set(True)
+
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
 
 class SaveTrainingConfig(SaveConfigCallback):
@@ -60,7 +76,21 @@ class InstanceFormerCLI(LightningCLI):
 
     def __init__(self, stack: ExitStack, **options: Any) -> None:
         self.stack = stack
-        super().__init__(InstanceFormerModule, VideoDataModule, seed_everything_default=0, **options)
+        super().__init__(
+            InstanceFormerModule,
+            VideoDataModule,
+            parser_class=TrainingParser,
+            parser_kwargs={"prog": "instanceformer"},
+            trainer_defaults={"callbacks": Begun()},
+            save_config_callback=SaveTrainingConfig,
+            seed_everything_default=0,
+            **options,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse what ``main`` was given, without Lightning's warning that the process has arguments as well."""
+        assert isinstance(args, list)
+        self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what every run has: the newest checkpoint, the writer of result files."""
@@ -83,11 +113,12 @@ class InstanceFormerCLI(LightningCLI):
             self.stack.enter_context(locking(written))
         if self.subcommand == "fit":
             if _is_rank_zero():
-                remove_leftovers(folder, "*.ckpt")
+                for pattern in ("*.ckpt", CONFIG, "metrics.csv"):
+                    remove_leftovers(folder, pattern)
+            config.ckpt_path = self._find_resumption(folder, config)
             for logger in _as_list(config.trainer.logger):
                 if isinstance(logger, Namespace) and logger.init_args.get("save_dir") in (None, "."):
                     logger.init_args["save_dir"] = str(folder)
-            config.ckpt_path = self._find_resumption(folder, config)
         elif config.ckpt_path is None:
             if not (folder / LAST).is_file():
                 raise FileNotFoundError(f"--ckpt_path: found none, and no {folder / LAST}; expected a checkpoint")
@@ -150,20 +181,10 @@ class InstanceFormerCLI(LightningCLI):
         return ", ".join(f"{name}: {ours[name]} here, {theirs[name]} there" for name in names[:3])
 
 
-def run(args: Sequence[str] | None, epilog: str) -> None:
-    """Train, validate, test or predict.
-
-    Args:
-        args: without the program's name; None takes the process's own.
-        epilog: what the help ends with.
-    """
+def run(args: Sequence[str]) -> None:
+    """Train, validate, test or predict; the first argument says which."""
     with ExitStack() as stack:
-        InstanceFormerCLI(
-            stack,
-            args=None if args is None else list(args),
-            parser_kwargs={"epilog": epilog},
-            save_config_callback=SaveTrainingConfig,
-        )
+        InstanceFormerCLI(stack, args=list(args))
 
 
 def _is_rank_zero() -> bool:

@@ -104,6 +104,7 @@ class VideoDataModule(LightningDataModule):
 
     Attributes:
         seed: of the training data, torch's own when ``setup`` is called.
+        given_sizes: ``eval_size`` and ``max_size`` as they were given.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class VideoDataModule(LightningDataModule):
         self.clip_gap = clip_gap
         self.clips_per_video = clips_per_video
         self.chunk_frames = chunk_frames
-        self._given_sizes = (eval_size, max_size)
+        self.given_sizes = (eval_size, max_size)
         self.eval_size, self.max_size = eval_size or PAPER_EVAL_SIZE, max_size or PAPER_MAX_SIZE
         self.num_workers = num_workers
         self.skip_unreadable = skip_unreadable
@@ -218,7 +219,7 @@ class VideoDataModule(LightningDataModule):
 
     def adopt_sizes(self, eval_size: int, max_size: int) -> None:
         """Take the sizes of a checkpoint, in pixels, where none were given."""
-        given_eval_size, given_max_size = self._given_sizes
+        given_eval_size, given_max_size = self.given_sizes
         self.eval_size, self.max_size = given_eval_size or eval_size, given_max_size or max_size
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from instanceformer.checkpoints import FrameSize
+
 MIN_SIDE = 16
 """Pixels that each side of a frame must have."""
 
@@ -25,8 +27,9 @@ class SegmenterOptions:
             does not begin a track: it would be a second one of the same instance.
         max_tracks: most tracks that live at a time; while there are so many, none begins.
         size: shorter side in pixels of the frames that the network sees, less where the longer side would exceed
-            ``max_size``. Masks and boxes have the frame's own size.
-        max_size: longest side in pixels of the frames that the network sees.
+            ``max_size``. Masks and boxes have the frame's own size. None: the size at which the network's training
+            evaluated it, as its checkpoint says.
+        max_size: longest side in pixels of the frames that the network sees; None likewise.
         chunk: how many frames ``segment`` encodes at once. More are faster on a GPU; a frame's instances come when its
             chunk is full, and depend on no later frame all the same.
         precision: ``bf16`` computes the large products in bfloat16, on a GPU under autocast; on a processor with AVX512
@@ -39,8 +42,8 @@ class SegmenterOptions:
     patience: int = 30
     max_overlap: float = 0.7
     max_tracks: int = 50
-    size: int = 360
-    max_size: int = 768
+    size: int | None = None
+    max_size: int | None = None
     chunk: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
@@ -56,7 +59,14 @@ class SegmenterOptions:
         if self.patience < 0:
             raise ValueError(f"patience: found {self.patience}, expected 0 or more frames")
         for name in ("max_tracks", "size", "max_size", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: found {value}, expected at least 1")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision: found {self.precision!r}, expected fp32 or bf16")
+
+    def frame_size(self, own: FrameSize) -> FrameSize:
+        """Sizes of the frames that the network sees: ``own`` where none is given."""
+        return FrameSize(
+            own.size if self.size is None else self.size, own.max_size if self.max_size is None else self.max_size
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import final
 
@@ -37,10 +39,11 @@ class VideoInstanceSegmenter:
     Args:
         network: of which an optimised copy is used (see ``optimise``), or, if it is to be compiled, the network itself.
         categories: of the classes, in class order; None numbers them from 1 and calls them ``class 1`` and so on.
-        options: rules of the tracks, sizes, speed.
+        options: rules of the tracks, sizes, speed. Without sizes, frames are seen at those of the paper.
 
     Attributes:
         categories: of the classes, in class order.
+        frame_size: of the frames that the network sees.
 
     Raises:
         ValueError: there are not as many categories as classes.
@@ -57,6 +60,7 @@ class VideoInstanceSegmenter:
         if len(categories) != network.num_classes:
             raise ValueError(f"found {len(categories)} categories, expected the network's {network.num_classes}")
         self.categories, self.options, self._device = tuple(categories), options, network.query_content.device
+        self.frame_size = options.frame_size(checkpoints.PAPER_SIZE)
         packed = packs(self._device) and not options.compile
         self._autocasts = options.precision == "bf16" and not packed
         if options.compile:
@@ -80,7 +84,8 @@ class VideoInstanceSegmenter:
         Args:
             path: any file that ``InstanceFormer.from_checkpoint`` reads.
             device: to run on; None takes a GPU if there is one.
-            options: rules of the tracks, sizes, speed.
+            options: rules of the tracks, sizes, speed. Sizes that are not given are the checkpoint's own; one that has
+                none, since it is from before checkpoints had them, is taken for one of the paper's, with a warning.
 
         Raises:
             ValueError: the file holds no network of this package, or there is no such device.
@@ -96,7 +101,14 @@ class VideoInstanceSegmenter:
             raise ValueError(f"device: found {device}, expected {expected}, which are here ({reason})") from error
         checkpoint = checkpoints.read(path)
         network = InstanceFormer.from_checkpoint(checkpoint).to(device)
-        return cls(network, checkpoint.categories or None, options)
+        own = checkpoint.frame_size or checkpoints.PAPER_SIZE
+        if checkpoint.frame_size is None and options.size is None:
+            warnings.warn(
+                f"{path}: does not say at which size its training evaluated it; frames are seen at {own.size} pixels "
+                "on the shorter side; if that was another, give it by --size (data.eval_size of the training)",
+                stacklevel=2,
+            )
+        return cls(network, checkpoint.categories or None, replace(options, **vars(options.frame_size(own))))
 
     def reset(self) -> None:
         """Forget the video: the next frame is the first of another one."""
@@ -157,7 +169,7 @@ class VideoInstanceSegmenter:
             .permute(0, 3, 1, 2)
             .to(self._device, non_blocking=self._device.type == "cuda")
         )
-        pixels = normalise(resize(images, self.options.size, self.options.max_size))
+        pixels = normalise(resize(images, self.frame_size.size, self.frame_size.max_size))
         with self._autocast():
             return self.network.encode(pixels[None])
 
@@ -204,7 +216,7 @@ class VideoInstanceSegmenter:
                 "reset() begins another video"
             )
         self._size = height, width
-        self._input_size = fit_size(height, width, self.options.size, self.options.max_size)
+        self._input_size = fit_size(height, width, self.frame_size.size, self.frame_size.max_size)
         return frame
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +18,9 @@ from instanceformer.model.decoder import Decoder, FramePrediction, of_queries
 from instanceformer.model.encoder import STRIDES, Encoder, FrameFeatures, Projection
 from instanceformer.model.heads import MaskHead, Upsampling
 from instanceformer.model.memory import Memory, TemporalIndex, remember
+from instanceformer.model.options import FreeQueries, MaskStride, check_options
 from instanceformer.model.propagation import ClassPrior, LocationPropagation, LocationRule, LocationSource
 from instanceformer.model.state import TrackState, push
-
-FreeQueries = Literal["propagate", "renew"]
-MaskStride = Literal[4, 8]
-
-CHOICES = {
-    "backbone_norm": Norm,
-    "mask_stride": MaskStride,
-    "mask_upsampling": Upsampling,
-    "location": LocationRule,
-    "location_from": LocationSource,
-    "temporal_index": TemporalIndex,
-    "free_queries": FreeQueries,
-}
-"""The options of InstanceFormer that have a few values, and these."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +123,7 @@ class InstanceFormer(nn.Module):
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        _check_options(options)
+        check_options(options)
         self.options: dict[str, Any] = options
 
         self.num_classes, self.num_queries, self.dim = num_classes, num_queries, dim
@@ -180,11 +167,12 @@ class InstanceFormer(nn.Module):
         """
         checkpoint = source if isinstance(source, checkpoints.Checkpoint) else checkpoints.read(source)
         try:
-            network = cls(**checkpoint.options)
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            with torch.device("meta"):  # nothing is allocated before the weights are known to be those of the options
+                network = cls(**checkpoint.options)
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint.name}: options that no network of this version has; {error}") from error
         checkpoint.check_weights(network.state_dict())
-        network.load_state_dict(checkpoint.weights)
+        network.to_empty(device="cpu").load_state_dict(checkpoint.weights)
         return network.eval()
 
     def forward(
@@ -430,33 +418,3 @@ def valid_sizes(padding: Tensor) -> list[tuple[int, int]]:
                 "rectangle at the top left; pad on the right and at the bottom only"
             )
     return [(height, width) for height, width, _ in found]
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Refuse options that no network can have."""
-    counts = ("num_classes", "num_queries", "num_heads", "num_points", "encoder_layers", "decoder_layers")
-    for name in (*counts, "dim", "feedforward_dim", "memory_frames", "memory_tokens"):
-        if options[name] < 1:
-            raise ValueError(f"{name}: found {options[name]}, expected at least 1")
-    if options["memory_tokens"] > options["num_queries"]:
-        raise ValueError(
-            f"memory_tokens: found {options['memory_tokens']}, expected at most num_queries={options['num_queries']}"
-        )
-    if not 3 <= options["num_levels"] <= len(STRIDES):
-        raise ValueError(f"num_levels: found {options['num_levels']}, expected 3 to {len(STRIDES)}")
-    if options["dim"] % 8 or options["dim"] % options["num_heads"]:
-        raise ValueError(
-            f"dim: found {options['dim']}, expected a multiple of 8 and of num_heads={options['num_heads']}"
-        )
-    for name, known in CHOICES.items():
-        if options[name] not in get_args(known):
-            raise ValueError(f"{name}: found {options[name]!r}, expected {' or '.join(map(str, get_args(known)))}")
-    if not 0 <= options["min_confidence"] < 1:
-        raise ValueError(f"min_confidence: found {options['min_confidence']}, expected a score in [0, 1)")
-    if not 0 < options["max_overlap"] <= 1:
-        raise ValueError(f"max_overlap: found {options['max_overlap']}, expected an IoU in (0, 1]")
-    if options["free_queries"] == "renew" and options["min_confidence"] == 0:
-        raise ValueError(
-            "free_queries: found renew with min_confidence=0, by which every query holds an instance at inference and "
-            "none is renewed, expected a min_confidence above 0, for instance 0.3"
-        )

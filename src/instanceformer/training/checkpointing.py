@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import zipfile
 from pathlib import Path
 from threading import current_thread, main_thread
 from types import FrameType
@@ -38,8 +37,8 @@ class CheckpointFiles(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read what ``fit`` or ``convert`` wrote, of either format, on the CPU; see ``checkpoints.load`` for errors."""
-        return dict(checkpoints.load(path))
+        """Read what ``fit`` or ``convert`` wrote, on the CPU; see ``checkpoints.load_for_trainer``."""
+        return checkpoints.load_for_trainer(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a file, if it is there."""
@@ -174,17 +173,3 @@ class LastCheckpoint(Checkpoint):
 
 def _end(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
-
-
-def find_newest(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The newest sound checkpoint of a folder, and the damaged ones that are newer."""
-    damaged: list[Path] = []
-    for path in sorted(folder.glob("*.ckpt"), key=lambda path: -path.stat().st_mtime):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is None:
-                    return path, damaged
-        except (OSError, zipfile.BadZipFile):
-            pass
-        damaged.append(path)
-    return None, damaged

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from instanceformer.checkpoints.files import describe
+from instanceformer import checkpoints
 from instanceformer.data.batch import ClipBatch, VideoChunk
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.data.sampling import derive_seed
@@ -121,13 +121,40 @@ class InstanceFormerModule(LightningModule):
         return sorted(set(ours) - set(fitting))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let a checkpoint say what its network and its classes are, see ``checkpoints.read``."""
-        checkpoint.update(describe(self.network.options, self.data.categories))
+        """Let a checkpoint say what its network and its classes are, and how it is evaluated; see ``checkpoints``."""
+        size = checkpoints.FrameSize(self.data.eval_size, self.data.max_size)
+        checkpoint.update(checkpoints.describe(self.network.options, self.data.categories, size, vars(self.inference)))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which options of the network are not those that the weights were trained with."""
-        trained, options = checkpoint.get("network_options", {}), self.network.options
-        unlike = [f"{name}={options[name]} ({value})" for name, value in trained.items() if options.get(name) != value]
+        """Refuse weights of another network or other classes; take over how they are evaluated, if nothing was given.
+
+        Raises:
+            ValueError: what does not fit; a training is to be resumed from weights alone.
+        """
+        path, fits = self.trainer.ckpt_path, self.trainer.state.fn == "fit"
+        if fits and not {"optimizer_states", VideoDataModule.__name__} <= checkpoint.keys():
+            raise ValueError(
+                f"{path}: found weights without the state of a training of this version, which cannot be resumed; "
+                "expected a last.ckpt; to begin a training with these weights, give the file as --model.init_from"
+            )
+        found = checkpoints.from_content(checkpoint, str(path))
+        found.check_network(self.network.options, self.network.state_dict())
+        found.check_categories(self.data.categories)
+        if not fits:
+            if found.frame_size is not None:
+                self.data.adopt_sizes(found.frame_size.size, found.frame_size.max_size)
+            elif self.data.given_sizes[0] is None:
+                self.print(
+                    f"{path}: does not say at which size its training evaluated it; frames are seen at "
+                    f"{self.data.eval_size} pixels; if that was another, give it as --data.eval_size"
+                )
+            if found.inference is not None and not self._gave_inference:
+                self.inference = InferenceOptions(**found.inference)
+        unlike = [
+            f"{name}={self.network.options[name]} ({value})"
+            for name, value in found.options.items()
+            if self.network.options.get(name) != value
+        ]
         if unlike:
             self.print(f"model.network: other options than the checkpoint's, in brackets: {', '.join(unlike)}")
 
