@@ -250,11 +250,11 @@ def look_at(stage: str, run: Path, text: str) -> str | None:
 def run_in_process(line: list[str], folder: Path, output: Path) -> None:
     """Run a command line in this process, which has been forked for it."""
     os.setsid()  # so that its own processes end with it
+    sys.path[:] = map(os.path.abspath, [folder, *sys.path])
     os.chdir(folder)
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.path.insert(0, str(folder))
     sys.argv = ["program.py", *line]  # Lightning starts the other processes of ddp so
     sys.modules["__main__"].__spec__ = None
     multiprocessing.set_start_method(
