@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from deform_attn.triton import backward_kernel, forward_kernel
@@ -65,16 +66,17 @@ def fused_backward(
 
 @dataclass(frozen=True)
 class Device:
-    """What a launch depends on: lanes of a warp, and for NVIDIA the compute capability."""
+    """What a launch depends on: a warp's lanes, for NVIDIA the compute capability, whether Triton interprets."""
 
     lanes: int
     capability: tuple[int, int] | None
+    interprets: bool = False
 
     @classmethod
     def of(cls, device: torch.device) -> Device:
         """Describe a GPU, or the CPU, where Triton's interpreter has warps of any size."""
         if device.type == "cpu":
-            return cls(32, None)
+            return cls(32, None, interprets=True)
         lanes = torch.cuda.get_device_properties(device).warp_size
         return cls(lanes, None if torch.version.hip else torch.cuda.get_device_capability(device))
 
@@ -128,6 +130,8 @@ def launch_arguments(
         arguments["corners"] = 4
     elif device.capability == (8, 0) and block * places <= device.lanes:
         arguments["maxnreg"] = FORWARD_REGISTERS_A100
+    if device.interprets:  # before triton 3.7, under NumPy 2.4, it counts up to constants only
+        arguments |= {name: tl.constexpr(arguments[name]) for name in ("levels", "corners") if name in arguments}
     return arguments
 
 

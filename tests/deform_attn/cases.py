@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Literal
 
+import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from deform_attn import fused_ms_deform_attn, ms_deform_attn
@@ -28,6 +31,12 @@ TOLERANCE = {
     torch.bfloat16: 2**-7,
     torch.float16: 2**-10,
 }
+
+
+def skip_where_nan_spreads(backend: str) -> None:
+    """Before triton 3.8 its interpreter takes the larger of NaN and 0 for NaN, where GPUs take it for 0."""
+    if backend == "triton" and DEVICE == "cpu" and Version(version("triton")) < Version("3.8"):
+        pytest.skip("NaN spreads in triton's interpreter before 3.8, not on a GPU")
 
 
 @dataclass(frozen=True)

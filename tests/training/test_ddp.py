@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from instanceformer import InstanceFormer
 from instanceformer.data.batch import ClipBatch
+from instanceformer.model.network import CHOICES
 from instanceformer.training.losses import LossWeights
 from instanceformer.training.module import InstanceFormerModule
 
@@ -69,12 +72,15 @@ def run_rank(rank: int, port: int, instances: list[int], folder: Path) -> None:
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("instances", [[3, 1, 2, 2], [3, 2, 0, 0], [0, 0, 0, 0]], ids=["all", "rank 1 none", "none"])
-def test_two_ranks_equal_one(instances, tmp_path: Path) -> None:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(run_rank, (port, instances, tmp_path), nprocs=2)
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("instances", [[3, 1, 2, 2], [3, 2, 0, 0], [0, 0, 0, 0]], ids=["all", "rank 1 none", "none"])
+def test_two_ranks_equal_one(instances, tmp_path: Path) -> None:
+    multiprocessing.spawn(run_rank, (free_port(), instances, tmp_path), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     network = build()
     alone = train(LossOf(network), network, instances, 0, 4)
@@ -86,3 +92,65 @@ def test_two_ranks_equal_one(instances, tmp_path: Path) -> None:
         for rank in ranks:
             difference = (rank["gradients"][name] - gradient).abs().max()
             assert difference <= 1e-5 * max(scale, 1), f"{name}: {difference}"
+
+
+def every_option() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each value that an option of a few values can have, all else as it is by default."""
+    for name, choice in CHOICES.items():
+        for value in get_args(choice):
+            yield f"{name}={value}", {name: value, "min_confidence": 0.3 if value == "renew" else 0.0}
+    for name in ("cross_position", "propagate_queries", "class_prior", "memory"):
+        yield f"{name}=False", {name: False}
+    yield "query only", {"propagate_queries": False, "class_prior": False, "memory": False, "location": "none"}
+    for levels in (3, 4, 5):
+        yield f"num_levels={levels}", {"num_levels": levels, "dim": 64}  # the coarsest has a single cell
+    for norm in ("frozen", "batch"):
+        yield f"resnet18, {norm}", {"backbone": "resnet18", "backbone_norm": norm}
+    yield "d=1", {"memory_frames": 1}
+    yield "k=1", {"memory_tokens": 1}
+    yield "d=1, k=1", {"memory_frames": 1, "memory_tokens": 1}
+    yield "a query for each of 300 instances", {"num_queries": 300}
+
+
+def take_steps(network: InstanceFormer, rank: int, crowded: bool) -> None:
+    """Two optimizer steps of two batches each, under autocast: DDP raises in the second if a parameter had no part."""
+    parallel = DistributedDataParallel(LossOf(network.train()))
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-4)
+    many = 300 if crowded else 3
+    accumulated = [(3, [2, 0][rank]), (1, [0, 1][rank])]  # frames, and instances: one rank has none
+    for batches in (accumulated, [(1, [many, 0][rank]), (3, 0)]):
+        optimizer.zero_grad()
+        for place, (frames, instances) in enumerate(batches):
+            with (
+                nullcontext() if place == len(batches) - 1 else parallel.no_sync(),
+                torch.autocast("cpu", torch.bfloat16),
+            ):
+                loss = parallel(make_batch([instances], frames=frames))
+            loss.backward()
+            assert loss.isfinite(), f"loss of {instances} instances in {frames} frames: {loss}"
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None, name
+                assert parameter.grad.isfinite().all(), name
+        optimizer.step()
+
+
+def run_every_option(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    for case, options in every_option():
+        torch.manual_seed(0)
+        try:
+            take_steps(
+                InstanceFormer(5, **{**TINY, **options}), rank, crowded="num_queries" in options or case == "d=1"
+            )
+        except Exception as error:
+            error.add_note(f"rank {rank}, {case}")
+            raise
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_every_option_trains_on_two_ranks_without_a_search_for_unused_parameters() -> None:
+    """With accumulation, bfloat16, clips of a frame, no instance on a rank or on both, more instances than queries."""
+    multiprocessing.spawn(run_every_option, (free_port(),), nprocs=2)

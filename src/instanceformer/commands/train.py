@@ -115,10 +115,10 @@ class InstanceFormerCLI(LightningCLI):
             if _is_rank_zero():
                 for pattern in ("*.ckpt", CONFIG, "metrics.csv"):
                     remove_leftovers(folder, pattern)
-            config.ckpt_path = self._find_resumption(folder, config)
             for logger in _as_list(config.trainer.logger):
                 if isinstance(logger, Namespace) and logger.init_args.get("save_dir") in (None, "."):
                     logger.init_args["save_dir"] = str(folder)
+            config.ckpt_path = self._find_resumption(folder, config)
         elif config.ckpt_path is None:
             if not (folder / LAST).is_file():
                 raise FileNotFoundError(f"--ckpt_path: found none, and no {folder / LAST}; expected a checkpoint")

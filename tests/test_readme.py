@@ -1,0 +1,245 @@
+"""Every command line and every Python example that the documents show, on miniatures of the data that they speak of."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as mask_utils
+from scripts.miniatures import write_miniatures
+from scripts.rehearse import read_rehearsals, small_flags
+from tests import processes
+from tests.checkpoints.test_convert import build, theirs
+from tests.conftest import TINY
+from tests.inference.films import moving_square, write_film
+
+from instanceformer import InstanceFormer, checkpoints
+from instanceformer.checkpoints.sources import RELEASE
+from instanceformer.data.annotations import Category
+
+PROJECT = Path(__file__).parents[1]
+DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")), PROJECT / "kernels" / "README.md"]
+SHAPES = tuple(Category(id_, name) for id_, name in enumerate(("circle", "square", "triangle", "star"), start=1))
+
+
+@dataclass(frozen=True)
+class Row:
+    """How commands that begin in one way are run.
+
+    Attributes:
+        begins: regular expression for the beginning of the command, its words parted by single spaces.
+        flags: what makes it small, appended.
+        prepare: brings the folder into the state that the document takes for granted.
+        left_out: why it is not run at all.
+    """
+
+    begins: str
+    flags: tuple[str, ...] = ()
+    prepare: Callable[[Path], None] | None = None
+    left_out: str | None = None
+
+
+def restore_mine(folder: Path) -> None:
+    """Have the user's own annotation files be those of the frames, with all their categories."""
+    for name in ("train.json", "valid.json"):
+        shutil.copy(folder / "data" / "mine" / name, folder / "mine" / name)
+
+
+def remove_mine(folder: Path) -> None:
+    """Have nothing where an import writes."""
+    for path in (folder / "mine").glob("*.json"):
+        path.unlink()
+
+
+def run_flags(name: str, stage: str) -> tuple[str, ...]:
+    return tuple(small_flags(read_rehearsals()[name], real_size=False)[stage])
+
+
+SMALL_CLIP = ("--size=64", "--end=4")
+ROWS = [
+    Row("make ", left_out="they take minutes; their parts are run by this test, by others and by the rehearsal"),
+    Row("pip install", left_out="it changes the environment"),
+    Row(r".*\s\S*\.\.\.", left_out="an outline, not a command"),
+    Row(r"instanceformer segment rtsp:", left_out="no camera"),
+    Row("instanceformer import", prepare=remove_mine),
+    Row("instanceformer check", prepare=restore_mine),
+    Row("instanceformer evaluate", prepare=restore_mine),
+    Row("instanceformer synthesize", ("--train_videos=2", "--valid_videos=1", "--length=8", "--workers=1")),
+    Row("instanceformer segment", SMALL_CLIP),
+    Row("instanceformer export", ("--height=64", "--width=96")),
+    Row("instanceformer convert r50_", ("--heads=4", "--tokens=4", "--support=4")),
+    Row("instanceformer convert"),
+    Row(
+        r"instanceformer fit .*--model.init_from=null",
+        prepare=restore_mine,
+        flags=("--model.network.backbone_norm=batch",),
+    ),
+    Row("instanceformer (fit|validate|test|predict) ", prepare=restore_mine),
+]
+"""The first that fits counts. Trainings and evaluations take what makes them small from the rehearsal as well."""
+
+
+def read_blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def read_commands(document: Path) -> list[list[str]]:
+    """The words of every command of the ``bash`` blocks, without comments, with continued lines joined."""
+    text = "\n".join(read_blocks(document, "bash")).replace("\\\n", " ")
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def row_of(words: list[str]) -> Row:
+    row = next((row for row in ROWS if re.match(row.begins, " ".join(words))), None)
+    assert row is not None, f"no row says how to run: {' '.join(words)}"
+    return row
+
+
+def run_command(words: list[str], log: Path) -> int:
+    """Its exit code."""
+    if words[0] == "instanceformer":
+        return processes.run(words[1:], log)
+    assert words[0] == "python", words
+    with log.open("w") as file:
+        return subprocess.run([sys.executable, *words[1:]], stdout=file, stderr=file).returncode
+
+
+def small(words: list[str]) -> list[str]:
+    """The command with what makes it small."""
+    flags = list(row_of(words).flags)
+    stage = words[1] if len(words) > 1 else ""
+    configs = re.findall(r"configs/(\w+)\.yaml", " ".join(words))
+    if stage in ("fit", "validate", "test", "predict") and configs:
+        flags = [*run_flags(configs[-1], stage), "--data.num_workers=0", "--trainer.devices=1", *flags]
+    return [*words, *flags]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the documents speak of."""
+    root = tmp_path_factory.mktemp("project")
+    for name in ("configs", "scripts"):
+        (root / name).symlink_to(PROJECT / name)
+    write_miniatures(root / "data")
+    mine = root / "mine"
+    mine.mkdir()
+    (mine / "JPEGImages").symlink_to(root / "data" / "mine" / "JPEGImages")
+    restore_mine(root)
+    write_export(root / "data" / "mine" / "train.json", root / "export.json")
+    write_labels(root / "data" / "mine" / "train.json", root / "labels")
+    for name in ("street.mp4", "bedroom.mp4"):
+        write_film(root / name, moving_square())
+    torch.manual_seed(0)
+    network = InstanceFormer(4, **TINY).eval()
+    for path in ("model.safetensors", "runs/demo/last.ckpt"):
+        checkpoints.write(checkpoints.Checkpoint(network.options, network.state_dict(), SHAPES), root / path)
+    for name, channels in (("r50_ovis", 27), ("r50_ytvis", 42)):
+        weights = theirs(build(RELEASE, channels, location="paper"), RELEASE)
+        torch.save({"model": weights}, root / f"{name}.pth")
+    return root
+
+
+def write_export(annotations: Path, output: Path) -> None:
+    """The same in COCO's format, as CVAT exports it: tracks are attributes of what images show."""
+    content = json.loads(annotations.read_text())
+    images, objects = [], []
+    for video in content["videos"]:
+        first = len(images) + 1
+        images += [
+            {"id": first + t, "file_name": name, "height": video["height"], "width": video["width"]}
+            for t, name in enumerate(video["file_names"])
+        ]
+        for track in (a for a in content["annotations"] if a["video_id"] == video["id"]):
+            for t, segmentation in enumerate(track["segmentations"]):
+                if segmentation is not None:
+                    about = {"category_id": track["category_id"], "iscrowd": track["iscrowd"]}
+                    about |= {"attributes": {"track_id": track["id"]}, "segmentation": segmentation}
+                    objects.append({"id": len(objects) + 1, "image_id": first + t, **about})
+    output.write_text(json.dumps({"images": images, "annotations": objects, "categories": content["categories"]}))
+
+
+def write_labels(annotations: Path, folder: Path) -> None:
+    """The same as palette images, as DAVIS has them."""
+    content = json.loads(annotations.read_text())
+    for video in content["videos"]:
+        tracks = [a for a in content["annotations"] if a["video_id"] == video["id"]]
+        for t, name in enumerate(video["file_names"]):
+            labels = np.zeros((video["height"], video["width"]), dtype=np.uint8)
+            for i, track in enumerate(tracks, start=1):
+                if track["segmentations"][t] is not None:
+                    labels[mask_utils.decode(track["segmentations"][t]) > 0] = i
+            path = (folder / name).with_suffix(".png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(labels, mode="P")
+            image.putpalette([(37 * i) % 256 for i in range(768)])
+            image.save(path)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_every_command_that_is_shown_has_a_row(document: Path) -> None:
+    for words in read_commands(document):
+        row_of(words)
+
+
+def test_commands_are_read_as_a_shell_reads_them(tmp_path: Path) -> None:
+    text = "```bash\ninstanceformer fit --a '{b: c}' \\\n    --d   # e\n\n# f\nmake demo\n```\n```python\nx = 1\n```\n"
+    (tmp_path / "a.md").write_text(text)
+    assert read_commands(tmp_path / "a.md") == [["instanceformer", "fit", "--a", "{b: c}", "--d"], ["make", "demo"]]
+    assert read_blocks(tmp_path / "a.md", "python") == ["x = 1\n"]
+    with pytest.raises(AssertionError, match="no row says how to run: instanceformer destroy"):
+        row_of(["instanceformer", "destroy", "all"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_every_command_that_is_shown_runs(document: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order, each in a process of its own: later ones take what earlier ones leave."""
+    monkeypatch.chdir(folder)
+    failed = []
+    for place, words in enumerate(read_commands(document)):
+        row = row_of(words)
+        if row.left_out is not None:
+            continue
+        if row.prepare is not None:
+            row.prepare(folder)
+        log = folder / f"{document.stem}_{place}.txt"
+        code = run_command(small(words), log)
+        if code != 0:
+            failed.append(f"{' '.join(small(words))}\n    exit code {code}: {log.read_text()[-1500:]}")
+    assert not failed, "\n".join(failed)
+
+
+def stand_ins(document: Path) -> dict[str, Any]:
+    """What the examples of a document take for granted."""
+    if document.parent.name == "kernels":
+        cells = sum(h * w for h, w in ((45, 80), (23, 40), (12, 20), (6, 10)))
+        return {
+            "value": torch.randn(1, cells, 2, 8),
+            "locations": torch.rand(1, 3, 2, 4, 4, 2),
+            "weights": torch.rand(1, 3, 2, 4, 4),
+            "reference": torch.rand(1, 3, 4, 2),
+            "offsets": torch.randn(1, 3, 2, 4, 4, 2),
+            "logits": torch.randn(1, 3, 2, 4, 4),
+        }
+    return {"stream": moving_square(3, 64, 96), "chunks": [torch.randn(1, 2, 3, 64, 96) for _ in range(2)]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_every_example_in_python_runs(document: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    names = stand_ins(document)
+    for block in read_blocks(document, "python"):
+        exec(compile(block, str(document), "exec"), names)
