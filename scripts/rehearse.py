@@ -230,7 +230,13 @@ def look_at(stage: str, run: Path, text: str) -> str | None:
     """What is wrong with what a stage that ended well has left in its folder, or printed; none where nothing is."""
     results = ["results.json", "results.zip"]
     training = ["last.ckpt", "config.yaml"]
-    needed = {"fit": training, "resume": [*training, "metrics.csv"], "validate": [], "test": results, "predict": results}
+    needed = {
+        "fit": training,
+        "resume": [*training, "metrics.csv"],
+        "validate": [],
+        "test": results,
+        "predict": results,
+    }
     for name in needed[stage]:
         if not (run / name).is_file():
             return f"{run / name} was not written"
