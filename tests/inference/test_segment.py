@@ -191,7 +191,7 @@ def test_outputs_are_looked_at_before_anything_runs(tmp_path):
         ("video.mp4", ["--output=video.mp4"], "output: found video.mp4, which is the video too, expected another"),
         ("file://{here}/video.mp4", ["--results=link.mp4"], "results: found link.mp4, which is the video too"),
         ("video.mp4", ["--results=tiny.ckpt"], "results: found tiny.ckpt, which is the checkpoint too"),
-        ("video.mp4", ["--results=a" + 300 * "b"], "File name too long"),
+        ("video.mp4", ["--results=a" + 300 * "b"], "file name too long"),
     ],
 )
 def test_nothing_that_is_read_is_written_and_paths_are_tried_first(
