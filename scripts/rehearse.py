@@ -230,7 +230,13 @@ def look_at(stage: str, run: Path, text: str) -> str | None:
     """What is wrong with what a stage that ended well has left in its folder, or printed; none where nothing is."""
     results = ["results.json", "results.zip"]
     training = ["last.ckpt", "config.yaml"]
-    needed = {"fit": training, "resume": [*training, "metrics.csv"], "validate": [], "test": results, "predict": results}
+    needed = {
+        "fit": training,
+        "resume": [*training, "metrics.csv"],
+        "validate": [],
+        "test": results,
+        "predict": results,
+    }
     for name in needed[stage]:
         if not (run / name).is_file():
             return f"{run / name} was not written"
@@ -305,6 +311,8 @@ def rehearse(rehearsals: Sequence[Rehearsal], folder: Path, real_size: bool, rep
     (folder / "program.py").write_text(PROGRAM)
     (folder / "stop.py").write_text(STOP)
     os.environ |= {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, [folder, *sys.path])), "WANDB_SILENT": "true"}
+    if not real_size:
+        os.environ["OMP_NUM_THREADS"] = "1"  # what is so small is done sooner by one thread
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["instanceformer.commands.train"])
     report("".join(f"{title:16}" for title in ("", *STAGES)).rstrip())
