@@ -69,6 +69,7 @@ def run_flags(name: str, stage: str) -> tuple[str, ...]:
 
 SMALL_CLIP = ("--size=64", "--end=4")
 ROWS = [
+    Row("python scripts/rehearse.py", left_out="it has a test of its own"),
     Row("make ", left_out="they take minutes; their parts are run by this test, by others and by the rehearsal"),
     Row("pip install", left_out="it changes the environment"),
     Row(r".*\s\S*\.\.\.", left_out="an outline, not a command"),
