@@ -29,7 +29,8 @@ from instanceformer.evaluation.results import iterate_results
 from instanceformer.inference.allocator import keep_memory
 from instanceformer.inference.options import SegmenterOptions
 from instanceformer.inference.segment import SegmentOutputs, segment_video
-from instanceformer.inference.video_io import Frame, open_video
+from instanceformer.video.frames import Frame
+from instanceformer.video.reading import open_video
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 EARLY = 50  # frames after which memory should have found its level

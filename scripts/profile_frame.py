@@ -33,9 +33,9 @@ from instanceformer import InstanceFormer
 from instanceformer.data.augment import normalise
 from instanceformer.inference.allocator import keep_memory
 from instanceformer.inference.optimise import optimise
-from instanceformer.inference.video_io import open_video
 from instanceformer.model.attention import DeformableAttention
 from instanceformer.model.encoder import FeedForward
+from instanceformer.video.reading import open_video
 
 VARIANTS = ("plain", "optimised", "bf16", "compiled")
 ORDER = (

@@ -18,6 +18,8 @@ LAYOUTS: list[tuple[DatasetName, CatalogSplit, str, str]] = [
     ("ytvis19", "train", "ytvis19/train/instances.json", "ytvis19/train/JPEGImages"),
     ("ytvis19", "valid", "ytvis19/annotations/instances_val_sub.json", "ytvis19/val/JPEGImages"),
     ("ytvis19", "test", "ytvis19/test.json", "ytvis19/test/JPEGImages"),
+    ("ytvis19", "valid", "ytvis19/validation.json", "ytvis19/validation/JPEGImages"),
+    ("ytvis21", "valid", "ytvis21/val/instances.json", "ytvis21/val/JPEGImages"),
     ("ytvis21", "train", "ytvis21/train/instances.json", "ytvis21/train/JPEGImages"),
     ("ytvis21", "valid", "ytvis21/valid/instances.json", "ytvis21/valid/JPEGImages"),
     ("ytvis22", "train", "ytvis21/train/instances.json", "ytvis21/train/JPEGImages"),
@@ -25,6 +27,9 @@ LAYOUTS: list[tuple[DatasetName, CatalogSplit, str, str]] = [
     ("ytvis22", "valid", "ytvis22/valid/instances.json", "ytvis22/valid/JPEGImages"),
     ("ovis", "train", "ovis/annotations_train.json", "ovis/train"),
     ("ovis", "valid", "ovis/annotations/annotations_valid.json", "ovis/valid"),
+    ("ovis", "valid", "ovis/annotations_val.json", "ovis/val"),
+    ("ovis", "valid", "ovis/annotations_valid.json", "ovis/validation/JPEGImages"),  # spelled in two ways
+    ("ovis", "valid", "ovis/annotations/annotations_validation.json", "ovis/val"),
     ("ovis", "test", "ovis/test.json", "ovis/test/JPEGImages"),
     ("coco", "train", "coco/annotations/instances_train2017.json", "coco/train2017"),
     ("coco", "valid", "coco/annotations/instances_val2017.json", "coco/images/val2017"),

@@ -5,13 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image, ImageDraw, ImageFilter
+from tests.data.conftest import encode
 from torchvision.io import write_jpeg
 
 from instanceformer.cli import main
 from instanceformer.data.catalog import CATALOG
 from instanceformer.data.check import DatasetReport, check_dataset
+from instanceformer.evaluation.ground_truth import read_ground_truth
 
 
 def found(report: DatasetReport) -> dict[str, tuple[str, int]]:
@@ -121,6 +125,109 @@ def test_no_annotations_are_expected_where_the_official_file_has_none(tiny_datas
     del tiny.content["annotations"]
     tiny.write()
     assert examples() == []
+
+
+def test_polygons_of_two_points_are_a_warning(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset()
+    tiny.content["annotations"][0]["segmentations"][1] = [[4, 2, 16, 2, 16, 8, 4, 8], [1, 1, 2, 2]]
+    report = check_dataset(tiny.write())
+    assert found(report) == {"polygon of fewer than three points": ("warning", 1)}
+    assert report.findings[0].examples[0].startswith("annotations[0].segmentations[1]: expected three points or more")
+    assert (report.is_sound, report.instances) == (True, 4)
+
+
+def test_what_evaluation_refuses_is_an_error(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(3,))
+    first, second = tiny.content["annotations"]
+    first["occlusion"] = ["no_occlusion", None, "partial"]
+    second["areas"] = [78, 1e18, 24 * 40 + 0.5]
+    report = check_dataset(tiny.write())
+    assert found(report) == {
+        "unknown level of occlusion": ("error", 1),
+        "area larger than the frame": ("error", 1),
+        "area is not that of the mask": ("warning", 1),
+    }
+    examples = {finding.kind: finding.examples[0] for finding in report.findings}
+    assert examples["unknown level of occlusion"].startswith("annotation 1 of video 1: expected no_occlusion, ")
+    assert examples["area larger than the frame"] == (
+        "annotation 2 of video 1, frame 1: expected at most 24 * 40 pixels, found 1e+18"
+    )
+    with pytest.raises(ValueError, match="occlusion of annotation 1"):
+        read_ground_truth(tiny.annotations)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000 + ".jpg", "a\0b.jpg", "\ud800.jpg"])
+def test_file_names_that_the_system_refuses_are_found(tiny_dataset: Callable[..., Any], name: str) -> None:
+    tiny = tiny_dataset(lengths=(2, 2))
+    tiny.content["videos"][1]["file_names"][0] = name
+    report = check_dataset(tiny.write(), tiny.images, decode=True)
+    assert found(report) == {"file name that cannot be used": ("error", 1)}
+    assert report.findings[0].examples[0].startswith("video 2: ")
+    assert len(report.findings[0].examples[0]) < 500
+
+
+def test_frames_outside_the_folder_are_found_unless_they_are_asked_for(
+    tiny_dataset: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny, other = tiny_dataset(lengths=(3, 3)), tiny_dataset(lengths=(3,), name="other")
+    tiny.content["videos"][0]["file_names"][:2] = [
+        "../../other/images/v0/00000.jpg",
+        str(other.images / "v0/00001.jpg"),
+    ]
+    (tiny.images / "v1" / "00000.jpg").unlink()
+    (tiny.images / "v1" / "00000.jpg").symlink_to(other.images / "v0" / "00000.jpg")
+    command = ["check", str(tiny.write()), "--images", str(tiny.images), "--decode"]
+    with pytest.raises(SystemExit):
+        main(command)
+    printed = capsys.readouterr().out
+    assert "error: frame outside the folder of images: 3" in printed
+    assert "3 of 6 found" in printed
+    assert "video 2: " in printed
+    main([*command, "--outside_images"])
+    assert "6 of 6 found, 6 decoded" in capsys.readouterr().out
+
+
+def test_images_that_exif_turns_are_counted(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(3, 2))
+    exif = Image.Exif()
+    for frame, orientation in enumerate((1, 3, 6)):
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.new("RGB", (40, 24)).save(tiny.images / "v0" / f"{frame:05d}.jpg", exif=exif)
+    report = check_dataset(tiny.annotations, tiny.images, decode=True)
+    assert found(report) == {"image of wrong size": ("error", 1), "image with an EXIF orientation": ("warning", 1)}
+    wrong, turned = report.findings
+    assert "annotation file says 24x40, as it is stored" in wrong.examples[0]
+    assert "v0/00001.jpg: orientation 3, turned as viewers show it; remove the tag if" in turned.examples[0]
+
+
+@pytest.mark.parametrize("kind", ["blurred", "tiling"])
+def test_instances_that_are_shades_of_an_edge_are_found(tmp_path: Path, kind: str) -> None:
+    image = Image.new("L", (120, 80))
+    if kind == "blurred":
+        ImageDraw.Draw(image).ellipse([20, 10, 80, 70], fill=255)
+        image = image.filter(ImageFilter.GaussianBlur(3))
+    labels = np.asarray(image) if kind == "blurred" else np.arange(80 * 120).reshape(80, 120) // 960
+    annotations = [
+        {"id": int(label), "video_id": 1, "category_id": 1, "segmentations": [encode(labels == label)]}
+        for label in np.unique(labels)[1:]
+    ]
+    (tmp_path / "a.json").write_text(
+        json.dumps(
+            {
+                "categories": [{"id": 1, "name": "object"}],
+                "videos": [{"id": 1, "height": 80, "width": 120, "length": 1}],
+                "annotations": annotations,
+            }
+        )
+    )
+    report = check_dataset(tmp_path / "a.json")
+    expected = (
+        {"instances that are thin edges of others, as of blurred label images": ("warning", 1)}
+        if kind == "blurred"
+        else {}
+    )
+    assert found(report) == expected
+    assert len(annotations) >= 9
 
 
 def test_the_command_prints_a_table_or_json_and_its_exit_code_tells(

@@ -10,12 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 from pycocotools import mask as mask_utils
 from tests.data.conftest import TinyDataset
 
-from instanceformer.data.annotations import Video, VideoDataset
+from instanceformer.cli import main
+from instanceformer.data.annotations import Instance, Video, VideoDataset
 from instanceformer.data.importers import import_binary_masks, import_cocovid, import_davis, import_mots
+from instanceformer.data.importers.identities import with_unique_ids
 from instanceformer.data.reading import read_annotations
 from instanceformer.data.writing import write_youtube_vis
 
@@ -245,7 +247,14 @@ def drop(key: str) -> Callable[[dict[str, Any]], object]:
             r"annotations\[2\]: expected .*iscrowd 0.* as in annotations\[0\], found .*1",
         ),
         ("annotations", 2, {"iscrowd": "no"}, r"annotations\[2\]\.iscrowd: expected 0 or 1, found \"no\""),
-        ("annotations", 2, {"image_id": 0}, r"annotations\[2\]: expected one annotation of instance 0 in image 0, f"),
+        (
+            "annotations",
+            2,
+            {"image_id": 0},
+            r"annotations\[2\]: expected one annotation .* 0 in image 0, .*--merge_parts",
+        ),
+        ("images", 3, {"id": 2**63}, r"images\[3\]\.id: expected a whole number of at most 64 bits, found 9223"),
+        ("annotations", 2, {"instance_id": 10**1000}, r"annotations\[2\]\.instance_id: expected .*64 bits, found 1000"),
         ("annotations", 2, {"instance_id": -1}, r"annotations\[2\]\.instance_id: expected zero or more, found -1"),
         ("annotations", 2, drop("instance_id"), r"annotations\[2\]: expected instance_id, track_id or attributes\."),
         (
@@ -330,6 +339,71 @@ def test_malformed_cocovid_gives_a_message_or_a_sound_dataset(tmp_path: Path, da
     assert message.startswith(f"{path}: ")
 
 
+def test_cocovid_merges_the_parts_of_an_instance_where_it_is_told_to(tiny_dataset: MakeDataset, tmp_path: Path) -> None:
+    made = tiny_dataset(lengths=(3,), absent=[(0, 0, 1)])
+    content = cocovid(made, lambda v, i: {"instance_id": i})
+    content["annotations"] += [
+        {**content["annotations"][0], "id": 100, "segmentation": [[30, 12, 36, 12, 36, 20, 30, 20]]},
+        {**content["annotations"][0], "id": 101, "segmentation": []},  # a part without a pixel
+    ]
+    made.masks[1][0, 12:20, 30:36] = True
+    path = write_json(tmp_path / "coco.json", content)
+    with pytest.raises(ValueError, match=r"annotations\[5\]: expected .*, found annotations\[0\] too; .*--merge_parts"):
+        import_cocovid(path)
+    assert_same_masks(import_cocovid(path, merge_parts=True), made)
+
+
+def test_cocovid_says_that_several_videos_have_frames_of_the_same_names(
+    tiny_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    made = tiny_dataset(lengths=(3, 3))
+    for videos in (True, False):
+        content = cocovid(made, lambda v, i: {"instance_id": i}, videos)
+        for image in content["images"]:
+            image["file_name"] = Path(image["file_name"]).name
+        path = write_json(tmp_path / "coco.json", content)
+        if videos:  # of which each has its own, but they are read from the same files
+            with pytest.warns(
+                UserWarning, match=r"found 3 file names of several images, such as \"0000.\.jpg\"; .*folder"
+            ):
+                import_cocovid(path)
+        else:
+            message = (
+                r"images\[3\]\.file_name: .*, the name of images\[0\] too; .*CVAT project, export each video by it"
+            )
+            with pytest.raises(ValueError, match=message):
+                import_cocovid(path)
+
+
+def test_cocovid_leaves_out_polygons_of_two_points(tmp_path: Path) -> None:
+    square = [8, 4, 20, 4, 20, 10, 8, 10]
+    content = {
+        "categories": [{"id": 1, "name": "box"}],
+        "images": [{"id": t, "file_name": f"{t}.jpg", "height": HEIGHT, "width": WIDTH} for t in range(2)],
+        "annotations": [
+            {"id": t, "image_id": t, "category_id": 1, "track_id": 0, "segmentation": polygons}
+            for t, polygons in enumerate([[square], [[1, 1, 5, 5], square, []]])
+        ],
+    }
+    path = write_json(tmp_path / "coco.json", content)
+    with pytest.warns(
+        UserWarning, match=r"coco\.json: annotations\[1\]\.segmentation: expected .*three points or more"
+    ):
+        (video,) = import_cocovid(path).videos
+    assert video.instances[0].segmentations[0] == video.instances[0].segmentations[1] is not None
+    content["annotations"][1]["segmentation"] = [[1, 1, 5, 5]]  # and nothing else
+    with pytest.raises(ValueError, match=r"annotations\[1\]\.segmentation: expected polygons"):
+        import_cocovid(write_json(path, content))
+
+
+def test_ids_that_would_become_too_long_are_numbered_anew() -> None:
+    videos = [
+        Video(id_, HEIGHT, WIDTH, (), 1, tuple(Instance(each, 1, False, (None,)) for each in (3, 2**60)))
+        for id_ in (5, 2**62)
+    ]
+    assert [each.id for video in with_unique_ids(videos) for each in video.instances] == [1, 2, 3, 4]
+
+
 def test_cocovid_refuses_a_video_without_images(tiny_dataset: MakeDataset, tmp_path: Path) -> None:
     content = cocovid(tiny_dataset(), lambda v, i: {"instance_id": 10 * v + i})
     content["videos"].append({"id": 3, "name": "lost"})
@@ -386,16 +460,134 @@ def test_davis_ignores_255(tiny_dataset: MakeDataset, tmp_path: Path) -> None:
         import_davis(write_davis(made, tmp_path / "binary", values=(255, 0)), made.images)
 
 
+def disc(blur: float, value: int = 255, scale: int = 1) -> Image.Image:
+    image = Image.new("L", (120 * scale, 80 * scale))
+    ImageDraw.Draw(image).ellipse([20 * scale, 10 * scale, 80 * scale, 70 * scale], fill=value)
+    return image.filter(ImageFilter.GaussianBlur(blur)).resize((120, 80), Image.Resampling.BOX)
+
+
+def save_video(folder: Path, labels: Sequence[Image.Image]) -> None:
+    """Write label images, and black frames of their size."""
+    for t, image in enumerate(labels):
+        for path in (folder / f"labels/v/{t}.png", folder / f"images/v/{t}.png"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"labels/v/{t}.png")
+        Image.new("RGB", image.size).save(folder / f"images/v/{t}.png")
+
+
+@pytest.mark.parametrize(("blur", "value", "scale"), [(1, 255, 1), (3, 255, 1), (3, 40, 1), (0, 255, 4)])
+@pytest.mark.parametrize("mode", ["L", "P", "RGB"])
+def test_shades_of_blurred_and_anti_aliased_edges_are_no_instances(
+    tmp_path: Path, mode: str, blur: float, value: int, scale: int
+) -> None:
+    image = disc(blur, value, scale)
+    if mode == "P":
+        palette = Image.new("P", image.size)
+        palette.putdata(list(image.getdata()))
+        palette.putpalette([level for level in range(256) for _ in range(3)])
+        image = palette
+    save_video(tmp_path, [image if mode == "P" else image.convert(mode)])
+    message = r"0\.png: found \d+ values, \d+ of them nothing but thin edges .*value > 127"
+    with pytest.raises(ValueError, match=message):
+        import_davis(tmp_path / "labels", tmp_path / "images")
+
+
+def test_a_few_labels_that_are_but_edges_are_said(tmp_path: Path) -> None:
+    save_video(tmp_path, [disc(0, 200, 2)] * 2)  # 50, 100 and 150 along the edge
+    with pytest.warns(UserWarning, match=r"v: the labels 50, 100, 150 are nothing but thin edges of others"):
+        (video,) = import_davis(tmp_path / "labels", tmp_path / "images").videos
+    assert [each.id for each in video.instances] == [50, 100, 150, 200]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["tiling", "small", "lines"])
+def test_many_genuine_instances_are_kept(tmp_path: Path, kind: str) -> None:
+    labels = np.zeros((80, 120), dtype=np.uint8)
+    for i in range(60):
+        y, x = divmod(i, 12)
+        if kind == "tiling":  # most pixels of each touch another one
+            labels[4 * y : 4 * y + 4, 4 * x : 4 * x + 4] = i + 1
+        elif kind == "small":  # without an inside
+            labels[16 * y : 16 * y + 2, 10 * x : 10 * x + 2] = i + 1
+        else:
+            labels[:, 2 * i] = i + 1
+    save_video(tmp_path, [Image.fromarray(labels)])
+    (video,) = import_davis(tmp_path / "labels", tmp_path / "images").videos
+    assert len(video.instances) == 60
+
+
+def test_colors_are_instances_in_order_of_appearance(tiny_dataset: MakeDataset, tmp_path: Path) -> None:
+    made = tiny_dataset(lengths=(3, 3), absent=[(0, 0, 0)])
+    colors = ((0, 0, 255), (255, 255, 255))  # of the first and second instance
+    for v, video in enumerate(made.content["videos"]):
+        for t, name in enumerate(video["file_names"]):
+            image = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
+            for i, color in enumerate(colors):
+                image[made.masks[2 * v + 1 + i][t]] = color
+            save((tmp_path / "labels" / name).with_suffix(".png"), image)
+    names = {f"v{v}": {"#0000ff": "sky", "#FFFFFF": "cloud"} for v in range(2)}
+    path = write_json(tmp_path / "names.json", names)
+    first, second = import_davis(tmp_path / "labels", made.images, path).videos
+    assert [(each.id, each.category_id) for each in first.instances] == [(11, 1), (12, 2)]  # the cloud came first
+    assert [(each.id, each.category_id) for each in second.instances] == [(21, 2), (22, 1)]
+    for video, index, instance in ((first, 0, 2), (first, 1, 1), (second, 0, 3), (second, 1, 4)):
+        np.testing.assert_array_equal(masks_of(video, index), made.masks[instance])
+    del names["v1"]["#0000ff"]
+    with pytest.raises(ValueError, match=r"expected a name of instance #0000ff of video v1, found none"):
+        import_davis(tmp_path / "labels", made.images, write_json(path, names))
+
+
+def test_a_photograph_is_no_label_image(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(256, size=(40, 40, 3), dtype=np.uint8)
+    save_video(tmp_path, [Image.fromarray(noise)])
+    with pytest.raises(
+        ValueError, match=r"0\.png: expected one color for each instance, 254 at most .*, found 1\d\d\d;"
+    ):
+        import_davis(tmp_path / "labels", tmp_path / "images")
+
+
 def test_names_give_categories(tiny_dataset: MakeDataset, tmp_path: Path) -> None:
     made = tiny_dataset()
     labels = write_davis(made, tmp_path / "labels")
-    names = {"v0": {"1": "dog", "2": "cat"}, "v1": {"1": "dog", "2": "dog"}, "elsewhere": {"1": "bear"}}
-    dataset = import_davis(labels, made.images, write_json(tmp_path / "names.json", names))
+    names = {"v0": {"1": "dog", "002": "cat"}, "v1": {"1": "dog", "2": "dog"}, "elsewhere": {"1": "bear"}}
+    dataset = import_davis(labels, made.images, write_json(tmp_path / "names.json", names), other_videos=True)
     assert [category.name for category in dataset.categories] == ["bear", "cat", "dog"]
     assert [each.category_id for video in dataset.videos for each in video.instances] == [3, 2, 3, 3]
-    del names["v1"]["2"]
-    with pytest.raises(ValueError, match=r"names\.json: expected a name of instance 2 of video v1, found none"):
-        import_davis(labels, made.images, write_json(tmp_path / "names.json", names))
+
+
+def test_all_labels_without_a_name_are_said_at_once(tiny_dataset: MakeDataset, tmp_path: Path) -> None:
+    made = tiny_dataset(lengths=(2, 2, 2))
+    labels = write_davis(made, tmp_path / "labels")
+    path = write_json(tmp_path / "names.json", {"v0": {"1": "dog", "2": "cat"}, "v1": {"1": "dog"}})
+    message = r"names\.json: expected a name of instance 2 of video v1; instance 1, 2 of video v2, found none"
+    with pytest.raises(ValueError, match=message):
+        import_davis(labels, made.images, path)
+
+
+@pytest.mark.parametrize("importer", [import_davis, import_binary_masks])
+def test_names_of_a_video_that_is_not_there_are_refused_unless_asked_for(
+    tiny_dataset: MakeDataset, tmp_path: Path, importer: Callable[..., VideoDataset]
+) -> None:
+    made = tiny_dataset(lengths=(2,))
+    labels = write_davis(made, tmp_path / "labels")
+    if importer is import_binary_masks:
+        for name in made.content["videos"][0]["file_names"]:
+            save((tmp_path / "masks" / "v0" / "1" / Path(name).name).with_suffix(".png"), made.masks[1][0])
+        labels = tmp_path / "masks"
+    names = {"v0": {"1": "dog", "2": "cat"}, "v01": {"1": "dog"}}
+    path = write_json(tmp_path / "names.json", names)
+    with pytest.raises(
+        ValueError, match=r"names\.json: found names of v01, expected names of the videos in .*--other_v"
+    ):
+        importer(labels, made.images, path)
+    assert importer(labels, made.images, path, other_videos=True).videos[0].instances
+
+
+def test_names_of_what_no_frame_shows_are_said(tiny_dataset: MakeDataset, tmp_path: Path) -> None:
+    made = tiny_dataset(lengths=(2,))
+    names = write_json(tmp_path / "names.json", {"v0": {"1": "dog", "2": "cat", "7": "cow"}})
+    with pytest.warns(UserWarning, match=r"names\.json: found names of what no frame shows: instance 7 of video v0"):
+        import_davis(write_davis(made, tmp_path / "labels"), made.images, names)
 
 
 @pytest.mark.parametrize("names", [[], {}, {"v0": ["dog"]}, {"v0": {"one": "dog"}}, {"v0": {"1": 3}}])
@@ -456,8 +648,9 @@ def test_binary_masks_may_overlap_and_be_absent(tiny_dataset: MakeDataset, tmp_p
     ("folder", "value", "message"),
     [
         ("dog", 1, r"dog: expected a folder for each instance, named by its number"),
+        ("9" * 19, 1, r"9: expected a folder for each instance, named by its number"),
         ("01", 1, r"(01|1): expected a number of its own, found (01|1) too"),
-        ("2", 9, r"00000\.png: expected zeros and one other value, found 3 values up to 9"),
+        ("2", 9, r"00000\.png: expected zeros and one other value, found 3 values up to 9; .*value > 127"),
     ],
 )
 def test_binary_masks_refuse(tiny_dataset: MakeDataset, tmp_path: Path, folder: str, value: int, message: str) -> None:
@@ -468,6 +661,40 @@ def test_binary_masks_refuse(tiny_dataset: MakeDataset, tmp_path: Path, folder: 
     save(tmp_path / f"masks/v0/{folder}/00000.png", labels)
     with pytest.raises(ValueError, match=message):
         import_binary_masks(tmp_path / "masks", made.images)
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_shows_how_names_are_written_and_passes_its_options_on(
+    tiny_dataset: MakeDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["import", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    example = '{"v0": {"1": "car", "2": "person"}}'
+    assert example.replace("v0", "street") in shown
+
+    made = tiny_dataset(lengths=(2,))
+    labels = write_davis(made, tmp_path / "labels")
+    names = write_json(tmp_path / "names.json", {**json.loads(example), "v9": {"1": "dog"}})
+    output = tmp_path / "out.json"
+    command = ["import", "davis", str(labels), str(output), f"--images={made.images}", f"--names={names}"]
+    with pytest.raises(SystemExit, match="found names of v9"):
+        main(command)
+    main([*command, "--other_videos"])
+    assert [category.name for category in read_annotations(output).categories] == ["car", "dog", "person"]
+
+    content = cocovid(made, lambda v, i: {"instance_id": 0, "category_id": 3})
+    path = str(write_json(tmp_path / "coco.json", content))
+    with pytest.raises(SystemExit, match="--merge_parts"):
+        main(["import", "cocovid", path, str(output), "--overwrite"])
+    main(["import", "cocovid", path, str(output), "--overwrite", "--merge_parts"])
+    assert len(read_annotations(output).videos[0].instances) == 1
+    for wrong in (["davis", "--merge_parts"], ["mots", "--other_videos"]):
+        with pytest.raises(SystemExit):
+            main(["import", wrong[0], str(labels), str(output), f"--images={made.images}", "--overwrite", wrong[1]])
+        assert f"{wrong[1]}: expected" in capsys.readouterr().err
 
 
 # --- files and folders -----------------------------------------------------------------------------------------------
@@ -505,8 +732,12 @@ def import_labelled(made: TinyDataset) -> VideoDataset:
             np.zeros((HEIGHT, WIDTH + 1), dtype=np.uint8),
             r"expected 24x40 pixels, as the frames of v1 have, found 24x41",
         ),
-        (np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8), r"expected a PNG of mode P or L .*, found RGB"),
-        (np.zeros((HEIGHT, WIDTH), dtype=np.uint16), r"expected a PNG of mode P or L .*, found I;16"),
+        (np.zeros((HEIGHT, WIDTH, 4), dtype=np.uint8), r"expected a PNG of mode P or L or RGB .*, found RGBA"),
+        (np.zeros((HEIGHT, WIDTH), dtype=np.uint16), r"expected a PNG of mode P or L or RGB .*, found I;16"),
+        (
+            np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8),
+            r"expected labels of one kind in a video, found numbers and RGB",
+        ),
     ],
 )
 def test_label_images_of_another_kind_or_size_are_refused(

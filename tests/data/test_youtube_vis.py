@@ -71,6 +71,25 @@ def test_all_forms_of_a_mask_are_the_same(tiny_dataset: Callable[..., Any], form
     assert np.array_equal(video.decode_masks(video.instances, range(3))[:, 0].numpy(), tiny.masks[1])
 
 
+@pytest.mark.parametrize("fragment", [[1, 1, 5, 5], [1.5, 1], []])
+def test_polygons_of_fewer_than_three_points_are_left_out(
+    tiny_dataset: Callable[..., Any], fragment: list[float]
+) -> None:
+    tiny = tiny_dataset(lengths=(3,), instances=1)
+    (record,) = tiny.content["annotations"]
+    square = [3, 2, 15, 2, 15, 8, 3, 8]
+    record["segmentations"][0] = [fragment, square]
+    with pytest.warns(UserWarning, match=r"\.json: annotations\[0\]\.segmentations\[0\]: expected .* 1 mask\(s\)"):
+        video = read_annotations(tiny.write()).videos[0]
+    assert np.array_equal(video.decode_masks(video.instances, range(3))[:, 0].numpy(), tiny.masks[1])
+    record["segmentations"][0] = [fragment]
+    with pytest.raises(ValueError, match=r"segmentations\[0\]: expected polygons"):
+        read_annotations(tiny.write())
+    record["segmentations"][0] = [[1, 1, 5], square]  # with a coordinate missing
+    with pytest.raises(ValueError, match=r"segmentations\[0\]: expected polygons"):
+        read_annotations(tiny.write())
+
+
 @pytest.mark.parametrize(
     "empty",
     [
@@ -156,7 +175,7 @@ def set_value(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
         (set_value("annotations", value=1), r"annotations: expected a list of objects .* found 1"),
         (set_value("annotations", 2, value=7), r"annotations\[2\]: expected an object, found 7"),
         (set_value("videos", 1, "file_names", value=[]), r"videos\[1\]\.file_names: expected .*`images`"),
-        (set_value("videos", 1, "height", value=24.5), r"videos\[1\]\.height: expected a whole number, found 24\.5"),
+        (set_value("videos", 1, "height", value=24.5), r"videos\[1\]\.height: expected a whole number .*, found 24\.5"),
         (set_value("videos", 0, "width", value=0), r"videos\[0\]: expected positive sizes .* width 0"),
         (set_value("videos", 1, "id", value=1), r"videos\[1\]\.id: expected an id of its own, found 1, .*videos\[0\]"),
         (set_value("categories", 1, "id", value=7), r"categories\[1\]\.id: expected an id of its own"),
@@ -164,7 +183,7 @@ def set_value(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
         (set_value("annotations", 2, "id", value=1), r"annotations\[2\]\.id: expected an id of its own"),
         (
             set_value("annotations", 2, "id", value=None),
-            r"annotations\[2\]\.id: expected a whole number, found nothing",
+            r"annotations\[2\]\.id: expected a whole number of at most 64 bits, found nothing",
         ),
         (set_value("annotations", 2, "video_id", value=9), r"annotations\[2\]\.video_id: .* videos, found 9"),
         (set_value("annotations", 2, "category_id", value=1), r"annotations\[2\]\.category_id: .* categories, found 1"),

@@ -5,6 +5,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from instanceformer.evaluation.evaluate import evaluate_files
 from instanceformer.evaluation.results import (
     RLE,
     Track,
@@ -93,11 +94,16 @@ GOOD = {"video_id": 1, "category_id": 2, "score": 0.5, "segmentations": [None, R
         ("{}", "found a JSON dict, expected a list"),
         ("[3]", "entry 0: found 3, expected an object"),
         (json.dumps([GOOD, {"video_id": 1}]), "entry 1: category_id is missing, found only video_id"),
-        (json.dumps([GOOD | {"video_id": "1"}]), "entry 0: video_id is 1, expected int"),
-        (json.dumps([GOOD | {"category_id": True}]), "entry 0: category_id is True, expected int"),
-        (json.dumps([GOOD | {"score": None}]), "entry 0: score is None, expected int or float"),
+        (
+            json.dumps([GOOD | {"video_id": "1"}]),
+            'entry 0: video_id is "1", expected a whole number of at most 64 bits',
+        ),
+        (json.dumps([GOOD | {"category_id": True}]), "entry 0: category_id is true, expected a whole number"),
+        (json.dumps([GOOD | {"category_id": 1.5}]), "entry 0: category_id is 1.5, expected a whole number"),
+        (json.dumps([GOOD | {"video_id": 10**1000}]), "entry 0: video_id is 1000.*, expected .* at most 64 bits"),
+        (json.dumps([GOOD | {"score": None}]), "entry 0: score is nothing, expected int or float"),
         (json.dumps([GOOD | {"score": float("nan")}]), "entry 0: the score of a track of video 1 is nan"),
-        (json.dumps([GOOD | {"segmentations": None}]), "entry 0: segmentations is None, expected list"),
+        (json.dumps([GOOD | {"segmentations": None}]), "entry 0: segmentations is nothing, expected list"),
         (
             json.dumps([GOOD | {"segmentations": [None, {"size": [5, 7], "counts": [3, 32]}]}]),
             "entry 0: frame 1 is .*, expected null or compressed run lengths",
@@ -113,6 +119,22 @@ def test_a_wrong_file_is_refused_with_its_place(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=f"results.json: {message}"):
         read_results(path)
+
+
+def test_ids_may_be_written_as_floats(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([GOOD | {"video_id": 1.0, "category_id": 2.0}]))
+    (track,) = read_results(path)
+    assert (track.video_id, track.category_id) == (1, 2)
+    assert type(track.category_id) is int
+
+
+def test_a_results_file_that_is_not_there_is_refused_before_the_ground_truth_is_read(tmp_path):
+    for path, found in ((tmp_path / "nope.json", "no such file"), (tmp_path, "a folder")):
+        with pytest.raises(FileNotFoundError, match=f"{path.name}: {found}; expected a results file"):
+            evaluate_files(tmp_path / "not_looked_at.json", path)
+        with pytest.raises(FileNotFoundError, match=f"{path.name}: {found}; expected a results file"):
+            read_results(path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "unfinished", "more runs", "more digits", "not ASCII"])

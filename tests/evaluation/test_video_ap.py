@@ -559,14 +559,14 @@ def test_a_damaged_result_file_is_refused_by_name(tmp_path):
         ("[1" + "0" * 5000 + "]", "not a JSON file"),
         ("[] []", "not a JSON file"),
         ("{}", "found a JSON dict, expected a list"),
-        ('[{"video_id": true, "category_id": 1, "score": 1, "segmentations": []}]', "entry 0: video_id is True"),
+        ('[{"video_id": true, "category_id": 1, "score": 1, "segmentations": []}]', "entry 0: video_id is true"),
         (
             '[{"video_id": 0, "category_id": 1, "score": NaN, "segmentations": []}]',
             "entry 0: .* is nan, expected a fin",
         ),
         (
             '[{"video_id": 0, "category_id": 1, "score": 1' + "0" * 400 + ', "segmentations": []}]',
-            "entry 0: score is 10{79}, expected a finite number",
+            "entry 0: score is 10{56}..., expected a finite number",
         ),
         (
             '[{"video_id": 0, "category_id": 1, "score": 1, "segmentations": [null, null, null]},'

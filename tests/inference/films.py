@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import struct
+import threading
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -10,8 +12,10 @@ from typing import Any
 
 import av
 import numpy as np
+import pytest
 
-from instanceformer.inference.video_io import Frame
+from instanceformer.video.frames import BrokenVideo, Frame
+from instanceformer.video.reading import open_video
 
 
 def moving_square(count: int = 6, height: int = 48, width: int = 64) -> list[Frame]:
@@ -50,6 +54,26 @@ def write_film(
     return path
 
 
+def write_live(path: Path, frames: Sequence[Frame], container: str, codec: str, **options: str) -> Path:
+    """Ten frames a second, written as to a pipe: nothing is put right at the end."""
+    content = bytearray()
+
+    class Pipe:
+        def write(self, data: bytes) -> int:
+            content.extend(data)
+            return len(data)
+
+    with av.open(Pipe(), "w", format=container, options=options) as film:
+        stream: Any = film.add_stream(codec, rate=10)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        film.mux(stream.encode())
+    path.write_bytes(content)
+    return path
+
+
 def turn(path: Path, matrix: tuple[int, int, int, int]) -> None:
     """Set the display matrix (a, b, c, d) of an mp4's track, as a phone held upright does."""
     content = bytearray(path.read_bytes())
@@ -75,3 +99,40 @@ def cut(path: Path, share: float) -> Path:
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     return path
+
+
+def read(source: Any, **options: Any) -> list[Frame]:
+    return [frame.image for frame in open_video(source, **options).frames]
+
+
+def read_until_broken(source: Any) -> tuple[int, str]:
+    """How many frames come, and what the error after them says."""
+    count = 0
+    try:
+        for _ in open_video(source).frames:
+            count += 1
+    except BrokenVideo as error:
+        return count, str(error)
+    pytest.fail("expected BrokenVideo")
+
+
+def difference(frames: Sequence[Frame], originals: Sequence[Frame]) -> float:
+    """The greatest mean distance of a frame from its original, in grey levels."""
+    return max(np.abs(a.astype(int) - b).mean() for a, b in zip(frames, originals, strict=True))
+
+
+def serve(*contents: bytes, stall: threading.Event | None = None) -> str:
+    """The address of a server that sends one content to each that comes, and then closes or waits for ``stall``."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def send() -> None:
+        with server:
+            for content in contents:
+                connection, _ = server.accept()
+                with connection:
+                    connection.sendall(content)
+                    if stall is not None:
+                        stall.wait(20)
+
+    threading.Thread(target=send, daemon=True).start()
+    return f"tcp://127.0.0.1:{server.getsockname()[1]}"

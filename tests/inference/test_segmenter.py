@@ -1,5 +1,5 @@
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partialmethod
 
 import numpy as np
@@ -94,6 +94,52 @@ def test_after_a_reset_the_same_video_gives_the_same(tiny):
     segmenter.reset()
     assert_same([segmenter.step(frame) for frame in frames], first, differing=0)
     assert_same(list(segmenter.segment(frames)), first, differing=0)  # which resets
+
+
+def exactly(instances):
+    """What was found, to be compared bit by bit."""
+    return [{field.name: getattr(one, field.name).tolist() for field in fields(one)} for one in instances]
+
+
+@pytest.mark.parametrize("before", ["steps and a reset", "a whole video", "one abandoned midway", "one that broke off"])
+@pytest.mark.parametrize("options", [{}, {"location": "refined", "free_queries": "renew", "min_confidence": 0.02}])
+def test_a_second_video_gives_exactly_what_it_gives_alone(tiny, options, before):
+    network, rules = tiny(**options), SegmenterOptions(chunk=2, birth=0.02, show=0.01, patience=1, size=64)
+    other, video = noise(5, height=70, seed=1), noise(5)
+    alone = exactly(VideoInstanceSegmenter(network, options=rules).segment(video))
+    assert any(frame["ids"] for frame in alone)
+    segmenter = VideoInstanceSegmenter(network, options=rules)
+    match before:
+        case "steps and a reset":
+            for frame in other:
+                segmenter.step(frame)
+            segmenter.reset()
+            fresh = VideoInstanceSegmenter(network, options=rules)
+            assert exactly(map(segmenter.step, video)) == exactly(map(fresh.step, video))
+            segmenter.reset()
+        case "a whole video":
+            assert len(list(segmenter.segment(other))) == 5
+        case "one abandoned midway":
+            abandoned = segmenter.segment(other)
+            next(abandoned)
+        case _:
+            with pytest.raises(ValueError, match="found 120x90 pixels"):
+                list(segmenter.segment([*other, *video]))
+    assert exactly(segmenter.segment(video)) == alone
+
+
+@pytest.mark.parametrize(("gap", "after"), [(5, 1), (30, 1), (31, 2)])
+def test_an_object_hidden_no_longer_than_patience_comes_back_under_its_id(tiny, monkeypatch, gap, after):
+    segmenter = VideoInstanceSegmenter(tiny(num_queries=1, memory_tokens=1), options=SegmenterOptions(size=64))
+    decode, seen = segmenter.network.decode, iter([True, *[False] * gap, True])
+
+    def told(features, state):
+        prediction = decode(features, state)
+        return replace(prediction, logits=torch.full_like(prediction.logits, 3.0 if next(seen) else -3.0))
+
+    monkeypatch.setattr(segmenter.network, "decode", told)
+    ids = [instances.ids.tolist() for instances in segmenter.segment(noise(1) * (gap + 2))]
+    assert ids == [[1], *[[]] * gap, [after]]
 
 
 @pytest.mark.parametrize("memory", [False, True])

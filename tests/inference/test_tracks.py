@@ -51,6 +51,16 @@ def test_a_track_ends_after_patience_and_its_query_begins_another_with_a_new_id(
     assert video.see(0.9, 0.9, 0.1) == [2, 3, 0]
 
 
+@pytest.mark.parametrize(("gap", "after"), [(5, 1), (30, 1), (31, 2)])
+def test_an_id_survives_a_gap_of_as_many_frames_as_patience_has(gap, after):
+    """Thirty, unless another number is given."""
+    video = Video(patience=SegmenterOptions().patience)
+    assert video.see(0.9, 0.1, 0.1) == [1, 0, 0]
+    for _ in range(gap):
+        assert video.see(0.1, 0.1, 0.1) == [0, 0, 0]
+    assert video.see(0.9, 0.1, 0.1) == [after, 0, 0]
+
+
 def test_no_id_is_given_twice():
     video, seen = Video(patience=0), []
     generator = torch.Generator().manual_seed(0)

@@ -17,9 +17,12 @@ import pytest
 import torch
 import yaml
 from tests.conftest import TINY
+from tests.inference.films import moving_square, write_film
 
 from instanceformer import InstanceFormer, checkpoints
 from instanceformer.cli import main
+from instanceformer.data.annotations import Category
+from instanceformer.data.reading import read_annotations
 from instanceformer.evaluation.results import read_results
 from instanceformer.training.callbacks import ResultsWriter
 
@@ -255,6 +258,92 @@ def test_without_annotations_results_are_written_and_nothing_is_measured(
     written = (folder / "results.json").read_bytes()
     main(["predict", *arguments[1:]])
     assert (folder / "results.json").read_bytes() == written
+
+
+def test_videos_alone_are_predicted_with_the_checkpoints_classes(command, data: Path, tmp_path: Path) -> None:
+    """A folder of a film and of a folder of images; no annotation file is looked at."""
+    arguments, folder = command(), tmp_path / "results"
+    (tmp_path / "videos").mkdir()
+    frames = json.loads((data / "valid.json").read_text())["videos"][0]["file_names"]
+    (tmp_path / "videos" / "street2").symlink_to((data / "JPEGImages" / frames[0]).parent)
+    write_film(tmp_path / "videos" / "street10.mp4", moving_square(5, 64, 96))
+    names = tuple(Category(10 * k, f"shape {k}") for k in range(1, 5))
+    source = checkpoints.read(data / "0.ckpt")
+    checkpoints.write(checkpoints.Checkpoint(source.options, source.weights, names), tmp_path / "named.ckpt")
+    alone = [f"--data.predict={tmp_path / 'videos'}", f"--ckpt_path={tmp_path / 'named.ckpt'}", "--data.num_workers=2"]
+    main(["predict", *arguments[1:], *alone, "--data.test=null"])
+    tracks = read_results(folder / "results.json")
+    assert {(track.video_id, len(track.segmentations)) for track in tracks} == {(1, 8), (2, 5)}
+    assert {track.category_id for track in tracks} <= {10, 20, 30, 40}
+    known = {"1": str(tmp_path / "videos" / "street2"), "2": str(tmp_path / "videos" / "street10.mp4")}
+    assert json.loads((folder / "results.videos.json").read_text()) == known
+
+
+def test_sizes_and_protocol_are_the_checkpoints_where_none_are_given(command, data: Path, tmp_path: Path) -> None:
+    """Results with what the checkpoint says are those of a run that is told the same."""
+    given, own = command("given"), command("own")
+    config = yaml.safe_load((tmp_path / "own" / "config.yaml").read_text())
+    del config["data"]["eval_size"], config["model"]["inference"]
+    (tmp_path / "own" / "config.yaml").write_text(yaml.safe_dump(config))
+    source = checkpoints.read(data / "0.ckpt")
+    size, protocol = checkpoints.FrameSize(80, 120), {"candidates": "any_frame", "candidate_frames": 3, "max_tracks": 3}
+    told = checkpoints.Checkpoint(source.options, source.weights, (), size, protocol)
+    checkpoints.write(told, tmp_path / "told.safetensors")
+    options = ["--data.eval_size=80", "--data.max_size=120"]
+    options += ["--model.inference={candidates: any_frame, candidate_frames: 3, max_tracks: 3}"]
+    main([*given, *options])
+    main([*own, f"--ckpt_path={tmp_path / 'told.safetensors'}"])
+    written = [(tmp_path / name / "results.json").read_bytes() for name in ("given", "own")]
+    assert written[0] == written[1]
+    main(own)
+    assert (tmp_path / "own" / "results.json").read_bytes() != written[0]
+
+
+def ruined(source: checkpoints.Checkpoint, data: Path) -> dict[str, Any]:
+    """Files that evaluation must not take, and what is said of each."""
+    truth = read_annotations(data / "valid.json").categories
+    nan = {name: x.clone() for name, x in source.weights.items()}
+    nan["query_content"][0, 0] = float("nan")
+    other = InstanceFormer(**{**source.options, "num_classes": 7})
+    reversed_names = tuple(Category(c.id, name.name) for c, name in zip(truth, reversed(truth), strict=True))
+    return {
+        "nan.ckpt: found NaN or infinity in query_content": checkpoints.Checkpoint(source.options, nan),
+        "reversed.ckpt: made for 4 classes .*expected the same names in the same order": checkpoints.Checkpoint(
+            source.options, source.weights, reversed_names
+        ),
+        r"other.ckpt: made for 7 classes, found 4 in model\.network\.num_classes": checkpoints.Checkpoint(
+            other.options, other.state_dict()
+        ),
+    }
+
+
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_checkpoints_that_do_not_fit_are_refused(command, data: Path, tmp_path: Path, stage: str) -> None:
+    arguments = command()
+    more = [f"--data.valid={{annotations: {data / 'valid.json'}, images: {data / 'JPEGImages'}}}"]
+    for message, checkpoint in ruined(checkpoints.read(data / "0.ckpt"), data).items():
+        path = tmp_path / message.partition(":")[0]
+        checkpoints.write(checkpoint, path)
+        with pytest.raises(SystemExit, match=message):
+            main([stage, *arguments[1:], *more, f"--ckpt_path={path}"])
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    torch.save({"model": {"class_embed.0.weight": torch.zeros(1)}}, tmp_path / "foreign.pth")
+    (tmp_path / "cut.ckpt").write_bytes((data / "0.ckpt").read_bytes()[:-1000])
+    for name, message in {
+        "text.ckpt": "found a text file that begins with 'no checkpoint'",
+        "foreign.pth": "instanceformer convert",
+        "cut.ckpt": "cut off or changed .*; the newest sound one beside it is .*other.ckpt",
+        "nowhere.ckpt": "no such file",
+    }.items():
+        with pytest.raises(SystemExit, match=f"{name}: .*{message}"):
+            main([stage, *arguments[1:], *more, f"--ckpt_path={tmp_path / name}"])
+
+
+def test_a_training_is_not_resumed_from_weights_alone(command, data: Path, tmp_path: Path) -> None:
+    split = f"{{annotations: {data / 'valid.json'}, images: {data / 'JPEGImages'}}}"
+    arguments = ["fit", *command()[1:], f"--data.train={split}", "--trainer.callbacks=[]", "--data.clip_frames=2"]
+    with pytest.raises(SystemExit, match=r"0\.ckpt: found weights without .* give the file as --model\.init_from"):
+        main(arguments)
 
 
 def test_a_limited_run_neither_writes_nor_resumes(command, tmp_path: Path, monkeypatch, capsys) -> None:

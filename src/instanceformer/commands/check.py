@@ -18,6 +18,7 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("annotations", type=Path, nargs="?", help="JSON file; may be left out with --root and --name")
     parser.add_argument("--images", type=Path, help="folder of the frames; without it they are not looked for")
     parser.add_argument("--decode", action="store_true", help="read every frame")
+    parser.add_argument("--outside_images", action="store_true", help="frames may lie outside that folder")
     parser.add_argument("--root", type=Path, help="folder of all datasets, such as ROOT/ovis")
     parser.add_argument("--name", type=DatasetName, help="dataset of the catalogue that is expected")
     parser.add_argument("--split", type=CatalogSplit, default="train", help="split of that dataset")
@@ -35,7 +36,9 @@ def run(args: Sequence[str]) -> None:
         parser.error("--decode: expected --images, the folder of the frames")
     entry = None if found.name is None else CATALOG[found.name]
     split = None if entry is None else entry.splits.get(found.split)
-    report = check_dataset(annotations, images, decode=found.decode, entry=entry, split=split)
+    report = check_dataset(
+        annotations, images, decode=found.decode, outside_images=found.outside_images, entry=entry, split=split
+    )
     print(json.dumps(report.to_json()) if found.json else report)
     if not report.is_sound:
         sys.exit(1)

@@ -16,7 +16,7 @@ def run(args: Sequence[str]) -> None:
     """Make programs of a checkpoint's network that run frame by frame, of torch.export or in ONNX."""
     parser = Parser(prog="instanceformer export", description=run.__doc__)
     parser.add_argument("checkpoint", type=Path, help="of the network")
-    parser.add_argument("folder", type=Path, help="where encode, step and about.json go")
+    parser.add_argument("folder", type=Path, help="where encode, step, about.json and run.py go")
     parser.add_class_arguments(ExportOptions)
     found = parser.parse_args(list(args))
     options = ExportOptions(**{field.name: found[field.name] for field in fields(ExportOptions)})

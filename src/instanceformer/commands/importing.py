@@ -18,12 +18,29 @@ def run(args: Sequence[str]) -> None:
         "format",
         type=Literal["cocovid", "davis", "mots", "masks"],
         help="cocovid: COCO-style JSON of images that belong to videos; davis: label images whose values are "
-        "instances; mots: of values class * 1000 + instance; masks: a folder of binary masks for each instance",
+        "instances, or RGB images whose colors are; mots: of values class * 1000 + instance; masks: a folder of binary "
+        "masks for each instance",
     )
     parser.add_argument("source", type=Path, help="the JSON file, or the folder of the videos' label images")
     parser.add_argument("output", type=Path, help="annotation file to write")
     parser.add_argument("--images", type=Path, help="folder of the videos' frames; not of a cocovid, which names them")
-    parser.add_argument("--names", type=Path, help="JSON file {video: {instance: category}} for davis and masks")
+    parser.add_argument(
+        "--names",
+        type=Path,
+        help="JSON file of the instances' categories, for davis and masks, such as "
+        '{"street": {"1": "car", "2": "person"}} for the folder street with the instances 1 and 2; instances that are '
+        'colors go by them: {"street": {"#ff0000": "car"}}',
+    )
+    parser.add_argument(
+        "--other_videos",
+        action="store_true",
+        help="the names may be of other videos too, so that the splits of a dataset have the same categories",
+    )
+    parser.add_argument(
+        "--merge_parts",
+        action="store_true",
+        help="where a cocovid has several annotations of one track in a frame, take the union of their masks",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     found = parser.parse_args(list(args))
     if found.output.exists() and (not found.overwrite or found.output.samefile(found.source)):
@@ -34,15 +51,19 @@ def run(args: Sequence[str]) -> None:
         parser.error(f"--images: expected {'none' if found.images else 'a folder'} for {found.format}")
     if found.names is not None and found.format not in ("davis", "masks"):
         parser.error(f"--names: expected none, since {found.format} has categories of its own")
+    if found.other_videos and found.names is None:
+        parser.error("--other_videos: expected --names, the file with the names of other videos too")
+    if found.merge_parts and found.format != "cocovid":
+        parser.error(f"--merge_parts: expected none for {found.format}, which has one mask of an instance in a frame")
     match found.format:
         case "cocovid":
-            dataset = import_cocovid(found.source)
+            dataset = import_cocovid(found.source, merge_parts=found.merge_parts)
         case "davis":
-            dataset = import_davis(found.source, found.images, found.names)
+            dataset = import_davis(found.source, found.images, found.names, other_videos=found.other_videos)
         case "mots":
             dataset = import_mots(found.source, found.images)
         case _:
-            dataset = import_binary_masks(found.source, found.images, found.names)
+            dataset = import_binary_masks(found.source, found.images, found.names, other_videos=found.other_videos)
     write_youtube_vis(found.output, dataset)
     instances = sum(len(video.instances) for video in dataset.videos)
     print(f"{len(dataset.videos)} videos with {instances} instances written to {found.output}")

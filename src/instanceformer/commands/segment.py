@@ -14,7 +14,7 @@ from instanceformer.inference.allocator import keep_memory
 from instanceformer.inference.options import SegmenterOptions
 from instanceformer.inference.segment import SegmentOutputs, refuse_same, segment_video
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
-from instanceformer.inference.video_io import open_video
+from instanceformer.video.reading import open_video
 
 
 def run(args: Sequence[str]) -> None:
@@ -22,28 +22,36 @@ def run(args: Sequence[str]) -> None:
     parser = Parser(prog="instanceformer segment", description=run.__doc__)
     parser.add_argument("video", help="video file, folder of images, stream address or number of a camera")
     parser.add_argument("--checkpoint", type=Path, required=True, help="of the network")
-    parser.add_class_arguments(SegmentOutputs)
+    parser.add_class_arguments(SegmentOutputs, skip={"overwrite"})
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
     parser.add_argument("--start", type=int, default=0, help="number of the first frame, from 0")
     parser.add_argument("--end", type=int, help="number of the first frame not to look at any more")
     parser.add_argument("--stride", type=int, default=1, help="every how many frames to look at one")
     parser.add_argument("--fps", type=float, default=25.0, help="frames per second of a folder of images")
+    parser.add_argument(
+        "--reconnect",
+        type=float,
+        default=0.0,
+        help="seconds for which to try to open a camera or live stream again that dropped; 0: its end is the video's",
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1; a GPU if there is one when left out")
     parser.add_class_arguments(SegmenterOptions, skip={"compile"})
     parser.add_argument("--compile", action="store_true", help="compile the network: slow to begin with, faster later")
     found = parser.parse_args(list(args))
     outputs = SegmentOutputs(**{field.name: found[field.name] for field in fields(SegmentOutputs)})
     options = SegmenterOptions(**{field.name: found[field.name] for field in fields(SegmenterOptions)})
-    refuse_same({"video": found.video, "checkpoint": found.checkpoint, **vars(outputs)})
+    refuse_same({"video": found.video, "checkpoint": found.checkpoint, **outputs.paths})
+    outputs.refuse_existing()  # rather now than when the network is there
     keep_memory()
     for name in ("SIGTERM", "SIGHUP"):  # whoever stops a camera so gets what was seen, as by Ctrl-C
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL and current_thread() is main_thread():
             signal.signal(number, signal.default_int_handler)
-    video = open_video(found.video, found.fps)
+    video = open_video(found.video, found.fps, found.reconnect)
     segmenter = VideoInstanceSegmenter.from_checkpoint(found.checkpoint, found.device, options)
     part = {"start": found.start, "end": found.end, "stride": found.stride}
     try:
         count = segment_video(video, segmenter, outputs, **part, progress=True)
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"{count} frames; written: {', '.join(str(path) for path in vars(outputs).values() if path is not None)}")
+    print(f"{count} frames; written: {', '.join(map(str, outputs.paths.values()))}")

@@ -15,6 +15,9 @@ from instanceformer.data.runs import decode_runs
 if TYPE_CHECKING:
     from torch import Tensor
 
+OCCLUSION_LEVELS = {"no_occlusion": 0.0, "slight_occlusion": 0.25, "severe_occlusion": 0.75}
+"""OVIS's labels of how much of an instance is hidden in a frame, and the degree that its evaluator gives each."""
+
 
 @dataclass(frozen=True)
 class Category:

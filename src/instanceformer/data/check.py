@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,16 +11,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
-from instanceformer.data.annotations import Instance, Video, VideoDataset
+from instanceformer.data.annotations import OCCLUSION_LEVELS, Instance, Video, VideoDataset
 from instanceformer.data.catalog import DatasetEntry, SplitEntry
+from instanceformer.data.images import ImageError, ImageSizeError, frame_path, read_image
 from instanceformer.data.reading import read_annotations
 from instanceformer.data.records import Problem
+from instanceformer.data.rims import MAX_RIMS, are_shades, find_rims
+from instanceformer.data.run_lengths import show
+from instanceformer.orientation import image_orientation
 
 MAX_EXAMPLES = 5
 """Most places that a report names for one kind of finding."""
+MAX_FILLED = 0.5
+"""Part of its box that a mask may fill and still be looked at as a thin edge."""
+
+Severity = Literal["error", "warning"]
 
 
 @dataclass
@@ -33,7 +43,7 @@ class Finding:
         examples: the first places.
     """
 
-    severity: Literal["error", "warning"]
+    severity: Severity
     kind: str
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -115,6 +125,7 @@ def check_dataset(
     images: Path | None = None,
     *,
     decode: bool = False,
+    outside_images: bool = False,
     entry: DatasetEntry | None = None,
     split: SplitEntry | None = None,
 ) -> DatasetReport:
@@ -123,7 +134,8 @@ def check_dataset(
     Args:
         annotations: file in the format of YouTube-VIS or COCO.
         images: folder that its file names are relative to; None: images are not looked for.
-        decode: decode every image, which finds damaged ones and those of another size.
+        decode: decode every image, which finds damaged ones, those of another size and those that EXIF turns.
+        outside_images: file names and links may lead out of the folder.
         entry: dataset of the catalogue whose categories are expected.
         split: split of that dataset whose numbers are expected.
 
@@ -155,13 +167,14 @@ def check_dataset(
     )
     findings = _Findings()
     for problem in problems:
-        findings.add("error", problem.kind, str(problem))
+        is_harmless = problem.kind == "polygon of fewer than three points"
+        findings.add("warning" if is_harmless else "error", problem.kind, str(problem))
     _check_videos(dataset, findings, needs_files=images is not None)
     _check_areas(dataset, findings)
     if entry is not None:
         _check_catalog(dataset, report, findings, entry, split)
     if images is not None:
-        report.images_found, report.images_read = _check_images(dataset, images, decode, findings)
+        report.images_found, report.images_read = _check_images(dataset, images, decode, outside_images, findings)
     report.findings = sorted(findings.by_kind.values(), key=lambda finding: finding.severity)
     return report
 
@@ -170,7 +183,7 @@ class _Findings:
     def __init__(self) -> None:
         self.by_kind: dict[str, Finding] = {}
 
-    def add(self, severity: Literal["error", "warning"], kind: str, place: str) -> None:
+    def add(self, severity: Severity, kind: str, place: str) -> None:
         finding = self.by_kind.setdefault(kind, Finding(severity, kind))
         finding.count += 1
         if len(finding.examples) < MAX_EXAMPLES:
@@ -189,6 +202,32 @@ def _check_videos(dataset: VideoDataset, findings: _Findings, needs_files: bool)
         for instance in video.instances:
             if not any(instance.segmentations):
                 findings.add("warning", "empty track", f"annotation {instance.id} of video {video.id}")
+            unknown = sorted({*(instance.occlusion or ())} - {*OCCLUSION_LEVELS, None}, key=str)
+            if unknown:
+                place = f"annotation {instance.id} of video {video.id}: expected {', '.join(OCCLUSION_LEVELS)} or null"
+                findings.add("error", "unknown level of occlusion", f"{place}, found {show(unknown)}")
+        _check_rims(video, findings)
+
+
+def _check_rims(video: Video, findings: _Findings) -> None:
+    """Look for instances that are the shades of an edge, in the frame that shows most."""
+    shown = [[each.segmentations[frame] for each in video.instances] for frame in range(video.length)]
+    frame = max(range(video.length), key=lambda frame: sum(counts is not None for counts in shown[frame]))
+    codes: list[dict[str, Any]] = [
+        {"size": [video.height, video.width], "counts": counts} for counts in shown[frame] if counts is not None
+    ]
+    if len(codes) < MAX_RIMS:
+        return
+    sizes = mask_utils.toBbox(codes)[:, 2:].prod(axis=1)
+    if not are_shades(int((mask_utils.area(codes) < MAX_FILLED * sizes).sum()), len(codes)):
+        return  # before any mask is decoded
+    labels = np.zeros((video.height, video.width), dtype=np.int64)
+    for label, code in enumerate(codes, 1):
+        labels[mask_utils.decode(code).astype(np.bool_)] = label
+    rims = find_rims(labels)
+    if are_shades(len(rims), len(codes)):
+        place = f"video {video.id}: {len(rims)} of {len(codes)} instances in frame {frame}"
+        findings.add("warning", "instances that are thin edges of others, as of blurred label images", place)
 
 
 def _check_areas(dataset: VideoDataset, findings: _Findings) -> None:
@@ -204,7 +243,12 @@ def _check_areas(dataset: VideoDataset, findings: _Findings) -> None:
     )
     for video, instance, frame in unequal:
         kind = "areas are those of the boxes" if are_boxes else "area is not that of the mask"
-        findings.add("warning", kind, f"annotation {instance.id} of video {video.id}, frame {frame}")
+        place, area = f"annotation {instance.id} of video {video.id}, frame {frame}", (instance.areas or ())[frame]
+        if area >= video.height * video.width + 1:
+            found = f"expected at most {video.height} * {video.width} pixels, found {area:g}"
+            findings.add("error", "area larger than the frame", f"{place}: {found}")
+        else:
+            findings.add("warning", kind, place)
 
 
 def _unequal_areas(video: Video, instance: Instance) -> Iterator[int]:
@@ -235,33 +279,55 @@ def _check_catalog(
             findings.add("warning", f"another number of {name}", f"{number}, expected {right} as in {entry.name}")
 
 
-def _check_images(dataset: VideoDataset, images: Path, decode: bool, findings: _Findings) -> tuple[int, int | None]:
+def _check_images(
+    dataset: VideoDataset, images: Path, decode: bool, outside: bool, findings: _Findings
+) -> tuple[int, int | None]:
     """Look for every image, and read them if asked to; how many were found and how many read."""
     frames = [(video, name) for video in dataset.videos for name in video.file_names]
     found = []
     for video, name in frames:
-        if (images / name).is_file():
+        problem = _missing(video, images, name, outside)
+        if problem is None:
             found.append((video, name))
         else:
-            findings.add("error", "missing image", str(images / name))
+            findings.add("error", *problem)
     if not decode:
         return len(found), None
 
-    from instanceformer.data.images import ImageSizeError, read_image  # here, since torch takes seconds to come
-
-    def read(frame: tuple[Video, str]) -> tuple[str, str] | None:
+    def read(frame: tuple[Video, str]) -> tuple[Severity, str, str] | None:
         video, name = frame
+        path = images / name
         try:
-            read_image(images / name, video.height, video.width, f"a frame of video {video.id}")
+            read_image(path, video.height, video.width, f"a frame of video {video.id}")
         except ImageSizeError as error:
-            return "image of wrong size", str(error)
-        except ValueError as error:
-            return "image that cannot be decoded", str(error)
-        return None
+            return "error", "image of wrong size", str(error)
+        except ImageError as error:
+            return "error", "image that cannot be decoded", str(error)
+        turned = image_orientation(path)
+        if turned == 1:
+            return None
+        meaning = "turned as viewers show it; remove the tag if its masks were drawn on the pixels as stored"
+        return "warning", "image with an EXIF orientation", f"{path}: orientation {turned}, {meaning}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results: Iterable[tuple[str, str] | None] = pool.map(read, found)
+        results: Iterable[tuple[Severity, str, str] | None] = pool.map(read, found)
         bad = [problem for problem in tqdm(results, "images", len(found), disable=None) if problem is not None]
-    for kind, place in bad:
-        findings.add("error", kind, place)
+    for severity, kind, place in bad:
+        findings.add(severity, kind, place)
     return len(found), len(found)
+
+
+def _missing(video: Video, images: Path, name: str, outside: bool) -> tuple[str, str] | None:
+    """Why there is no file of a frame, as kind and place; None where there is one."""
+    try:
+        path = frame_path(images, name, outside)
+        if stat.S_ISREG(path.stat().st_mode):
+            return None
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ImageError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return "file name that cannot be used", f"video {video.id}: {show(name)} ({reason})"
+    except ValueError as error:
+        return "frame outside the folder of images", f"video {video.id}: {error}"
+    return "missing image", str(images / name)

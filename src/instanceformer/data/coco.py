@@ -40,6 +40,7 @@ class _Coco(Records):
                     segmentations=(self.mask(record, video.height, video.width, where),),
                 )
                 instances.setdefault(video.id, []).append(instance)
+        self.warn_of_fragments()
         return VideoDataset(
             categories=categories,
             videos=tuple(replace(video, instances=tuple(instances.get(video.id, ()))) for video in videos.values()),

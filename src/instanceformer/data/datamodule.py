@@ -2,73 +2,32 @@
 
 from __future__ import annotations
 
-import signal
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 
 from instanceformer.data.annotations import Category, VideoDataset
 from instanceformer.data.augment import Augmentation
 from instanceformer.data.batch import ClipTargets, VideoChunk
-from instanceformer.data.catalog import CATALOG, CatalogSplit, DatasetName, locate, map_categories
+from instanceformer.data.catalog import CATALOG, DatasetName, locate, map_categories
 from instanceformer.data.clips import ClipDataset, collate_clips
-from instanceformer.data.pseudo_video import PseudoClips, PseudoVideo
+from instanceformer.data.images import frame_path
+from instanceformer.data.pseudo_video import PseudoClips
+from instanceformer.data.raw_videos import RawStream, RawVideo, find_videos
 from instanceformer.data.reading import read_annotations
-from instanceformer.data.sampling import ClipSampler, SeededClips
+from instanceformer.data.sampling import ClipSampler, SeededClips, leave_signals_to_the_trainer
+from instanceformer.data.splits import CATALOG_SPLITS, SPLIT_OF_STAGE, JointImages, Split, SplitName
 from instanceformer.data.streaming import StreamingVideos
 
-SplitName = Literal["train", "valid", "test", "predict"]
-SPLIT_OF_STAGE: dict[str, SplitName] = {"fit": "train", "validate": "valid", "test": "test", "predict": "predict"}
-CATALOG_SPLITS: dict[SplitName, CatalogSplit] = {
-    "train": "train",
-    "valid": "valid",
-    "test": "valid",  # the split of which results are published
-    "predict": "valid",
-}
 PAPER_AUGMENTATION = Augmentation()
 PAPER_EVAL_SIZE, PAPER_MAX_SIZE = 360, 768
-
-
-@dataclass(frozen=True)
-class Split:
-    """Where one part of a dataset lies.
-
-    Attributes:
-        annotations: JSON file in the format of YouTube-VIS, or of COCO, whose images are videos of one frame.
-        images: folder that the file names in it are relative to.
-    """
-
-    annotations: Path
-    images: Path
-
-
-@dataclass(frozen=True)
-class JointImages:
-    """Images to train on together with the videos, as the paper does with COCO.
-
-    Their categories are mapped onto those of the videos by name, see ``map_categories``.
-
-    Attributes:
-        share: fraction of an epoch's clips that are made of images, between 0 and 1; the images are drawn anew in each.
-        split: where they lie; none: COCO's training split under ``data.root``.
-        pseudo_video: how an image becomes a clip.
-    """
-
-    share: float = 0.5
-    split: Split | None = None
-    pseudo_video: PseudoVideo = PseudoVideo()
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise ValueError(f"data.joint.share: expected a fraction between 0 and 1, found {self.share}")
 
 
 class VideoDataModule(LightningDataModule):
@@ -84,7 +43,8 @@ class VideoDataModule(LightningDataModule):
         train: split to train on; must have annotations.
         valid: split to validate on; must have annotations.
         test: split to test on; without annotations its results are written but not measured.
-        predict: split to write results for; its annotations, if any, are not used.
+        predict: split to write results for, whose annotations, if any, are not used; or the path of a video file, of a
+            folder of images, or of a folder of either, see ``find_videos``, whose classes are then the checkpoint's.
         root: folder with one folder for each dataset, such as ``root/ovis``.
         name: dataset of the catalogue.
         joint: images to train on together with the videos; none: videos alone.
@@ -101,10 +61,12 @@ class VideoDataModule(LightningDataModule):
         num_workers: processes that read data, for each loader.
         skip_unreadable: in training, take another clip for one with an image that cannot be read, with a warning; how
             many were replaced is logged as ``train/replaced_clips``. If false, such an image ends the training.
+        outside_images: allow file names and links that lead out of a split's folder of images.
 
     Attributes:
         seed: of the training data, torch's own when ``setup`` is called.
         given_sizes: ``eval_size`` and ``max_size`` as they were given.
+        raw_videos: those to predict where ``predict`` is a path, once ``setup`` was called.
     """
 
     def __init__(
@@ -112,7 +74,7 @@ class VideoDataModule(LightningDataModule):
         train: Split | None = None,
         valid: Split | None = None,
         test: Split | None = None,
-        predict: Split | None = None,
+        predict: Split | Path | None = None,
         root: Path | None = None,
         name: DatasetName | None = None,
         joint: JointImages | None = None,
@@ -127,6 +89,7 @@ class VideoDataModule(LightningDataModule):
         max_size: int | None = None,
         num_workers: int = 4,
         skip_unreadable: bool = False,
+        outside_images: bool = False,
     ) -> None:
         super().__init__()
         options = {
@@ -142,7 +105,9 @@ class VideoDataModule(LightningDataModule):
             found = f"data.name={name}" if name is not None else "data.joint without a split"
             raise ValueError(f"data.root: found none, expected the folder of all datasets, which {found} needs")
         self.root, self.dataset_name, self.joint = root, name, joint
-        self.splits: dict[SplitName, Split | None] = {"train": train, "valid": valid, "test": test, "predict": predict}
+        self._predicted_path = predict if isinstance(predict, Path) else None
+        self.splits: dict[SplitName, Split | None] = {"train": train, "valid": valid, "test": test}
+        self.splits["predict"] = predict if isinstance(predict, Split) else None
         self.augmentation = augmentation
         self.batch_size = batch_size
         self.clip_frames = clip_frames
@@ -153,15 +118,19 @@ class VideoDataModule(LightningDataModule):
         self.given_sizes = (eval_size, max_size)
         self.eval_size, self.max_size = eval_size or PAPER_EVAL_SIZE, max_size or PAPER_MAX_SIZE
         self.num_workers = num_workers
-        self.skip_unreadable = skip_unreadable
+        self.skip_unreadable, self.outside_images = skip_unreadable, outside_images
         self.seed = 0
         self.training_clips: SeededClips | None = None  # once there is a loader of them
         self.find_finished: Callable[[], frozenset[int]] = frozenset  # ids of videos that test and predict leave out
+        self.raw_videos: list[RawVideo] = []
         self._datasets: dict[SplitName, VideoDataset] = {}
+        self._adopted_categories: tuple[Category, ...] = ()
 
     @property
     def categories(self) -> tuple[Category, ...]:
         """The categories in the order of their class indices, from a split in use or else the first that is given."""
+        if self.raw_videos:
+            return self._adopted_categories
         for dataset in self._datasets.values():
             return dataset.categories
         for name, split in self.splits.items():
@@ -185,6 +154,10 @@ class VideoDataModule(LightningDataModule):
         """Annotation file of a stage: fit, validate, test or predict."""
         return self._split(SPLIT_OF_STAGE[stage]).annotations
 
+    def video_ids(self, stage: str) -> list[int]:
+        """Ids of the videos of a stage: test or predict."""
+        return [video.id for video in self.raw_videos or self.videos(stage)[0].videos]
+
     def videos(self, stage: str) -> tuple[VideoDataset, Path]:
         """Annotations and folder of images of a stage: fit, validate, test or predict."""
         name = SPLIT_OF_STAGE[stage]
@@ -196,8 +169,12 @@ class VideoDataModule(LightningDataModule):
         Raises:
             FileNotFoundError: an annotation file or the first frame of a video is missing.
             ValueError: a split is not given, not in the format or without annotations, or two splits differ in their
-                categories, or there are too few clips for one batch.
+                categories, there are too few clips for one batch, or a frame lies outside the images' folder.
         """
+        self.raw_videos = []
+        if stage == "predict" and self._predicted_path is not None:
+            self.raw_videos = find_videos(self._predicted_path)
+            return
         names = [SPLIT_OF_STAGE[stage]]
         if stage == "fit" and self._validates:
             names.append("valid")
@@ -205,7 +182,7 @@ class VideoDataModule(LightningDataModule):
             self._check(name)
         if stage == "fit":
             if self.joint is not None:
-                self._check_first_frames("data.joint", self._joint_images, self._joint_split)
+                self._check_frames("data.joint", self._joint_images, self._joint_split)
             self.seed = torch.initial_seed()
             if self.trainer is not None:
                 self.seed = self.trainer.strategy.broadcast(self.seed)
@@ -221,6 +198,10 @@ class VideoDataModule(LightningDataModule):
         """Take the sizes of a checkpoint, in pixels, where none were given."""
         given_eval_size, given_max_size = self.given_sizes
         self.eval_size, self.max_size = given_eval_size or eval_size, given_max_size or max_size
+
+    def adopt_categories(self, categories: Sequence[Category]) -> None:
+        """Take the categories of a checkpoint for those of videos that have none of their own."""
+        self._adopted_categories = tuple(categories)
 
     def state_dict(self) -> dict[str, Any]:
         """What the order of the training clips follows from, for a checkpoint."""
@@ -282,6 +263,15 @@ class VideoDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[VideoChunk]:
         """The chunks of this rank's share of the videos to predict."""
+        if self.raw_videos:
+            stream = RawStream(
+                self.raw_videos,
+                chunk_frames=self.chunk_frames,
+                size=self.eval_size,
+                max_size=self.max_size,
+                skip=self.find_finished(),
+            )
+            return self._chunk_loader(stream, min(1, self.num_workers))
         return self._stream("predict")
 
     @property
@@ -324,10 +314,13 @@ class VideoDataModule(LightningDataModule):
             max_size=self.max_size,
             skip=self.find_finished() if name in ("test", "predict") else frozenset(),
         )
+        return self._chunk_loader(videos, self.num_workers)
+
+    def _chunk_loader(self, videos: IterableDataset[VideoChunk], num_workers: int) -> DataLoader[VideoChunk]:
         return DataLoader(
             videos,
             batch_size=None,
-            num_workers=self.num_workers,
+            num_workers=num_workers,
             worker_init_fn=leave_signals_to_the_trainer,
             pin_memory=torch.cuda.is_available(),
         )
@@ -383,25 +376,19 @@ class VideoDataModule(LightningDataModule):
                     f"{self._split(known).annotations}; the first that is not in both is {unlike}. Class indices would "
                     "not mean the same; give both files the same list of categories"
                 )
-        self._check_first_frames(f"data.{name}", dataset, split)
+        self._check_frames(f"data.{name}", dataset, split)
 
-    def _check_first_frames(self, option: str, dataset: VideoDataset, split: Split) -> None:
-        """See that every video's first frame is there, before a long run finds out that it is not."""
+    def _check_frames(self, option: str, dataset: VideoDataset, split: Split) -> None:
+        """See that frames may be read and that every video's first one is there, before a long run finds out."""
         for video in dataset.videos:
             if not video.file_names:
                 raise ValueError(
                     f"{option}: video {video.id} of {split.annotations} has no file_names; expected its frames, "
                     f"relative to {option}.images = {split.images}"
                 )
-            path = split.images / video.file_names[0]
-            if not path.is_file():
+            paths = [frame_path(split.images, name, self.outside_images) for name in video.file_names]
+            if not paths[0].is_file():
                 raise FileNotFoundError(
-                    f"{option}: {path}, the first frame of video {video.id} in {split.annotations}, does not exist; "
-                    f"is {option}.images = {split.images} the folder that file_names are relative to?"
+                    f"{option}: {paths[0]}, the first frame of video {video.id} in {split.annotations}, does not "
+                    f"exist; is {option}.images = {split.images} the folder that file_names are relative to?"
                 )
-
-
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """Let a worker process go on when its whole group is told to end: the trainer finishes its step first."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)

@@ -1,28 +1,75 @@
-"""Frames from image files."""
+"""Frames from image files: where they may lie, and how they are read. Imports torch only to read one."""
 
 from __future__ import annotations
 
+import os
+import re
+import stat
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+import numpy as np
+from PIL import Image
+
+from instanceformer.data.run_lengths import show
+from instanceformer.orientation import SIDEWAYS, image_orientation, upright
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ImageError(ValueError):
-    """An image file that cannot be read."""
+    """An image file that cannot be read: it is missing, damaged, or no image."""
 
 
 class ImageSizeError(ImageError):
     """An image of another size than its video's."""
 
 
+def frame_path(images: Path, name: str, outside: bool = False) -> Path:
+    """The file of a frame.
+
+    Args:
+        images: folder that the file names of an annotation file are relative to; it may itself be a link.
+        name: one of these.
+        outside: allow names and links that lead out of the folder.
+
+    Raises:
+        ImageError: no file can have this name.
+        ValueError: it leads out of the folder, by ``..``, as an absolute path or by a link, and that is not allowed.
+    """
+    path = images / name
+    if outside:
+        return path
+    try:
+        is_link = stat.S_ISLNK(os.lstat(path).st_mode)
+    except OSError:  # reading it will say why
+        is_link = False
+    except ValueError as error:
+        raise ImageError(f"{images}: found the file name {show(name)}, which no file can have ({error})") from error
+    folder, last = os.path.split(path)
+    target = os.path.realpath(path) if is_link or last == ".." else os.path.join(_real(folder), last)
+    if not os.path.join(target, "").startswith(os.path.join(_real(str(images)), "")):
+        raise ValueError(
+            f"{images}: found the file name {show(name)}, which leads out of this folder, to {shorten(target)}; "
+            "expected frames inside it; correct the file names, or allow it by the option outside_images "
+            "(of data, or of check)"
+        )
+    return path
+
+
+@lru_cache(maxsize=2**14)  # what is asked for every frame is to cost microseconds
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
 def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
-    """Read an image.
+    """Read an image, turned as its EXIF orientation says: as viewers and labelling tools show it.
 
     Args:
         path: of the file.
-        height: that it must have, in pixels.
+        height: that it must have, in pixels, when it is upright.
         width: likewise.
         what: it is, for messages.
 
@@ -33,17 +80,39 @@ def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
         ImageSizeError: it is of another size.
         ImageError: it is missing, not an image, or not a single one of 8 bits a channel.
     """
+    import torch  # here, so that what only looks at files starts without it
+    from torchvision.io import ImageReadMode, decode_image
+
+    name = shorten(path)
     try:
-        image: Tensor = decode_image(str(path), mode=ImageReadMode.RGB)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise ImageError(f"{path}: {what} cannot be read as an image ({reason})") from error
+        data = np.fromfile(path, dtype=np.uint8)
+        image: Tensor = decode_image(torch.from_numpy(data), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else re.sub(r"^\w+, \S+:\d+, |\n.*", "", str(error))
+        raise ImageError(f"{name}: {what} cannot be read as an image ({reason})") from error
     if image.dtype != torch.uint8 or image.ndim != 3:
         found = f"{len(image)} images" if image.ndim == 4 else f"values of type {image.dtype}"
-        raise ImageError(f"{path}: {what} is to be one image of 8 bits a channel, found {found}; convert the file")
-    if image.shape[1:] != (height, width):
+        raise ImageError(f"{name}: {what} is to be one image of 8 bits a channel, found {found}; convert the file")
+    if data[8:12].tobytes() == b"WEBP" and image_orientation(path) != 1:  # which torchvision does not turn
+        with Image.open(path) as picture:
+            image = torch.from_numpy(np.array(upright(picture.convert("RGB")))).permute(2, 0, 1).contiguous()
+    if image.shape[1:] == (height, width):
+        return image
+    found = f"{image.shape[1]}x{image.shape[2]} (height x width)"
+    if image.shape[1:] == (width, height) and (turned := image_orientation(path)) in SIDEWAYS:
         raise ImageSizeError(
-            f"{path}: {what} is {image.shape[1]}x{image.shape[2]} (height x width), but the annotation file says "
-            f"{height}x{width}; resize the frames or correct the file"
+            f"{name}: {what} is {found}, turned as its EXIF orientation {turned} says and as viewers and labelling "
+            f"tools show it, but the annotation file says {height}x{width}, as it is stored; if the masks were drawn "
+            "on the pixels as stored, remove the tag from the files (exiftool -Orientation= FILE), otherwise correct "
+            "the annotation file"
         )
-    return image
+    raise ImageSizeError(
+        f"{name}: {what} is {found}, but the annotation file says {height}x{width}; resize the frames or correct the "
+        "file"
+    )
+
+
+def shorten(path: Path | str) -> str:
+    """A path for a message: the beginning of one that is longer than any file's."""
+    text = str(path)
+    return text if len(text) <= 500 else f"{text[:100]}... ({len(text)} characters)"

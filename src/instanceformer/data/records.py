@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,17 +12,27 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeGuard
 
 from instanceformer.data.annotations import Category
-from instanceformer.data.run_lengths import MaskError, MaskSizeError, compress_tracks, show
+from instanceformer.data.run_lengths import MaskError, MaskSizeError, compress_tracks, show, without_fragments
 
 MAX_PIXELS = 2**29 - 1
 """Most pixels of a frame: a run of a mask must fit into pycocotools' compressed counts."""
 
-ProblemKind = Literal["malformed", "unknown id", "duplicate id", "mask of wrong size", "damaged mask"]
+ID_BITS = 63
+"""Bits of an id without its sign: it becomes an integer of NumPy, and part of file names."""
+
+ProblemKind = Literal[
+    "malformed",
+    "unknown id",
+    "duplicate id",
+    "mask of wrong size",
+    "damaged mask",
+    "polygon of fewer than three points",
+]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something in an annotation file that is not as it has to be.
+    """Something in an annotation file that is not as it has to be; what it concerns is left out.
 
     Attributes:
         kind: what it is about.
@@ -45,6 +56,17 @@ class AnnotationError(ValueError):
         self.problem = problem
 
 
+def expect_file(path: Path, what: str) -> None:
+    """Refuse a path without a file.
+
+    Raises:
+        FileNotFoundError: there is none; the message names the path, and what was expected.
+    """
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {found}; expected {what}")
+
+
 def load_json(path: Path) -> object:
     """The content of a JSON file.
 
@@ -52,9 +74,7 @@ def load_json(path: Path) -> object:
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON; the message names the file.
     """
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"{path}: {found}; expected a JSON file")
+    expect_file(path, "a JSON file")
     try:
         content: object = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -65,6 +85,8 @@ def load_json(path: Path) -> object:
 class Records:
     """Reads and checks the fields of one file's objects; ``where`` is a place in the file, such as ``videos[3]``.
 
+    Polygons of fewer than three points are left out where their mask has others; ``warn_of_fragments`` says so.
+
     Args:
         name: of the file, for messages.
         problems: takes the problems of single objects, which are then left out; None: the first one is raised.
@@ -72,6 +94,7 @@ class Records:
 
     def __init__(self, name: str, problems: list[Problem] | None = None) -> None:
         self.name, self.problems = name, problems
+        self._fragments: list[str] = []  # places of masks with polygons that are left out
 
     @contextmanager
     def tolerate(self) -> Iterator[None]:
@@ -154,21 +177,41 @@ class Records:
             raise AnnotationError(Problem(kind, f"{where}.{found.where}", found.message))
         return tuple(found)
 
+    def whole(self, segmentation: object, where: str) -> object:
+        """A mask as the file has it, without polygons of fewer than three points."""
+        whole = without_fragments(segmentation)
+        if whole is not segmentation:
+            self._fragments.append(where)
+        return whole
+
+    def warn_of_fragments(self) -> None:
+        """Say which polygons were left out, as problems or in one warning."""
+        if self.problems is not None:
+            message = "expected three points or more, found fewer; left out, the mask has other polygons"
+            self.problems += [
+                Problem("polygon of fewer than three points", where, message) for where in self._fragments
+            ]
+        elif self._fragments:
+            warnings.warn(
+                f"{self.name}: {self._fragments[0]}: expected polygons of three points or more, found one with fewer; "
+                f"such polygons are left out of {len(self._fragments)} mask(s), which have others",
+                stacklevel=2,
+            )
+
     def mask(self, record: dict[str, Any], height: int, width: int, where: str) -> bytes | None:
         """Compressed counts of the one mask of a COCO annotation."""
+        segmentation = self.whole(record.get("segmentation"), f"{where}.segmentation")
         try:
-            return self.masks(compress_tracks([([record.get("segmentation")], height, width)])[0], where)[0]
+            return self.masks(compress_tracks([([segmentation], height, width)])[0], where)[0]
         except AnnotationError as error:
             place = error.problem.where.replace("segmentations[0]", "segmentation")
             raise AnnotationError(replace(error.problem, where=place)) from error
 
     def integer(self, record: dict[str, Any], key: str, where: str) -> int:
-        """A whole number, which may be written as a float."""
-        value = record.get(key)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool):
-            self.fail(f"{where}.{key}", "a whole number", show(value))
+        """A whole number of at most 64 bits, which may be written as a float."""
+        value = whole_number(record.get(key))
+        if value is None:
+            self.fail(f"{where}.{key}", "a whole number of at most 64 bits", show(record.get(key)))
         return value
 
     def text(self, record: dict[str, Any], key: str, where: str) -> str:
@@ -199,6 +242,15 @@ class Records:
     def fail(self, where: str, expected: str, found: str, kind: ProblemKind = "malformed") -> NoReturn:
         """Report a problem."""
         raise AnnotationError(Problem(kind, where, f"expected {expected}, found {found}"))
+
+
+def whole_number(value: object) -> int | None:
+    """A number found in a JSON file as an integer; None if it is none or needs more than 64 bits."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2**ID_BITS) <= value < 2**ID_BITS:
+        return None
+    return value
 
 
 def is_finite(value: object) -> TypeGuard[float]:

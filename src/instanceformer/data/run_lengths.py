@@ -112,6 +112,21 @@ def mask_areas(masks: Sequence[bytes], pixels: int | npt.NDArray[np.int64]) -> l
     return areas
 
 
+def without_fragments(segmentation: object) -> object:
+    """A list of polygons without those of fewer than three points, if there are others; all else as it is.
+
+    Labelling tools leave points and lines behind where a polygon was split or moved. They have no pixels.
+    """
+    if not isinstance(segmentation, list):
+        return segmentation
+    whole = [polygon for polygon in segmentation if not _is_fragment(polygon)]
+    return whole if 0 < len(whole) < len(segmentation) else segmentation
+
+
+def _is_fragment(polygon: object) -> bool:
+    return isinstance(polygon, list) and len(polygon) in (0, 2, 4) and {*map(type, polygon)} <= {int, float}
+
+
 def show(value: object) -> str:
     """A value found in a JSON file, in at most 60 characters."""
     text = "nothing" if value is None else json.dumps(_beginning(value), default=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sized
 from multiprocessing import Value
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from instanceformer.data.batch import ClipTargets
-from instanceformer.data.images import ImageError
+from instanceformer.data.images import ImageError, ImageSizeError
 
 Clip = tuple[Tensor, ClipTargets]
 
@@ -105,10 +106,17 @@ class SeededClips(Dataset[Clip]):
                 try:
                     return self.clips[item]
                 except ImageError as error:
-                    if not self.skip_unreadable or attempt == MAX_REPLACEMENTS - 1:
+                    wrong_size = isinstance(error, ImageSizeError)  # a fault of the annotations, not of one file
+                    if not self.skip_unreadable or wrong_size or attempt == MAX_REPLACEMENTS - 1:
                         raise
                     warnings.warn(f"{error}; another clip takes its place", stacklevel=2)
                 with self.replaced.get_lock():
                     self.replaced.value += 1
                 item = int(torch.randint(len(self), ()))
         raise AssertionError("unreachable")
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Let a worker process go on when its whole group is told to end: the trainer finishes its step first."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -57,6 +57,7 @@ class _YouTubeVis(Records):
                     category_id = self.known_id(record, "category_id", where, category_ids, "categories")
                     instance = self.instance(record, video, category_id, self.masks(masks, where), where, places)
                     instances.setdefault(video.id, []).append(instance)
+        self.warn_of_fragments()
         return VideoDataset(
             categories=categories,
             videos=tuple(replace(video, instances=tuple(instances.get(video.id, ()))) for video in videos.values()),
@@ -81,7 +82,7 @@ class _YouTubeVis(Records):
         segmentations = self.per_frame(record, "segmentations", where, video.length)
         if segmentations is None:
             self.fail(f"{where}.segmentations", "a list with one entry for each frame", "nothing")
-        return segmentations
+        return [self.whole(mask, f"{where}.segmentations[{frame}]") for frame, mask in enumerate(segmentations)]
 
     def instance(
         self,

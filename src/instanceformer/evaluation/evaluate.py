@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from instanceformer.data.annotations import Video
+from instanceformer.data.records import expect_file
 from instanceformer.data.run_lengths import compress_masks
 from instanceformer.evaluation.ground_truth import GroundTruth, read_ground_truth
 from instanceformer.evaluation.matching import MAX_TRACKS
@@ -55,6 +56,7 @@ def evaluate_files(
         FileNotFoundError: if either file does not exist.
         ValueError: if either file is not what it should be or they do not fit together; the message names the file.
     """
+    expect_file(Path(results), "a results file")  # rather now than when the ground truth has been read
     truth = read_ground_truth(ground_truth)
     compared: dict[int, list[ComparedTrack]] = defaultdict(list)
     entries = ((f"{results}: entry {index}", track) for index, track in enumerate(iterate_results(results)))

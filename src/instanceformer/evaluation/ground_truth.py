@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instanceformer.data.annotations import Instance, Video, VideoDataset
+from instanceformer.data.annotations import OCCLUSION_LEVELS, Instance, Video, VideoDataset
 from instanceformer.data.reading import parse_annotations, read_annotations
 from instanceformer.evaluation.track_iou import decode_tracks, mean_visible
-
-OCCLUSION_LEVELS = {"no_occlusion": 0.0, "slight_occlusion": 0.25, "severe_occlusion": 0.75}
 
 
 @dataclass(frozen=True)

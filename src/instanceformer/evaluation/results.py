@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
-from instanceformer.data.run_lengths import compress_masks
+from instanceformer.data.records import expect_file, whole_number
+from instanceformer.data.run_lengths import compress_masks, show
 from instanceformer.files import replacing
 
 
@@ -144,6 +145,7 @@ def iterate_results(path: str | Path) -> Iterator[Track]:
 def _iterate_entries(path: str | Path) -> Iterator[Any]:
     """The entries of the list in a JSON file."""
     expected = "expected a list of predicted tracks"
+    expect_file(Path(path), "a results file, a JSON list of predicted tracks")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         begin = _skip_blanks(text, 0)
@@ -187,28 +189,29 @@ def _parse_track(entry: Any) -> Track:
         raise ValueError(
             f"found {str(entry)[:80]}, expected an object with video_id, category_id, score, segmentations"
         )
-    types: dict[str, tuple[type, ...]] = {
-        "video_id": (int,),
-        "category_id": (int,),
-        "score": (int, float),
-        "segmentations": (list,),
-    }
-    for field, expected in types.items():
+    for field in ("video_id", "category_id", "score", "segmentations"):
         if field not in entry:
             raise ValueError(f"{field} is missing, found only {', '.join(entry) or 'an empty object'}")
+    video_id, category_id = _id(entry, "video_id"), _id(entry, "category_id")
+    for field, expected in {"score": (int, float), "segmentations": (list,)}.items():
         if not isinstance(entry[field], expected) or isinstance(entry[field], bool):
-            raise ValueError(
-                f"{field} is {str(entry[field])[:80]}, expected {' or '.join(t.__name__ for t in expected)}"
-            )
+            raise ValueError(f"{field} is {show(entry[field])}, expected {' or '.join(t.__name__ for t in expected)}")
     if abs(entry["score"]) > sys.float_info.max:
-        raise ValueError(f"score is {str(entry['score'])[:80]}, expected a finite number")
+        raise ValueError(f"score is {show(entry['score'])}, expected a finite number")
     for frame, segmentation in enumerate(entry["segmentations"]):
         if segmentation is not None and not _is_compressed(segmentation):
             raise ValueError(
                 f"frame {frame} is {str(segmentation)[:80]}, expected null or compressed run lengths "
                 '{"size": [height, width], "counts": "..."}'
             )
-    return Track(**{field: entry[field] for field in types})
+    return Track(video_id, category_id, entry["score"], entry["segmentations"])
+
+
+def _id(entry: dict[str, Any], field: str) -> int:
+    id_ = whole_number(entry[field])
+    if id_ is None:
+        raise ValueError(f"{field} is {show(entry[field])}, expected a whole number of at most 64 bits")
+    return id_
 
 
 def _is_compressed(segmentation: Any) -> bool:

@@ -2,15 +2,13 @@
 
 A video is two programs in turn. ``encode`` knows nothing of other frames; ``step`` takes what it gives and the state
 that the frame before left, and gives the outputs of the frame and the next state. Before the first frame all of the
-state is zero.
-
-    import deform_attn, instanceformer.inference.export      # the operator, and the type of the state
-    encode, step = (torch.export.load(f"street/{name}.pt2").module() for name in ("encode", "step"))
-    state = network.initial_state(1)
-    logits, boxes, shown, masks, state = step(*encode(frame), state)
+state is zero. ``run.py``, which is written beside them, runs them on a video.
 
 In ONNX the state is ten tensors, in by their names and out as ``next_...``. Deformable attention is spelt out as grid
-sampling there, since ONNX has no operator for it.
+sampling there, since ONNX has no operator for it. Not every runtime samples as the standard says: TensorRT is known to
+take the nearest value where operator set 20 asks for linear interpolation (NVIDIA/TensorRT#4646), which is why the
+programs are of set 18, and ONNX Runtime's WebGPU provider to give other values than its CPU provider
+(microsoft/onnxruntime#32275). The tests run ONNX Runtime on a CPU; compare with it where another runtime is used.
 """
 
 from __future__ import annotations
@@ -20,15 +18,17 @@ import json
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram, register_dataclass
 
 from instanceformer import checkpoints
+from instanceformer.data.annotations import Category
 from instanceformer.data.augment import normalise
 from instanceformer.files import replacing
+from instanceformer.inference import programs
 from instanceformer.inference.options import MIN_SIDE
 from instanceformer.model.attention import DeformableAttention
 from instanceformer.model.network import InstanceFormer
@@ -36,6 +36,9 @@ from instanceformer.model.state import TrackState
 
 register_dataclass(TrackState, serialized_type_name="instanceformer.TrackState")
 torch.serialization.add_safe_globals([TrackState])  # a saved program holds an example of its arguments
+
+OPERATORS = 18
+"""ONNX's operator set; in later ones GridSample has other names for its modes, which not all runtimes know."""
 
 FEATURES = ("tokens", "mask_features")
 OUTPUTS = ("logits", "boxes", "shown", "masks")
@@ -149,7 +152,9 @@ def export_programs(network: InstanceFormer, options: ExportOptions) -> tuple[Ex
 
 
 def export_files(checkpoint: str | Path, folder: Path, options: ExportOptions) -> list[Path]:
-    """Write ``encode`` and ``step`` of a checkpoint as programs, and ``about.json`` with what one has to know of them.
+    """Write ``encode`` and ``step`` of a checkpoint as programs, what one has to know of them, and how to run them.
+
+    The latter are ``about.json``, with the frame's size, the state's shapes and the categories, and ``run.py``.
 
     Args:
         checkpoint: any file that ``InstanceFormer.from_checkpoint`` reads.
@@ -167,10 +172,10 @@ def export_files(checkpoint: str | Path, folder: Path, options: ExportOptions) -
         raise ValueError(f"format: onnx needs {' and '.join(missing)}, not installed here; pip install onnx onnxscript")
     source = checkpoints.read(checkpoint)
     network = InstanceFormer.from_checkpoint(source)
-    programs = export_programs(network, options)
+    exported = export_programs(network, options)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for name, program in zip(("encode", "step"), programs, strict=True):
+    for name, program in zip(("encode", "step"), exported, strict=True):
         files.append(folder / f"{name}.{options.format}")
         with replacing(files[-1]) as temporary, temporary.open("wb") as file:
             if options.format == "pt2":
@@ -178,15 +183,23 @@ def export_files(checkpoint: str | Path, folder: Path, options: ExportOptions) -
             else:
                 file.write(to_onnx(program))
     state = network.initial_state(1)
+    categories = source.categories or [Category(k, f"class {k}") for k in range(1, network.num_classes + 1)]
     about = {
         "frame": {"height": options.height, "width": options.width, "type": "uint8", "channels": "RGB"},
-        "state": {name: list(getattr(state, name).shape) for name in STATE},
-        "categories": [vars(category) for category in source.categories],
+        "state": {name: _describe(getattr(state, name)) for name in STATE},
+        "categories": [vars(category) for category in categories],
     }
     files.append(folder / "about.json")
     with replacing(files[-1]) as temporary:
         temporary.write_text(json.dumps(about, indent=2) + "\n")
+    files.append(folder / "run.py")
+    with replacing(files[-1]) as temporary:
+        temporary.write_text((Path(programs.__file__).parent / f"run_{options.format}.py").read_text())
     return files
+
+
+def _describe(value: Tensor) -> dict[str, Any]:
+    return {"shape": list(value.shape), "type": str(value.dtype).removeprefix("torch.")}
 
 
 def to_onnx(program: ExportedProgram) -> bytes:
@@ -194,7 +207,9 @@ def to_onnx(program: ExportedProgram) -> bytes:
     encodes = len(program.graph_signature.user_inputs) == 1
     inputs = ("frame",) if encodes else (*FEATURES, *STATE)
     outputs = FEATURES if encodes else (*OUTPUTS, *(f"next_{name}" for name in STATE))
-    converted = torch.onnx.export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False)
+    converted = torch.onnx.export(
+        program, input_names=inputs, output_names=outputs, opset_version=OPERATORS, dynamo=True, verbose=False
+    )
     assert converted is not None
     content: bytes = converted.model_proto.SerializeToString()
     return content

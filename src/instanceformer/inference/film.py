@@ -16,7 +16,7 @@ from instanceformer.data.clips import read_frames
 from instanceformer.evaluation.results import Track, decode_mask
 from instanceformer.inference.instances import FrameInstances
 from instanceformer.inference.render import add_title, contact_sheet, draw_instances, readable_scale
-from instanceformer.inference.video_io import VideoWriter
+from instanceformer.video.writing import VideoWriter
 
 SHEET_FRAMES = 6
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -79,7 +83,10 @@ class ResultsWriter:
         try:
             yield
         except sqlite3.Error as error:
-            raise OSError(f"{self.path}: its masks cannot be kept until the end ({error})") from error
+            raise OSError(
+                f"{self.path}: its masks cannot be kept until the end ({error}); make room where temporary files are "
+                "kept, or set SQLITE_TMPDIR to a folder on another disk"
+            ) from error
 
     def _tracks(self) -> Iterator[Track]:
         """All tracks, best first."""
@@ -91,6 +98,58 @@ class ResultsWriter:
             for frame, height, width, counts in self._database.execute(masks, (track,)):
                 segmentations[frame] = RLE(size=[height, width], counts=counts)
             yield Track(self.video_id, self.categories[label].id, score, segmentations)
+
+
+def is_masks_folder(path: Path) -> bool:
+    """Whether there is a folder that holds nothing but what MasksWriter writes."""
+    return path.is_dir() and all(re.fullmatch(r"\d{6,}\.png", entry.name) for entry in path.iterdir())
+
+
+class MasksWriter:
+    """Writes a folder of label images, see ``write_label_image``, each named by its frame's number.
+
+    A context manager. In a new or empty folder the images appear as they are written, and stay whatever happens. Those
+    of an earlier run stay until the block ends; then, if it ends without an exception, the new ones take their place.
+
+    Args:
+        folder: for the images, made with the first of them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self._failed = False
+
+    def __enter__(self) -> Self:
+        self._replaces = self.folder.is_dir() and any(self.folder.iterdir())
+        self._place = self._beside("new") if self._replaces else self.folder
+        if self._replaces:
+            for leftover in self.folder.parent.glob(f".{escape(self.folder.name)}.*.tmp"):  # of killed processes
+                shutil.rmtree(leftover)
+        check_writable(self._place / "0" if self._place.is_dir() else self._place)
+        return self
+
+    def _beside(self, what: str) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.{os.getpid()}.{what}.tmp")
+
+    def write(self, number: int, instances: FrameInstances) -> None:
+        """Write a frame's image."""
+        self._failed = True  # until it is there
+        self._place.mkdir(exist_ok=True)
+        write_label_image(self._place / f"{number:06}.png", instances)
+        self._failed = False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._replaces:
+            return
+        try:
+            if kind is None and not self._failed:
+                self.folder.rename(self._beside("old"))
+                self._place.rename(self.folder)
+                shutil.rmtree(self._beside("old"))
+        finally:
+            shutil.rmtree(self._place, ignore_errors=True)
 
 
 def write_label_image(path: Path, instances: FrameInstances) -> None:

@@ -7,19 +7,21 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from glob import escape
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
 
-from instanceformer.files import check_writable
-from instanceformer.inference.outputs import ResultsWriter, write_label_image
+from instanceformer.files import locking, remove_leftovers
+from instanceformer.inference.outputs import MasksWriter, ResultsWriter, is_masks_folder
 from instanceformer.inference.render import draw_instances
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
-from instanceformer.inference.video_io import BrokenVideo, Frame, OpenVideo, TimedFrame, VideoWriter
+from instanceformer.video.frames import BrokenVideo, Frame, OpenVideo, TimedFrame
+from instanceformer.video.writing import VideoWriter
 
-Writer = TypeVar("Writer", VideoWriter, ResultsWriter)
+Writer = TypeVar("Writer", VideoWriter, ResultsWriter, MasksWriter)
 
 
 @dataclass(frozen=True)
@@ -31,27 +33,54 @@ class SegmentOutputs:
             ends in .mp4. Frames are shown when the video shows them.
         results: file to write, tracks in the challenge's format, of video 1, with an entry for each frame that was
             looked at. A track has the category and score that its last frame shows.
-        masks: new or empty folder for a PNG of ids of each frame, named by the frame's number in the video, from 0.
+        masks: folder for a PNG of ids of each frame, named by the frame's number in the video, from 0.
+        overwrite: replace what an earlier run wrote, when this one has something to put in its place.
     """
 
     output: Path | None = None
     results: Path | None = None
     masks: Path | None = None
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.output is None and self.results is None and self.masks is None:
+        if not self.paths:
             raise ValueError("found nothing to write, expected one or more of output, results and masks")
         if self.output is not None and self.output.suffix.lower() != ".mp4":
             raise ValueError(f"output: found {self.output}, expected a name that ends in .mp4")
-        if self.masks is not None and self.masks.exists() and (not self.masks.is_dir() or any(self.masks.iterdir())):
-            raise ValueError(f"masks: {self.masks} is there already, expected a new or empty folder")
-        for path in (self.output, self.results, self.masks):
-            if path is not None and not path.absolute().parent.is_dir():
+        for path in self.paths.values():
+            if not path.absolute().parent.is_dir():
                 raise ValueError(f"{path}: found no folder {path.parent}, expected one that exists")
-        for path in (self.output, self.results):
-            if path is not None and path.exists() and not path.is_file():
+        for path in self.files:
+            if path.exists() and not path.is_file():
                 raise ValueError(f"{path}: found a folder or device, expected the name of a file")
-        refuse_same({"output": self.output, "results": self.results, "masks": self.masks})
+        if self.masks is not None and self.masks.exists() and not is_masks_folder(self.masks):
+            raise ValueError(
+                f"masks: {self.masks} is there already and not a folder of masks alone, expected a new or empty folder"
+            )
+        refuse_same(self.paths)
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """What is to be written, by the names of the options."""
+        paths = {"output": self.output, "results": self.results, "masks": self.masks}
+        return {name: path for name, path in paths.items() if path is not None}
+
+    @property
+    def files(self) -> list[Path]:
+        """Those of the paths that are files."""
+        return [path for path in (self.output, self.results) if path is not None]
+
+    def refuse_existing(self) -> None:
+        """Refuse to replace anything unless that is asked for.
+
+        Raises:
+            FileExistsError: a file, or a folder that is not empty, is there.
+        """
+        for name, path in self.paths.items():
+            if not self.overwrite and path.exists() and (path.is_file() or any(path.iterdir())):
+                raise FileExistsError(
+                    f"{name}: {path} exists; give another name, or --overwrite to replace what an earlier run wrote"
+                )
 
 
 def refuse_same(paths: Mapping[str, str | Path | None]) -> None:
@@ -85,9 +114,9 @@ def segment_video(
 ) -> int:
     """Segment a video and write what comes of it.
 
-    Files appear under their names when they are complete. Whatever ends the video early, a source that breaks off, an
-    output that cannot be written or Ctrl-C, the others are completed with what was seen until then, and the error is
-    raised after that.
+    Files appear under their names when they are complete, and what was there before stays until then. Whatever ends the
+    video early, a source that breaks off, an output that cannot be written or Ctrl-C, the others are completed with
+    what was seen until then, and the error is raised after that.
 
     Args:
         video: to segment.
@@ -104,7 +133,8 @@ def segment_video(
     Raises:
         BrokenVideo: the video could be read in part only; the outputs are complete as far as that part goes.
         ValueError: no frame could be read, or start, end or stride are out of range; nothing is written.
-        OSError: an output cannot be written.
+        OSError: an output cannot be written, or is there already and not to be replaced.
+        BlockingIOError: another process is writing an output.
     """
     if start < 0 or stride < 1 or (end is not None and end <= start):
         raise ValueError(f"found start {start}, end {end}, stride {stride}; expected 0 <= start < end and stride >= 1")
@@ -127,9 +157,14 @@ def segment_video(
             stack.push(lambda *reason: writer.__exit__(*(reason if count == 0 else (None, None, None))))
             return entered
 
-        results = film = None
+        for path in outputs.paths.values():
+            stack.enter_context(locking(path.absolute()))
+        for path in outputs.files:
+            remove_leftovers(path.parent, escape(path.name))
+        outputs.refuse_existing()
+        results = film = masks = None
         if outputs.masks is not None:
-            check_writable(outputs.masks / "0" if outputs.masks.is_dir() else outputs.masks)
+            masks = enter(MasksWriter(outputs.masks))
         if outputs.output is not None:
             film = enter(VideoWriter(outputs.output, video.fps / stride))
         if outputs.results is not None:
@@ -146,9 +181,8 @@ def segment_video(
                     results.write(instances)
                 if film is not None and drawn is not None:
                     film.write(drawn, frame.seconds - beginning)
-                if outputs.masks is not None:
-                    outputs.masks.mkdir(exist_ok=True)
-                    write_label_image(outputs.masks / f"{start + count * stride:06}.png", instances)
+                if masks is not None:
+                    masks.write(start + count * stride, instances)
                 count += 1
                 bar.update()
         except (Exception, KeyboardInterrupt) as reason:

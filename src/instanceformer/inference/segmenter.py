@@ -20,9 +20,10 @@ from instanceformer.inference.instances import FrameInstances
 from instanceformer.inference.optimise import optimise, packs
 from instanceformer.inference.options import MIN_SIDE, SegmenterOptions
 from instanceformer.inference.tracks import Tracks
-from instanceformer.inference.video_io import Frame, Source, open_video
 from instanceformer.model.encoder import FrameFeatures
 from instanceformer.model.network import InstanceFormer
+from instanceformer.video.frames import Frame
+from instanceformer.video.reading import Source, open_video
 
 
 @final

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning.pytorch.loggers import WandbLogger
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.evaluation.parts import ResultParts
 from instanceformer.evaluation.results import Track
+from instanceformer.files import replacing
 from instanceformer.inference.film import film_results, select_tracks, select_video
 from instanceformer.model.network import InstanceFormer
 from instanceformer.training.module import InstanceFormerModule
@@ -26,9 +28,10 @@ class ResultsWriter(Callback):
     """Writes the results of ``test`` and ``predict`` as the challenge servers take them, and resumes a run.
 
     The tracks of a video are kept as soon as it is finished, see ``ResultParts``. A run that was killed takes them over
-    when it is started again. When all videos are finished, rank 0 writes the result file and, beside it, its zip. All
-    ranks must see the same folder; their number may change. Nothing is written where ``limit_test_batches`` or
-    ``limit_predict_batches`` leaves videos out.
+    when it is started again. When all videos are finished, rank 0 writes the result file and, beside it, its zip; of
+    videos without an annotation file also which id is whose, in ``results.videos.json``. All ranks must see the same
+    folder; their number may change. Nothing is written where ``limit_test_batches`` or ``limit_predict_batches`` leaves
+    videos out.
 
     Args:
         path: of the result file, which ends in .json; a relative one lies in the trainer's ``default_root_dir``.
@@ -91,7 +94,12 @@ class ResultsWriter(Callback):
         if self._parts is not None:
             trainer.strategy.barrier("results")
             if trainer.is_global_zero:
+                assert isinstance(pl_module, InstanceFormerModule)
                 pl_module.print(self._parts.merge())
+                if pl_module.data.raw_videos:
+                    with replacing(self._parts.path.with_suffix(".videos.json")) as temporary:
+                        videos = {video.id: str(video.path) for video in pl_module.data.raw_videos}
+                        temporary.write_text(json.dumps(videos, indent=2) + "\n")
 
     on_predict_end = on_test_end
 
@@ -99,9 +107,8 @@ class ResultsWriter(Callback):
         """Ids of the videos that are finished; all ranks go by what rank 0 finds."""
         parts = None
         if trainer.is_global_zero:
-            videos = module.data.videos(stage)[0].videos
             path = Path(trainer.default_root_dir) / self.path
-            parts = ResultParts(path, describe_run(module, stage), [video.id for video in videos])
+            parts = ResultParts(path, describe_run(module, stage), module.data.video_ids(stage))
         self._parts = trainer.strategy.broadcast(parts)
         assert self._parts is not None
         self._finished = trainer.strategy.broadcast(self._parts.finished())
@@ -111,14 +118,18 @@ class ResultsWriter(Callback):
 def describe_run(module: InstanceFormerModule, stage: str) -> dict[str, object]:
     """By name all that the tracks of ``test`` or ``predict`` depend on; of the images only where they are."""
     trainer, data = module.trainer, module.data
-    with data.annotations_path(stage).open("rb") as file:
-        annotations = hashlib.file_digest(file, "sha256").hexdigest()
+    if data.raw_videos:
+        videos = {str(video.path.resolve()): video.path.stat().st_mtime_ns for video in data.raw_videos}
+        source: dict[str, object] = {"videos": videos}
+    else:
+        with data.annotations_path(stage).open("rb") as file:
+            annotations = hashlib.file_digest(file, "sha256").hexdigest()
+        source = {"annotations": annotations, "images": data.videos(stage)[1].resolve()}
     return {
         "weights": hash_weights(module.network),
         **{f"model.network.{name}": value for name, value in module.network.options.items()},
         **{f"model.inference.{name}": value for name, value in vars(module.inference).items()},
-        "annotations": annotations,
-        "images": data.videos(stage)[1].resolve(),
+        **source,
         "data.chunk_frames": data.chunk_frames,
         "data.eval_size": data.eval_size,
         "data.max_size": data.max_size,

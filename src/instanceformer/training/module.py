@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from instanceformer import checkpoints
+from instanceformer.data.annotations import Category
 from instanceformer.data.batch import ClipBatch, VideoChunk
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.data.sampling import derive_seed
@@ -75,6 +76,8 @@ class InstanceFormerModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that network and data agree, before anything runs."""
+        if self.data.raw_videos:
+            return
         found = self.data.num_classes
         if found != self.network.num_classes:
             raise ValueError(
@@ -139,7 +142,11 @@ class InstanceFormerModule(LightningModule):
             )
         found = checkpoints.from_content(checkpoint, str(path))
         found.check_network(self.network.options, self.network.state_dict())
-        found.check_categories(self.data.categories)
+        if self.data.raw_videos:
+            numbered = [Category(k, f"class {k}") for k in range(1, self.network.num_classes + 1)]
+            self.data.adopt_categories(found.categories or numbered)
+        else:
+            found.check_categories(self.data.categories)
         if not fits:
             if found.frame_size is not None:
                 self.data.adopt_sizes(found.frame_size.size, found.frame_size.max_size)

@@ -80,23 +80,35 @@ def locate(root: Path, name: DatasetName, split: CatalogSplit) -> tuple[Path, Pa
     )
 
 
+def _spellings(split: CatalogSplit) -> tuple[str, ...]:
+    """What copies of a dataset call a split."""
+    return ("valid", "val", "validation") if split == "valid" else (split,)
+
+
 def _youtube_vis(folders: tuple[str, ...], split: CatalogSplit, videos: int) -> SplitEntry:
-    """A split of YouTube-VIS; copies of the 2019 version often call the validation split ``val``."""
-    alias = "val" if split == "valid" else split
-    files = (f"{split}.json", f"{split}/instances.json", f"annotations/instances_{alias}_sub.json")
+    files = [
+        place
+        for part in _spellings(split)
+        for place in (f"{part}.json", f"{part}/instances.json", f"annotations/instances_{part}_sub.json")
+    ]
     return SplitEntry(
         annotations=tuple(f"{folder}/{file}" for folder in folders for file in files),
-        images=tuple(f"{folder}/{part}/JPEGImages" for folder in folders for part in dict.fromkeys((split, alias))),
+        images=tuple(f"{folder}/{part}/JPEGImages" for folder in folders for part in _spellings(split)),
         annotated=split == "train",
         videos=videos,
     )
 
 
 def _ovis(split: CatalogSplit, videos: int) -> SplitEntry:
-    file = f"annotations_{split}.json"
+    parts = _spellings(split)
+    files = [
+        place
+        for part in parts
+        for place in (f"annotations_{part}.json", f"annotations/annotations_{part}.json", f"{part}.json")
+    ]
     return SplitEntry(
-        annotations=(f"ovis/{file}", f"ovis/annotations/{file}", f"ovis/{split}.json"),
-        images=(f"ovis/{split}/JPEGImages", f"ovis/{split}"),  # in this order, since where one exists both do
+        annotations=tuple(f"ovis/{file}" for file in files),
+        images=tuple(f"ovis/{part}{inner}" for part in parts for inner in ("/JPEGImages", "")),  # inside, if both are
         annotated=split == "train",
         videos=videos,
     )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from pycocotools import mask as mask_utils
 
 from instanceformer.data.annotations import Instance, Video, VideoDataset
 from instanceformer.data.importers.identities import with_unique_ids
@@ -15,7 +19,7 @@ from instanceformer.data.run_lengths import show
 from instanceformer.files import natural_order
 
 
-def import_cocovid(source: Path) -> VideoDataset:
+def import_cocovid(source: Path, *, merge_parts: bool = False) -> VideoDataset:
     """Read a COCO file whose images are the frames of videos and whose annotations say which instance they show.
 
     Videos are the file's ``videos``, to which its images belong by ``video_id`` in order of ``frame_id``. In a file
@@ -30,14 +34,17 @@ def import_cocovid(source: Path) -> VideoDataset:
 
     Args:
         source: the JSON file.
+        merge_parts: where an instance has several annotations in a frame, as parts of one object have in the exports
+            of some tools, take the union of their masks.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not in the format; an annotation has no identity, or a box only; an instance changes
-            its category or is in a frame twice; the sizes of a video's images differ; a video has no image. The
-            message says where, what was expected and what was found.
+            its category, or is in a frame twice and its parts are not to be merged; the sizes of a video's images
+            differ; a video has no image; in a file without ``videos`` two images have one name. The message says where,
+            what was expected and what was found.
     """
-    records = _CocoVid(str(source))
+    records = _CocoVid(str(source), merge_parts)
     with records.tolerate():
         return records.dataset(load_json(source))
 
@@ -60,6 +67,10 @@ class _Track:
 
 
 class _CocoVid(Records):
+    def __init__(self, name: str, merge_parts: bool) -> None:
+        super().__init__(name)
+        self.merge_parts = merge_parts
+
     def dataset(self, root: object) -> VideoDataset:
         categories = self.categories(root)
         category_ids = {category.id for category in categories}
@@ -78,10 +89,18 @@ class _CocoVid(Records):
                 expected = f"category {track.category_id} and iscrowd {track.is_crowd:d} of instance {identity}"
                 found = f"category {category_id} and iscrowd {is_crowd:d}"
                 self.fail(where, f"{expected}, as in {track.where}", found)
+            mask = self.mask_of_size(record, images[video][t].size, where)
             if t in track.frames:
-                expected = f"one annotation of instance {identity} in image {record['image_id']}"
-                self.fail(where, expected, f"{track.frames[t][0]} too", "duplicate id")
-            track.frames[t] = (where, self.mask_of_size(record, images[video][t].size, where))
+                first, other = track.frames[t]
+                if not self.merge_parts:
+                    expected = f"one annotation of instance {identity} in image {record['image_id']}"
+                    remedy = "if they are parts of one object, give --merge_parts to take the union of their masks"
+                    self.fail(where, expected, f"{first} too; {remedy}", "duplicate id")
+                track.frames[t] = (first, _union(mask, other, images[video][t].size))
+            else:
+                track.frames[t] = (where, mask)
+        self.warn_of_fragments()
+        self.warn_of_shared_names(images)
         return VideoDataset(categories, with_unique_ids([_video(v, images[v], tracks[v]) for v in images]))
 
     def images_of_videos(self, root: object) -> Iterator[tuple[int, list[_Image]]]:
@@ -104,12 +123,35 @@ class _CocoVid(Records):
         """Each video's number and images in order, a folder a video."""
         folders: dict[str, list[_Image]] = {}
         places: dict[int, str] = {}
+        names: dict[str, str] = {}
         for where, record in self.objects(root, "images"):
-            path = PurePosixPath(self.text(record, "file_name", where))
+            name = self.text(record, "file_name", where)
+            if names.setdefault(name, where) != where:
+                self.fail(
+                    f"{where}.file_name",
+                    "a name of its own (without `videos` in the file, folders in the names tell videos apart)",
+                    f"{show(name)}, the name of {names[name]} too; if several videos have frames under the same names, "
+                    "as in the export of a CVAT project, export each video by itself, or put a folder for each video "
+                    "before the names, in the file and on the disk",
+                    "duplicate id",
+                )
+            path = PurePosixPath(name)
             image = self.image(record, where, places, self.size(record, where), natural_order(path.name))
             folders.setdefault(str(path.parent), []).append(image)
         for number, folder in enumerate(sorted(folders, key=natural_order), 1):
             yield number, self.in_order(folders[folder])
+
+    def warn_of_shared_names(self, videos: dict[int, list[_Image]]) -> None:
+        """Say which images would be read from one file; clips of one film may well share frames."""
+        counts = Counter(image.file_name for images in videos.values() for image in images)
+        shared = [name for name, count in counts.items() if count > 1]
+        if shared:
+            warnings.warn(
+                f"{self.name}: found {len(shared)} file names of several images, such as {show(shared[0])}; if they "
+                "are frames of several videos, put a folder for each video before the names, in the file and on the "
+                "disk",
+                stacklevel=2,
+            )
 
     def image(
         self,
@@ -156,6 +198,11 @@ class _CocoVid(Records):
         if not segmentation and isinstance(box, list) and any(box[2:]):
             self.fail(f"{where}.segmentation", "polygons or run lengths", f"{show(segmentation)}, but a box")
         return self.mask(record, *size, where)
+
+
+def _union(mask: bytes | None, other: bytes | None, size: tuple[int, int]) -> bytes | None:
+    codes: list[dict[str, Any]] = [{"size": list(size), "counts": counts} for counts in (mask, other) if counts]
+    return bytes(mask_utils.merge(codes)["counts"]) if codes else None
 
 
 def _video(id_: int, images: list[_Image], tracks: dict[int, _Track]) -> Video:

@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from instanceformer.files import natural_order
+from instanceformer.orientation import upright, upright_size
 
 _FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -116,23 +117,25 @@ def read_labels(path: Path, frames: Frames, modes: Sequence[str]) -> NDArray[Any
         modes: the kinds of image that are allowed, as Pillow names them.
 
     Returns:
-        (height, width) integers or booleans, palette indices where there is a palette.
+        (height, width) integers or booleans, palette indices where there is a palette; (height, width, 3) of RGB.
 
     Raises:
         ValueError: it cannot be read, or is of another kind or size.
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            mode, labels = image.mode, np.asarray(image)
+            mode, labels = image.mode, np.asarray(upright(image))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as a PNG ({error}); is the file complete?") from error
     if mode not in modes:
         raise ValueError(f"{path}: expected a PNG of mode {' or '.join(modes)} (as Pillow names them), found {mode}")
-    if labels.shape != (frames.height, frames.width):
+    if labels.shape[:2] != (frames.height, frames.width):
+        is_turned = labels.shape[:2] == (frames.width, frames.height)
         expected = (
             f"{_show((frames.height, frames.width))} pixels, as the frames of {Path(frames.file_names[0]).parent}"
         )
-        raise ValueError(f"{path}: expected {expected} have, found {_show(labels.shape)}")
+        hint = "; are the frames turned by an EXIF orientation that the label lacks?" if is_turned else ""
+        raise ValueError(f"{path}: expected {expected} have, found {_show(labels.shape[:2])}{hint}")
     return labels
 
 
@@ -157,10 +160,10 @@ def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Height and width of an image, of which only the head is read."""
+    """Height and width of an upright image, of which only the head is read."""
     try:
         with Image.open(path) as image:
-            return image.height, image.width
+            return upright_size(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as an image ({error}); is the file complete?") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,20 +10,28 @@ from pathlib import Path
 import numpy as np
 
 from instanceformer.data.annotations import Category, Instance, Video, VideoDataset
+from instanceformer.data.importers.colors import Colors
 from instanceformer.data.importers.frames import Frames, compress, find_frames, find_labels, read_labels, subfolders
 from instanceformer.data.importers.identities import with_unique_ids
 from instanceformer.data.importers.names import InstanceNames
+from instanceformer.data.rims import are_shades, find_rims
 
 DAVIS_IGNORED = 255
 MOTS_IGNORED = 10000
+_SHADES = "nothing but thin edges of others, as anti-aliasing and blur make them"
+_REMEDY = (
+    "export the labels without anti-aliasing and resize them by nearest neighbor, or threshold each instance's mask, "
+    "in Pillow by mask.point(lambda value: 255 * (value > 127)), and import them as binary masks"
+)
 MOTS_CATEGORIES = (Category(1, "car"), Category(2, "pedestrian"))
 
 
-def import_davis(source: Path, images: Path, names: Path | None = None) -> VideoDataset:
+def import_davis(source: Path, images: Path, names: Path | None = None, *, other_videos: bool = False) -> VideoDataset:
     """Read the labels of DAVIS 2017 and of what has its form, such as YouTube-VOS.
 
     ``source/<video>/<frame>.png`` is an 8-bit image, with or without a palette, whose values are the numbers of
-    instances, the same all through a video; 0 is background, 255 is ignored (it becomes background). Frames are the
+    instances, the same all through a video; 0 is background, 255 is ignored (it becomes background). Or it is an RGB
+    image, whose colors but for black are the instances, numbered in each video in order of appearance. Frames are the
     images of ``images/<video>`` that have a label image, in order of the numbers in their names. Ids of instances are
     their numbers, see ``with_unique_ids`` where videos share them.
 
@@ -30,15 +39,17 @@ def import_davis(source: Path, images: Path, names: Path | None = None) -> Video
         source: folder of the videos' label images, such as ``DAVIS/Annotations/480p``.
         images: folder of the videos' frames, such as ``DAVIS/JPEGImages/480p``.
         names: JSON file of the instances' categories, see ``InstanceNames``.
+        other_videos: allow it to name videos that are not there.
 
     Raises:
         FileNotFoundError: a folder or file is missing.
         ValueError: an image cannot be read, is of another kind, or of another size than the rest of its video; a label
-            has no frame; an instance has no name; a video has 255 as its only label, as the binary masks of DAVIS 2016.
+            has no frame; an instance has no name; a video has 255 as its only label, as the binary masks of DAVIS 2016;
+            the labels are shades of edges, as anti-aliasing and blur make them.
     """
-    categories = InstanceNames(names)
+    categories = InstanceNames(names, source, other_videos)
     videos = []
-    for number, video in enumerate(_label_videos(source, images, ("P", "L")), 1):
+    for number, video in enumerate(_label_videos(source, images, ("P", "L", "RGB")), 1):
         ignored = video.masks.pop(DAVIS_IGNORED, None)
         if ignored and not video.masks:
             raise ValueError(
@@ -46,10 +57,16 @@ def import_davis(source: Path, images: Path, names: Path | None = None) -> Video
                 "if these are masks of one instance, put them into a folder of its own and import them as binary masks"
             )
         instances = tuple(
-            Instance(label, categories.category_id(video.labels.name, label), False, tuple(masks))
+            Instance(
+                label,
+                categories.category_id(video.labels.name, video.colors.get(label, str(label))),
+                False,
+                tuple(masks),
+            )
             for label, masks in sorted(video.masks.items())
         )
         videos.append(_video(number, video.frames, instances))
+    categories.check()
     return VideoDataset(categories.categories, with_unique_ids(videos))
 
 
@@ -67,7 +84,7 @@ def import_mots(source: Path, images: Path) -> VideoDataset:
     Raises:
         FileNotFoundError: a folder is missing.
         ValueError: an image cannot be read, is of another kind, or of another size than the rest of its video; a label
-            has no frame, or is of no class.
+            has no frame, or is of no class; the labels are shades of edges.
     """
     known = {category.id for category in MOTS_CATEGORIES}
     videos = []
@@ -88,11 +105,15 @@ def import_mots(source: Path, images: Path) -> VideoDataset:
 
 @dataclass(frozen=True)
 class _LabelVideo:
-    """A video: the folder of its label images, and of each label the compressed mask or None in every frame."""
+    """A video: the folder of its label images, and of each label the compressed mask or None in every frame.
+
+    In a video of colored labels, ``colors`` has the color of each.
+    """
 
     labels: Path
     frames: Frames
     masks: dict[int, list[bytes | None]]
+    colors: dict[int, str]
 
 
 def _label_videos(source: Path, images: Path, modes: Sequence[str]) -> Iterator[_LabelVideo]:
@@ -101,12 +122,27 @@ def _label_videos(source: Path, images: Path, modes: Sequence[str]) -> Iterator[
         files = find_labels(folder, frames)
         frames = frames.labelled(files)
         masks: dict[int, list[bytes | None]] = {}
+        colors, dimensions, objects = Colors(), set(), set()
         for frame, name in enumerate(frames.names):
             labels = read_labels(files[name], frames, modes)
-            for label in np.flatnonzero(np.bincount(labels.ravel())).tolist():
-                if label > 0:
-                    masks.setdefault(label, [None] * len(frames))[frame] = compress(labels == label)
-        yield _LabelVideo(folder, frames, masks)
+            dimensions.add(labels.ndim)
+            if len(dimensions) > 1:
+                raise ValueError(f"{files[name]}: expected labels of one kind in a video, found numbers and RGB colors")
+            if labels.ndim == 3:
+                labels = colors.number(labels, files[name])
+            found = [label for label in np.flatnonzero(np.bincount(labels.ravel())).tolist() if label > 0]
+            rims = find_rims(labels)
+            if are_shades(len(rims), len(found)):
+                raise ValueError(f"{files[name]}: found {len(found)} values, {len(rims)} of them {_SHADES}; {_REMEDY}")
+            objects |= {*found}.difference(rims)
+            for label in found:
+                masks.setdefault(label, [None] * len(frames))[frame] = compress(labels == label)
+        rims = sorted(masks.keys() - objects)
+        if len(rims) > 1:
+            warnings.warn(
+                f"{folder}: the labels {', '.join(map(str, rims))} are {_SHADES}; if so, {_REMEDY}", stacklevel=2
+            )
+        yield _LabelVideo(folder, frames, masks, colors.names)
 
 
 def _video(number: int, frames: Frames, instances: tuple[Instance, ...]) -> Video:

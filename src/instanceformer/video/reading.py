@@ -1,0 +1,61 @@
+"""Reading videos."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from instanceformer.video.films import open_film
+from instanceformer.video.frames import Frame, OpenVideo, TimedFrame
+from instanceformer.video.pictures import open_animation, open_folder
+
+Source = str | Path | int | Iterable[Frame]  # see open_video
+
+CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}  # FFmpeg's input device and its name
+
+
+def open_video(source: Source, fps: float = 25.0, reconnect: float = 0.0) -> OpenVideo:
+    """Open a video.
+
+    A video file is shown as its display matrix asks, turned by quarters and mirrored; its pixels are taken for square.
+    Packets that cannot be decoded are passed over, and reported by BrokenVideo when the rest has been read; so is a
+    file that is cut off, where its container lets it be known.
+
+    Args:
+        source: a video file in any container and codec that FFmpeg reads; an animated GIF, PNG or WebP; a folder of
+            images, one a frame, in the order of their names with numbers as numbers, turned as their EXIF
+            orientation says; the address of a stream, such as rtsp://...; the index of a camera, also as text; or
+            frames (H, W, 3) uint8 RGB.
+        fps: frames per second of images, frames, and files that do not say when a frame is to be shown.
+        reconnect: seconds for which to go on trying to open a camera or live stream that dropped, with growing pauses;
+            the time that passes counts as the film's. 0: a stream's end is the video's.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: fps is not positive, reconnect is negative, or what is there is no video; the images of a folder
+            differ in size.
+    """
+    if not fps > 0:
+        raise ValueError(f"fps: found {fps}, expected a positive number of frames per second")
+    if not reconnect >= 0:
+        raise ValueError(f"reconnect: found {reconnect}, expected 0 or more seconds")
+    if isinstance(source, str) and source.isdecimal() and not Path(source).exists():
+        source = int(source)
+    if isinstance(source, int):
+        if sys.platform not in CAMERAS:
+            raise ValueError(f"camera {source}: cameras are known by number on {' and '.join(CAMERAS)} only")
+        device, name = CAMERAS[sys.platform]
+        return open_film(name.format(source), fps, device, reconnect)
+    if isinstance(source, str) and "://" in source:
+        return open_film(source, fps, reconnect=reconnect)
+    if not isinstance(source, str | Path):
+        return OpenVideo((TimedFrame(image, index / fps) for index, image in enumerate(source)), fps, None)
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such video file or folder of images")
+    if path.is_dir():
+        return open_folder(path, fps)
+    return open_animation(path) or open_film(
+        str(path.absolute()), fps
+    )  # FFmpeg would take what precedes a colon for a protocol

@@ -1,0 +1,56 @@
+"""The command ``segment`` on a tiny network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from instanceformer import InstanceFormer
+from instanceformer.cli import main
+from instanceformer.video.reading import open_video
+
+SHOW_ALL = ["--birth=0", "--show=0", "--max_overlap=1", "--size=64", "--device=cpu"]
+
+
+@pytest.fixture
+def checkpoint(tiny: Callable[..., InstanceFormer], tmp_path: Path) -> Path:
+    network = tiny(num_classes=2)
+    with torch.no_grad():
+        network.mask_head.controller[-1].bias[-1] += 1.0  # masks that are not empty
+    weights = {f"network.{name}": value for name, value in network.state_dict().items()}
+    path = tmp_path / "tiny.ckpt"
+    torch.save(
+        {
+            "network_options": network.options,
+            "state_dict": weights,
+            "categories": [{"id": 4, "name": "cat"}, {"id": 9, "name": "dog"}],
+        },
+        path,
+    )
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "out"
+    path.mkdir()
+    return path
+
+
+def segment(video: Path, checkpoint: Path, folder: Path, *options: str) -> None:
+    outputs = [f"--output={folder / 'film.mp4'}", f"--results={folder / 'results.json'}", f"--masks={folder / 'masks'}"]
+    main(["segment", str(video), f"--checkpoint={checkpoint}", *outputs, *SHOW_ALL, *options])
+
+
+def fail(*args: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        segment(*args)  # type: ignore[arg-type]
+    assert stop.value.code not in (0, None)
+    return str(stop.value.code)
+
+
+def shape_of(path: Path) -> list[tuple[int, ...]]:
+    return [frame.image.shape for frame in open_video(path).frames]
