@@ -226,8 +226,15 @@ def commands(rehearsal: Rehearsal, real_size: bool) -> dict[str, list[str]]:
     return lines
 
 
-def look_at(stage: str, run: Path, text: str) -> str | None:
-    """What is wrong with what a stage that ended well has left in its folder, or printed; none where nothing is."""
+def look_at(stage: str, run: Path, text: str, since: float) -> str | None:
+    """What is wrong with what a stage that ended well has left in its folder, or printed; none where nothing is.
+
+    Args:
+        stage: one of STAGES.
+        run: folder of the run.
+        text: what was printed.
+        since: when the stage began, in seconds as files have them.
+    """
     results = ["results.json", "results.zip"]
     training = ["last.ckpt", "config.yaml"]
     needed = {
@@ -238,7 +245,7 @@ def look_at(stage: str, run: Path, text: str) -> str | None:
         "predict": results,
     }
     for name in needed[stage]:
-        if not (run / name).is_file():
+        if not (run / name).is_file() or (run / name).stat().st_mtime < since:
             return f"{run / name} was not written"
     if stage == "resume" and "goes on from last.ckpt" not in text:
         return "started anew, where it should have gone on from last.ckpt"
@@ -274,7 +281,7 @@ def run_in_process(line: list[str], folder: Path, output: Path) -> None:
 def run_stage(context: Any, rehearsal: Rehearsal, stage: str, line: list[str], folder: Path) -> Outcome:
     """Run a stage in a process of its own."""
     output = folder / "output" / f"{rehearsal.name}_{stage}.txt"
-    start = time.perf_counter()
+    began, start = time.time(), time.perf_counter()
     process = context.Process(target=run_in_process, args=(line, folder, output))
     process.start()
     process.join(TIMEOUT)
@@ -292,7 +299,7 @@ def run_stage(context: Any, rehearsal: Rehearsal, stage: str, line: list[str], f
         lines = [line for line in text.splitlines() if line.strip()]
         fault = f"exit code {code}, expected {expected}: {lines[-1][:300] if lines else 'nothing printed'}"
     else:
-        fault = look_at(stage, folder / rehearsal.folder, text)
+        fault = look_at(stage, folder / rehearsal.folder, text, began)
     return Outcome(seconds, fault, output)
 
 
@@ -311,6 +318,8 @@ def rehearse(rehearsals: Sequence[Rehearsal], folder: Path, real_size: bool, rep
     (folder / "program.py").write_text(PROGRAM)
     (folder / "stop.py").write_text(STOP)
     os.environ |= {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, [folder, *sys.path])), "WANDB_SILENT": "true"}
+    if not real_size:
+        os.environ["OMP_NUM_THREADS"] = "1"  # what is so small is done sooner by one thread
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["instanceformer.commands.train"])
     report("".join(f"{title:16}" for title in ("", *STAGES)).rstrip())
