@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
 from instanceformer.data.augment import normalise, resize
 from instanceformer.data.batch import VideoChunk
-from instanceformer.data.streaming import balance
+from instanceformer.data.streaming import NO_CHUNK, share_of_rank
 from instanceformer.files import natural_order
 from instanceformer.video.frames import BrokenVideo, Frame, TimedFrame
 from instanceformer.video.pictures import find_images
@@ -90,7 +89,7 @@ class RawStream(IterableDataset[VideoChunk]):
 
     How long a video is shows at its end: its last chunk has its length, the others one that lies beyond them. Of a
     video that breaks off, the part that could be read is all there is, and a warning says so. A rank that gets no video
-    yields one empty chunk, as in ``StreamingVideos``.
+    yields NO_CHUNK.
 
     Args:
         videos: see ``find_videos``.
@@ -118,22 +117,16 @@ class RawStream(IterableDataset[VideoChunk]):
     ) -> None:
         if chunk_frames < 1:
             raise ValueError(f"chunk_frames: expected 1 or more, found {chunk_frames}")
-        distributed = dist.is_available() and dist.is_initialized()
-        if rank is None:
-            rank = dist.get_rank() if distributed else 0
-        if world_size is None:
-            world_size = dist.get_world_size() if distributed else 1
         self.chunk_frames, self.size, self.max_size = chunk_frames, size, max_size
         videos = [video for video in videos if video.id not in skip]
-        share = balance([video.length or 1 for video in videos], world_size)[rank]
-        self.videos = [videos[index] for index in share]
+        self.videos = [videos[index] for index in share_of_rank([v.length or 1 for v in videos], rank, world_size)]
 
     def __iter__(self) -> Iterator[VideoChunk]:
         worker = get_worker_info()
         if worker is not None and worker.id > 0:
             return
         if not self.videos:
-            yield VideoChunk(torch.empty(1, 0, 3, 0, 0), video_id=-1, start=0, length=0, size=(0, 0))
+            yield NO_CHUNK
         for video in self.videos:
             yield from self._chunks(video)
 

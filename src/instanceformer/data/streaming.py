@@ -15,6 +15,9 @@ from instanceformer.data.augment import normalise, resize
 from instanceformer.data.batch import VideoChunk
 from instanceformer.data.clips import read_frames
 
+NO_CHUNK = VideoChunk(torch.empty(1, 0, 3, 0, 0), video_id=-1, start=0, length=0, size=(0, 0))
+"""What a rank without a video yields: Lightning runs no hook of a loop without batches, and the others would wait."""
+
 
 class StreamingVideos(IterableDataset[VideoChunk]):
     """One rank's videos, one after the other, each as consecutive chunks of frames from its first to its last.
@@ -23,8 +26,7 @@ class StreamingVideos(IterableDataset[VideoChunk]):
     collects from its workers in turn too, so that chunks arrive in order and a video is finished before the next
     begins, however many workers there are. Use it with ``DataLoader(..., batch_size=None)``.
 
-    A rank that gets no video yields one empty chunk, of a video of length 0 with the id -1: Lightning runs no hook of a
-    loop without batches, and the other ranks would wait for this one.
+    A rank that gets no video yields one empty chunk, NO_CHUNK.
 
     Args:
         dataset: the videos; their instances are not looked at.
@@ -55,18 +57,12 @@ class StreamingVideos(IterableDataset[VideoChunk]):
     ) -> None:
         if chunk_frames < 1:
             raise ValueError(f"chunk_frames: expected 1 or more, found {chunk_frames}")
-        distributed = dist.is_available() and dist.is_initialized()
-        if rank is None:
-            rank = dist.get_rank() if distributed else 0
-        if world_size is None:
-            world_size = dist.get_world_size() if distributed else 1
         self.images = Path(images)
         self.chunk_frames = chunk_frames
         self.size = size
         self.max_size = max_size
         videos = [video for video in dataset.videos if video.id not in skip]
-        share = balance([video.length for video in videos], world_size)[rank]
-        self.videos = [videos[index] for index in share]
+        self.videos = [videos[index] for index in share_of_rank([v.length for v in videos], rank, world_size)]
         self.chunks = [(video, start) for video in self.videos for start in range(0, video.length, chunk_frames)]
 
     def __len__(self) -> int:
@@ -77,7 +73,7 @@ class StreamingVideos(IterableDataset[VideoChunk]):
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         if not self.chunks and first == 0:
-            yield VideoChunk(torch.empty(1, 0, 3, 0, 0), video_id=-1, start=0, length=0, size=(0, 0))
+            yield NO_CHUNK
         for video, start in islice(self.chunks, first, None, step):
             frames = read_frames(video, self.images, range(start, min(start + self.chunk_frames, video.length)))
             yield VideoChunk(
@@ -87,6 +83,22 @@ class StreamingVideos(IterableDataset[VideoChunk]):
                 length=video.length,
                 size=(video.height, video.width),
             )
+
+
+def share_of_rank(lengths: Sequence[int], rank: int | None = None, world_size: int | None = None) -> list[int]:
+    """Indices of one rank's share of videos, about as many frames as every other's.
+
+    Args:
+        lengths: number of frames of each video.
+        rank: this process's number; None: that of torch.distributed, or 0 where it is not in use.
+        world_size: number of processes; None likewise.
+    """
+    distributed = dist.is_available() and dist.is_initialized()
+    if rank is None:
+        rank = dist.get_rank() if distributed else 0
+    if world_size is None:
+        world_size = dist.get_world_size() if distributed else 1
+    return balance(lengths, world_size)[rank]
 
 
 def balance(loads: Sequence[int], shares: int) -> list[list[int]]:
