@@ -40,15 +40,7 @@ SCRIPTS = Path(__file__).resolve().parent
 CONFIGS = SCRIPTS.parent / "configs"
 ON_TOP_OF = {"demo_frames": "demo"}
 """Configurations that go on top of another one."""
-GIVEN = {
-    "small": [
-        "--model.network.num_classes=12",
-        *(
-            f"--data.{split}={{annotations: data/mine/{file}.json, images: data/mine/JPEGImages}}"
-            for split, file in (("train", "train"), ("valid", "valid"), ("test", "valid"), ("predict", "valid"))
-        ),
-    ]
-}
+GIVEN = {"small": ["--model.network.num_classes=12"]}
 """What a configuration leaves to the command line."""
 VARIANTS = {"ytvis22": ("ytvis21", ["--data.name=ytvis22", "--trainer.default_root_dir=runs/ytvis22"])}
 """Datasets without a configuration of their own: that of another one, and the flags that make it theirs."""
@@ -314,6 +306,7 @@ def rehearse(rehearsals: Sequence[Rehearsal], folder: Path, real_size: bool, rep
 
     write_miniatures(folder / "data", (360, 640) if real_size else (64, 96))
     (folder / "configs").symlink_to(CONFIGS)
+    (folder / "mine").symlink_to(folder / "data" / "mine")  # the user's own, beside the others
     (folder / "output").mkdir()
     (folder / "program.py").write_text(PROGRAM)
     (folder / "stop.py").write_text(STOP)
