@@ -60,7 +60,7 @@ def kill(process: BaseProcess, number: int = signal.SIGKILL) -> int:
 
 def _run(arguments: list[str], log: Path, die_while_saving: bool, environment: dict[str, str]) -> None:
     os.setsid()
-    os.environ.update(environment)
+    os.environ |= {"OMP_NUM_THREADS": "1", **environment}  # Lightning's launcher goes by it
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)

@@ -90,7 +90,7 @@ def row_of(words: list[str]) -> Row:
 def run_command(words: list[str], log: Path) -> int:
     """Its exit code."""
     if words[0] == "instanceformer":
-        return processes.run(words[1:], log, OMP_NUM_THREADS="1")  # or Lightning takes as many as there are cores
+        return processes.run(words[1:], log)
     assert words[0] == "python", words
     with log.open("w") as file:
         return subprocess.run([sys.executable, *words[1:]], stdout=file, stderr=file).returncode

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from instanceformer import InstanceFormer
 from instanceformer.data.batch import ClipBatch
-from instanceformer.model.network import CHOICES
+from instanceformer.model.options import CHOICES
 from instanceformer.training.losses import LossWeights
 from instanceformer.training.module import InstanceFormerModule
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import random
 import signal
@@ -151,6 +152,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(fit: Fit, whole, tmp_path: 
     assert "Traceback" not in log.read_text()
     assert run(command, log) == 0, log.read_text()
     assert_same(state(tmp_path / "run"), whole)
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["train/loss"]] == [
+            str(step) for step in range(STEPS)
+        ]
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self._saved_step = -1
         self._signal: int | None = None
+        self._leaves = False
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,10 +91,13 @@ class LastCheckpoint(Checkpoint):
             or (batch_idx + 1) % trainer.accumulate_grad_batches
         ):
             return
-        stops = self._stops(trainer)
-        if stops or trainer.global_step in (trainer.max_steps, self._saved_step + self.every_n_train_steps):
+        self._leaves = self._stops(trainer)
+        if self._leaves or trainer.global_step in (trainer.max_steps, self._saved_step + self.every_n_train_steps):
             self._save(trainer)
-        if stops:
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Stop before the next batch: only now has Lightning handed what the last step logged to the loggers."""
+        if self._leaves:
             self._leave(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
