@@ -181,7 +181,8 @@ def test_two_ranks_stopped_by_a_signal_or_killed_equal_two_that_were_not(fit: Fi
     """As a user starts them: one program, which starts the other; the signal goes to the first alone."""
     program = tmp_path / "run.py"
     program.write_text("from instanceformer.cli import main\n\nmain()\n")
-    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=1", "--trainer.limit_val_batches=0"]
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=1", "--data.num_workers=2"]
+    options += ["--trainer.limit_val_batches=0"]
 
     def begin(folder: Path) -> subprocess.Popen[str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
