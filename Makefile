@@ -50,7 +50,7 @@ test: $(INSTALLED) ## format, lint, types and the whole test suite
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 format: $(INSTALLED) ## format the code and mend what the linter can mend
 	$(BIN)/ruff format .

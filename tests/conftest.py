@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch comes: two processes share the cores, see the Makefile
+
 import pytest
 import torch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -27,6 +28,8 @@ from instanceformer.data.splits import CATALOG_SPLITS, SPLIT_OF_STAGE, JointImag
 from instanceformer.data.streaming import StreamingVideos
 
 PAPER_AUGMENTATION = Augmentation()
+SEED = "PL_GLOBAL_SEED"
+"""Environment variable in which Lightning's ``seed_everything`` leaves the seed for other processes."""
 PAPER_EVAL_SIZE, PAPER_MAX_SIZE = 360, 768
 
 
@@ -64,7 +67,7 @@ class VideoDataModule(LightningDataModule):
         outside_images: allow file names and links that lead out of a split's folder of images.
 
     Attributes:
-        seed: of the training data, torch's own when ``setup`` is called.
+        seed: of the training data: that of ``seed_everything``, or else the checkpoint's, or torch's.
         given_sizes: ``eval_size`` and ``max_size`` as they were given.
         raw_videos: those to predict where ``predict`` is a path, once ``setup`` was called.
     """
@@ -183,7 +186,7 @@ class VideoDataModule(LightningDataModule):
         if stage == "fit":
             if self.joint is not None:
                 self._check_frames("data.joint", self._joint_images, self._joint_split)
-            self.seed = torch.initial_seed()
+            self.seed = int(os.environ.get(SEED, torch.initial_seed()))
             if self.trainer is not None:
                 self.seed = self.trainer.strategy.broadcast(self.seed)
             clips = len(self._clips)
@@ -220,6 +223,8 @@ class VideoDataModule(LightningDataModule):
         """
         if self.trainer is None or self.trainer.state.fn != "fit":
             return
+        if SEED not in os.environ:  # nobody has asked for one
+            self.seed = state_dict.get("seed_everything", self.seed)
         for name, value in self.state_dict().items():
             if state_dict.get(name) != value:
                 raise ValueError(
