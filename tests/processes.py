@@ -13,6 +13,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Callback, LightningModule, Trainer
+
+
+class StopAt(Callback):
+    """Has the process told to end by SIGTERM, at the place that the variable STOP_AT names: a hook and its number."""
+
+    def __init__(self) -> None:
+        self.hook, _, number = os.environ.get("STOP_AT", "").partition(" ")
+        self.left = int(number or 0)
+
+    def _pass(self, hook: str) -> None:
+        if hook == self.hook:
+            self.left -= 1
+            if self.left == 0:
+                signal.raise_signal(signal.SIGTERM)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pass("sanity")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._pass("batch")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pass("epoch")
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self._pass("validation")
+
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["instanceformer.commands.train", "tests.processes"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -132,7 +131,7 @@ def test_a_folder_has_one_training(config: Path, tmp_path: Path, capsys: pytest.
     before = {path: path.read_bytes() for path in run.iterdir()}
     with pytest.raises(SystemExit, match=r"another configuration \(model\.optimizer\.lr: 0\.5 here, 0\.0001 there\)"):
         main([*command, "--model.optimizer.lr=0.5"])
-    with pytest.raises(SystemExit, match=r"found the checkpoints of another training, such as last\.ckpt"):
+    with pytest.raises(SystemExit, match=r"another configuration \(ckpt_path: .*other\.ckpt here, None there\)"):
         main([*command, f"--ckpt_path={tmp_path / 'other.ckpt'}"])
     with locking(run / "last.ckpt"), pytest.raises(SystemExit, match="another process is writing to it"):
         main(command)
@@ -141,18 +140,38 @@ def test_a_folder_has_one_training(config: Path, tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     main(command)
     assert f"{run}: goes on from last.ckpt" in capsys.readouterr().out
-    (run / "last.ckpt").write_bytes(before[run / "last.ckpt"][:-100])
-    with pytest.raises(SystemExit, match=r"last\.ckpt: damaged, .* --overwrite=true"):
-        main(command)
     (run / "older.ckpt").write_bytes(before[run / "last.ckpt"])
-    os.utime(run / "older.ckpt", (0, 0))
-    main(command)
-    said = capsys.readouterr().out
-    assert f"{run / 'last.ckpt'}: damaged" in said
-    assert f"{run}: goes on from older.ckpt" in said
+    (run / "last.ckpt").write_bytes(before[run / "last.ckpt"][:-100])
+    with pytest.raises(SystemExit, match=r"last\.ckpt: .*damaged.*; the newest sound one beside it is .*older\.ckpt"):
+        main(command)
+    main([*command, f"--ckpt_path={run / '..' / 'run' / 'older.ckpt'}", "--trainer.max_steps=3"])
+    (run / "foreign.ckpt").touch()
     main([*command, "--model.optimizer.lr=0.5", "--overwrite=true"])
+    assert "overwrite: false" in (run / "config.yaml").read_text()
     assert "lr: 0.5" in (run / "config.yaml").read_text()
     assert optimizer_groups(run)[0]["lr"] == 0.5
+    assert (run / "foreign.ckpt").exists()
+
+
+def test_the_same_command_goes_on_wherever_the_folder_lies(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that began from a checkpoint of another folder; with W&B, whose files lie in the folder as well."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    command = ["fit", "--config", str(config), "--trainer.callbacks=[]", "--trainer.limit_val_batches=0"]
+    command += ["--trainer.logger.init_args.save_dir=."]
+    main([*command, "--trainer.default_root_dir=~/first"])
+    assert list((tmp_path / "first").glob("wandb/offline-run-*"))
+    wandb.finish()
+    begun = [*command, "--ckpt_path=first/last.ckpt", "--trainer.max_steps=3"]
+    main([*begun, "--trainer.default_root_dir=second"])
+    capsys.readouterr()
+    (tmp_path / "second").rename(tmp_path / "third")
+    for folder in ("third", str(tmp_path / "third"), "~/third"):
+        main([*begun, f"--trainer.default_root_dir={folder}"])
+        assert "goes on from last.ckpt" in capsys.readouterr().out
+    assert not (tmp_path / "~").exists()
 
 
 def optimizer_groups(run: Path) -> list[dict[str, Any]]:

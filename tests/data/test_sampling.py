@@ -28,10 +28,12 @@ def test_an_epoch_is_shared_by_the_ranks_and_has_whole_batches() -> None:
 
 
 def test_the_place_in_the_order_is_the_number_of_batches_begun() -> None:
-    epochs = [list(sampler(begun=2 * epoch)) for epoch in range(3)]
-    assert len({tuple(epoch) for epoch in epochs}) == 3
+    """From there on it goes on over the end of the epoch, until it has given as many as an epoch has."""
+    epochs = [list(sampler(begun=2 * epoch)) for epoch in range(4)]
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    stream = [key for epoch in epochs for key in epoch]
     for begun in range(6):
-        assert list(sampler(begun)) == epochs[begun // 2][2 * (begun % 2) :]
+        assert list(sampler(begun)) == stream[2 * begun : 2 * begun + 4]
     assert list(sampler(seed=1)) != epochs[0]
 
 

@@ -131,6 +131,92 @@ def test_steps_and_the_rest_equal_all_at_once(fit: Fit, whole, tmp_path: Path, s
     assert_same(state(folder), expected)
 
 
+def logged(folder: Path) -> list[tuple[str, str, str]]:
+    """Everything in the table of what a training logged: step, name and value."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return sorted(
+            (row["step"], name, value)
+            for row in csv.DictReader(file)
+            for name, value in row.items()
+            if value and name != "step"
+        )
+
+
+STOPPER = "--trainer.callbacks+=tests.processes.StopAt"
+EPOCHS = ["--trainer.max_steps=-1", "--trainer.max_epochs=3", "--model.optimizer.milestones=[1,2]", STOPPER]
+EARLY = (
+    "--trainer.callbacks+={class_path: lightning.pytorch.callbacks.EarlyStopping, "
+    "init_args: {monitor: val/AP, mode: max, patience: 100}}"
+)
+SCHEDULES = {
+    "epochs, workers": (12, [*EPOCHS, "--data.num_workers=2"]),
+    "steps": (12, ["--trainer.max_steps=12", "--trainer.limit_val_batches=0", *EPOCHS[2:]]),
+    "steps and epochs": (9, ["--trainer.max_steps=9", "--trainer.limit_val_batches=0", *EPOCHS[1:]]),
+    "early stopping": (12, [*EPOCHS, EARLY]),
+    "validation within an accumulation": (
+        4,
+        [
+            *("--trainer.max_steps=-1", "--trainer.max_epochs=2", "--trainer.val_check_interval=2"),
+            *("--trainer.accumulate_grad_batches=3", STOPPER),
+        ],
+    ),
+    "part of an epoch": (9, [*EPOCHS, "--trainer.limit_train_batches=3"]),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the folder of a whole training of a schedule."""
+    found: dict[str, Path] = {}
+
+    def folder_of(schedule: str) -> Path:
+        if schedule not in found:
+            found[schedule] = tmp_path_factory.mktemp("uninterrupted")
+            main(fit(found[schedule], *SCHEDULES[schedule][1]))
+        return found[schedule]
+
+    return folder_of
+
+
+@pytest.mark.parametrize(
+    ("schedule", "place"),
+    [
+        ("epochs, workers", "sanity 1"),
+        ("epochs, workers", "batch 6"),
+        ("epochs, workers", "epoch 1"),
+        ("epochs, workers", "validation 5"),
+        ("steps", "batch 4"),
+        ("steps", "epoch 2"),
+        ("steps and epochs", "epoch 1"),
+        ("early stopping", "validation 3"),
+        ("early stopping", "epoch 1"),
+        ("validation within an accumulation", "validation 3"),
+        ("validation within an accumulation", "batch 5"),
+        ("part of an epoch", "batch 4"),
+    ],
+)
+def test_a_training_that_is_told_to_end_anywhere_goes_on(
+    fit: Fit, uninterrupted: Callable[[str], Path], tmp_path: Path, monkeypatch, schedule: str, place: str
+) -> None:
+    """Weights, moments, rates and all that was logged are those of a training that was never stopped."""
+    steps, options = SCHEDULES[schedule]
+    whole = uninterrupted(schedule)
+    monkeypatch.setenv("STOP_AT", place)
+    with pytest.raises(SystemExit) as stop:
+        main(fit(tmp_path, *options))
+    monkeypatch.delenv("STOP_AT")
+    assert stop.value.code == 143
+    main(fit(tmp_path, *options))
+    assert_same(state(tmp_path), state(whole), steps)
+    assert logged(tmp_path) == logged(whole)
+
+
+def test_a_training_that_runs_out_of_time_is_saved_where_it_was(fit: Fit, tmp_path: Path) -> None:
+    options = ["--trainer.max_steps=-1", "--trainer.max_epochs=1000", "--data.clips_per_video=200"]
+    main(fit(tmp_path, *options, "--trainer.max_time=00:00:00:02", "--trainer.limit_val_batches=0"))
+    assert state(tmp_path)["global_step"] == sum(name == "train/loss" for _, name, _ in logged(tmp_path)) > 0
+
+
 def begun(folder: Path) -> int:
     """Number of steps that a training has logged."""
     try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from instanceformer.checkpoints import find_newest
 from instanceformer.commands.parsing import Parser, begun
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.files import locking, remove_leftovers, replacing
@@ -24,7 +27,7 @@ from instanceformer.training.metrics_file import MetricsFile
 from instanceformer.training.module import InstanceFormerModule
 
 CONFIG = "config.yaml"
-FREE = ("ckpt_path", "overwrite", "weights_only", "trainer.default_root_dir", "results.path")
+FREE = {"ckpt_path", "overwrite", "weights_only", "trainer.default_root_dir", "results.path"}
 """Options that do not make a training another one."""
 
 
@@ -53,10 +56,10 @@ class SaveTrainingConfig(SaveConfigCallback):
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
-        if self.config.overwrite and self.config.ckpt_path is None:
-            for path in (*folder.glob("*.ckpt"), folder / "metrics.csv"):
-                path.unlink(missing_ok=True)
-        text = self.parser.dump(self.config, skip_none=False)
+        if self.config.overwrite and trainer.ckpt_path is None:
+            for name in (LAST, "metrics.csv"):
+                (folder / name).unlink(missing_ok=True)
+        text = _dump(self.parser, self.config)
         with replacing(folder / CONFIG) as temporary:
             temporary.write_text(text)
         for logger in trainer.loggers:
@@ -106,7 +109,8 @@ class InstanceFormerCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Take possession of the folder, and find the checkpoint to start from."""
         config = self.config[self.subcommand]
-        folder = Path(config.trainer.default_root_dir or ".")
+        folder = Path(config.trainer.default_root_dir or ".").expanduser()
+        config.trainer.default_root_dir = str(folder)
         if _is_rank_zero() and self.subcommand != "validate":
             written = folder / (LAST if self.subcommand == "fit" else config.results.path)
             written.parent.mkdir(parents=True, exist_ok=True)
@@ -115,22 +119,27 @@ class InstanceFormerCLI(LightningCLI):
             if _is_rank_zero():
                 for pattern in ("*.ckpt", CONFIG, "metrics.csv"):
                     remove_leftovers(folder, pattern)
-            for logger in _as_list(config.trainer.logger):
-                if isinstance(logger, Namespace) and logger.init_args.get("save_dir") in (None, "."):
-                    logger.init_args["save_dir"] = str(folder)
-            config.ckpt_path = self._find_resumption(folder, config)
-        elif config.ckpt_path is None:
-            if not (folder / LAST).is_file():
-                raise FileNotFoundError(f"--ckpt_path: found none, and no {folder / LAST}; expected a checkpoint")
-            config.ckpt_path = str(folder / LAST)
+            self.start = self._find_start(folder, config)
+            for logger in self._unplaced(config):
+                logger.init_args.save_dir = str(folder)
+        else:
+            self.start = Path(config.ckpt_path or folder / LAST)
+            if config.ckpt_path is None and not self.start.is_file():
+                raise FileNotFoundError(f"--ckpt_path: found none, and no {self.start}; expected a checkpoint")
+
+    def after_instantiate_classes(self) -> None:
+        """Hand the checkpoint to the trainer; the configuration stays as given, and so fits a folder that is moved."""
+        for logger in self._unplaced(self.config[self.subcommand]):
+            logger.init_args.save_dir = "."
+        self.config_init[self.subcommand].ckpt_path = None if self.start is None else str(self.start)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the project's way to write checkpoints, and a table of what is logged."""
         config = self.config_init[self.subcommand].trainer
         loggers = config.logger
         if loggers is not False and self.subcommand == "fit":
-            folder = config.default_root_dir or "."
-            loggers = [*(logger for logger in _as_list(loggers) if logger is not True), MetricsFile(folder)]
+            given = [logger for logger in _as_list(loggers) if logger is not True]
+            loggers = [*given, MetricsFile(config.default_root_dir)]
         elif not _as_list(loggers) or loggers is True:
             loggers = False
         callbacks = _as_list(config.callbacks)
@@ -139,68 +148,76 @@ class InstanceFormerCLI(LightningCLI):
         plugins = [*_as_list(config.plugins), CheckpointFiles()]
         return super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
 
-    def _find_resumption(self, folder: Path, config: Namespace) -> str | None:
-        """Path of the checkpoint that a training starts from, if any.
+    @staticmethod
+    def _unplaced(config: Namespace) -> list[Namespace]:
+        """Loggers that were not told where to write, and so write to the run's folder."""
+        loggers = [logger for logger in _as_list(config.trainer.logger) if isinstance(logger, Namespace)]
+        places = (None, ".", config.trainer.default_root_dir)
+        return [logger for logger in loggers if "save_dir" in logger.init_args and logger.init_args.save_dir in places]
+
+    def _find_start(self, folder: Path, config: Namespace) -> Path | None:
+        """The checkpoint that a training starts from, if any: the folder's own where the command is that of its run.
 
         Raises:
-            FileExistsError: the folder holds the checkpoints of another training.
-            ValueError: all of its checkpoints are damaged.
+            FileExistsError: the folder holds another training.
         """
-        there = sorted(folder.glob("*.ckpt"))
-        if config.overwrite or not there:
-            return _text(config.ckpt_path)
-        advice = (
-            "give this training another --trainer.default_root_dir, take up that one with other options by its "
-            "--ckpt_path, or replace it by --overwrite=true"
-        )
-        if config.ckpt_path is not None:
-            if Path(config.ckpt_path).absolute().parent == folder.absolute():
-                return _text(config.ckpt_path)
-            raise FileExistsError(
-                f"{folder}: found the checkpoints of another training, such as {there[0].name}; {advice}"
-            )
+        given = None if config.ckpt_path is None else Path(config.ckpt_path).expanduser()
+        if config.overwrite or not (folder / LAST).is_file():
+            return given
         unlike = self._unlike(folder / CONFIG, config)
-        if unlike:
-            raise FileExistsError(f"{folder}: found a training with another configuration ({unlike}); {advice}")
-        newest, damaged = find_newest(folder)
-        if newest is None:
-            raise ValueError(
-                f"{damaged[0]}: damaged, and no sound checkpoint is beside it; start again by --overwrite=true"
-            )
-        if _is_rank_zero():
-            print("\n".join([*(f"{path}: damaged" for path in damaged), f"{folder}: goes on from {newest.name}"]))
-        return str(newest)
+        if not unlike:
+            if _is_rank_zero():
+                print(f"{folder}: goes on from {LAST}")
+            return folder / LAST
+        if given is not None and given.resolve().is_relative_to(folder.resolve()):
+            return given
+        raise FileExistsError(
+            f"{folder}: found a training with another configuration ({unlike}); give this one another "
+            "--trainer.default_root_dir, take up that one with other options by its --ckpt_path, or replace it by "
+            "--overwrite=true"
+        )
 
     def _unlike(self, path: Path, config: Namespace) -> str:
         """The first options in which a saved configuration differs; empty where it does not."""
         if not path.is_file():
             return f"no {path.name} is there"
-        ours = _flatten(yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False)))
-        theirs = _flatten(yaml.safe_load(path.read_text()))
-        names = [n for n in ours if n in theirs and ours[n] != theirs[n] and not n.startswith(FREE)]
-        return ", ".join(f"{name}: {ours[name]} here, {theirs[name]} there" for name in names[:3])
+        theirs = yaml.safe_load(path.read_text())
+        found = list(_differences(yaml.safe_load(_dump(self._parser(self.subcommand), config)), theirs))
+        if config.ckpt_path is not None and str(config.ckpt_path) != theirs.get("ckpt_path"):
+            found.append(f"ckpt_path: {config.ckpt_path} here, {theirs.get('ckpt_path')} there")
+        return ", ".join(found[:3])
 
 
 def run(args: Sequence[str]) -> None:
     """Train, validate, test or predict; the first argument says which."""
     with ExitStack() as stack:
-        InstanceFormerCLI(stack, args=list(args))
+        try:
+            InstanceFormerCLI(stack, args=list(args))
+        except SIGTERMException:  # which Lightning ends with the code 0, before LastCheckpoint listens
+            sys.exit(128 + signal.SIGTERM)
 
 
 def _is_rank_zero() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))  # of Lightning's launcher, of torchrun
+    return getattr(rank_zero_only, "rank", 0) == 0 and node == "0"
 
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [] if value is None else [value]
 
 
-def _text(path: Any) -> str | None:
-    return None if path is None else str(path)
+def _dump(parser: LightningArgumentParser, config: Namespace) -> str:
+    """A configuration as a file from which the same run may be made, or resumed."""
+    config = config.clone()
+    config.overwrite = False
+    text: str = parser.dump(config, skip_none=False)
+    return text
 
 
-def _flatten(tree: Any, name: str = "") -> dict[str, Any]:
-    """Leaves of nested dictionaries by their names with dots."""
-    if not isinstance(tree, dict):
-        return {name: tree}
-    return {k: v for key, value in tree.items() for k, v in _flatten(value, f"{name}.{key}" if name else key).items()}
+def _differences(ours: Any, theirs: Any, name: str = "") -> Iterator[str]:
+    """Options of both configurations that have other values; one may be of a version that has more of them."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in ours.keys() & theirs.keys():
+            yield from _differences(ours[key], theirs[key], f"{name}.{key}" if name else key)
+    elif ours != theirs and name not in FREE:
+        yield f"{name}: {ours} here, {theirs} there"

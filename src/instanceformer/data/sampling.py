@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sized
+from itertools import groupby
 from multiprocessing import Value
 from typing import Any, NamedTuple, cast
 
@@ -44,7 +45,8 @@ class ClipSampler(DistributedSampler[ClipKey]):
 
     Epoch after epoch runs through all items in an order of its own, drawn from the seed; each process takes its share.
     The place is a number of batches, counted from the beginning of the training over all epochs, and it is asked for
-    whenever iteration begins: a training that is resumed goes on with the clips that it would have had.
+    whenever iteration begins: a training that is resumed goes on with the clips that it would have had. Iteration gives
+    as many batches as an epoch has, from that place on.
 
     It is a DistributedSampler so that Lightning leaves it as it is.
 
@@ -69,10 +71,13 @@ class ClipSampler(DistributedSampler[ClipKey]):
         return self.batches * self.batch_size
 
     def __iter__(self) -> Iterator[ClipKey]:
-        epoch, batch = divmod(self.begun(), self.batches)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.items)
-        for item in order[self.rank :: self.num_replicas][batch * self.batch_size : len(self)].tolist():
-            yield ClipKey(item, derive_seed(self.seed, epoch, item))
+        begun = self.begun()
+        for epoch, batches in groupby(range(begun, begun + self.batches), lambda batch: batch // self.batches):
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.items)[self.rank :: self.num_replicas]
+            for batch in batches:
+                first = batch % self.batches * self.batch_size
+                for item in order[first : first + self.batch_size].tolist():
+                    yield ClipKey(item, derive_seed(self.seed, epoch, item))
 
 
 class SeededClips(Dataset[Clip]):
@@ -93,12 +98,14 @@ class SeededClips(Dataset[Clip]):
     def __len__(self) -> int:
         return len(cast("Sized", self.clips))
 
-    def __getitem__(self, key: ClipKey) -> Clip:
-        """Make the clip.
+    def __getitem__(self, key: ClipKey | int) -> Clip:
+        """Make the clip; an index alone, as Lightning's ``overfit_batches`` asks for it, always gives the same one.
 
         Raises:
             ImageError: an image cannot be read and is not to be skipped, or too many cannot.
         """
+        if isinstance(key, int):
+            key = ClipKey(key, derive_seed(key))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(key.seed)  # not torch.manual_seed, which would seed the GPU, too
             item = key.item

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import time
+from functools import partial
 from pathlib import Path
 from threading import current_thread, main_thread
 from types import FrameType
@@ -12,10 +14,15 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops.evaluation_loop import RestartStage
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from instanceformer import checkpoints
 from instanceformer.files import replacing
+
+PAUSE = 1.0
+"""Seconds after a signal in which others are taken for the same: launchers and groups pass them on."""
 
 LAST = "last.ckpt"
 """Name of the checkpoint in the run's folder from which a training is resumed."""
@@ -48,12 +55,15 @@ class CheckpointFiles(CheckpointIO):
 class LastCheckpoint(Checkpoint):
     """Keeps the newest state of a training in ``last.ckpt``, and saves it when the process is told to end.
 
-    It is written every so many optimizer steps, before and after every validation and at the end of every epoch. On
-    SIGTERM, as a cluster sends it before it takes a machine away, or on SIGINT (Ctrl-C), to any process, the optimizer
-    step that is running is finished and saved, and the program ends with the exit code 143 or 130. In a validation it
-    ends with the chunk; a resumed training does not take that validation up again. A second signal ends it at once.
+    It is written every so many optimizer steps, before every validation, at the end of every epoch and where something
+    stops the training. On SIGTERM, as a cluster sends it before it takes a machine away, or on SIGINT (Ctrl-C), the
+    optimizer step that is running is finished and saved, and the program ends with the exit code 143 or 130. In a
+    validation it ends with the chunk; a resumed training begins that validation again. A second signal, a second or
+    more later, ends it at once.
 
-    ``test`` and ``predict`` end at once, since each video's results are kept as soon as it is finished.
+    Any process may be told. Only the first ends in the middle of a validation; the others wait for the next step.
+
+    ``validate``, ``test`` and ``predict`` end at once, since each video's results are kept as soon as it is finished.
 
     Args:
         every_n_train_steps: optimizer steps from one save to the next within an epoch.
@@ -63,58 +73,69 @@ class LastCheckpoint(Checkpoint):
         if every_n_train_steps < 1:
             raise ValueError(f"checkpoint.every_n_train_steps: expected 1 or more, found {every_n_train_steps}")
         self.every_n_train_steps = every_n_train_steps
-        self._saved_step = -1
+        self._saved_step = 0
+        self._validates = (
+            False  # whether a validation has begun and not ended, here or in the checkpoint that is resumed
+        )
         self._signal: int | None = None
+        self._told = 0.0  # when the signal came
         self._leaves = False
         self._handlers: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to listen."""
-        self._saved_step = trainer.global_step
-        self._signal = signal.SIGTERM if trainer.received_sigterm else None  # to which Lightning listened before
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the state is that before a validation."""
+        return {"validates": self._validates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over ``state_dict``."""
+        self._validates = state_dict["validates"]
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to listen: to Lightning's own handler a training that is told to end looks finished."""
         self._listen(self._remember)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to listen; go on exactly where the checkpoint was."""
+        self._saved_step = trainer.global_step
+        if trainer.received_sigterm:  # before anybody else listened
+            self._signal = signal.SIGTERM
+        self._listen(self._remember)
+        if trainer.ckpt_path is not None:
+            take_up(trainer.fit_loop, self._validates)
         if self._stops(trainer):
             self._leave(trainer)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to listen, to a signal that Lightning would not heed."""
-        self._listen(_end)
-
-    on_predict_start = on_test_start
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save and stop where it is time to, after an optimizer step; what ends an epoch is saved at its end."""
-        if (
-            trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-            or (batch_idx + 1) % trainer.accumulate_grad_batches
-        ):
-            return
-        self._leaves = self._stops(trainer)
-        if self._leaves or trainer.global_step in (trainer.max_steps, self._saved_step + self.every_n_train_steps):
-            self._save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop before the next batch: only now has Lightning handed what the last step logged to the loggers."""
         if self._leaves:
             self._leave(trainer)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where it is time to, after an optimizer step; what ends an epoch is saved at its end."""
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or not has_stepped(trainer):
+            return
+        self._leaves = self._stops(trainer)
+        is_due = trainer.global_step in (trainer.max_steps, self._saved_step + self.every_n_train_steps)
+        if is_due or self._leaves or trainer.should_stop:
+            self._save(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what the epoch came to, unless ``max_steps`` cut it off, which a later training may go beyond."""
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        """Save what the epoch came to, but not again what was cut off and saved before: it can be gone on with."""
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.global_step != self._saved_step:
             self._save(trainer)
         if self._stops(trainer):
             self._leave(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what is about to be validated."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._save(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what other callbacks made of the validation."""
-        self.on_validation_start(trainer, pl_module)
+        """Save what is about to be validated, unless gradients are being accumulated."""
+        if trainer.state.fn == "validate":
+            self._listen(partial(_end, trainer))
+        elif not trainer.sanity_checking:
+            self._validates = True
+            if has_stepped(trainer):
+                self._save(trainer)
 
     def on_validation_batch_end(
         self,
@@ -125,11 +146,21 @@ class LastCheckpoint(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop where that is asked for; each process for itself, since they have different numbers of chunks."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._signal is not None:
-            if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-                trainer.strategy.launcher.kill(signal.SIGKILL)  # the others would wait for this one
+        """Stop where that is asked for, with all processes."""
+        if trainer.state.fn == "fit" and self._signal is not None and trainer.is_global_zero:
+            _end_others(trainer)
             self._leave(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember that nothing of it has to be done again."""
+        if not trainer.sanity_checking:
+            self._validates = False
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to listen, to a signal that Lightning would not heed."""
+        self._listen(partial(_end, trainer))
+
+    on_predict_start = on_test_start
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let signals do what they did before."""
@@ -140,7 +171,7 @@ class LastCheckpoint(Checkpoint):
         self._unlisten()
 
     def _save(self, trainer: Trainer) -> None:
-        if not getattr(trainer, "fast_dev_run", False):
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(Path(trainer.default_root_dir) / LAST, weights_only=False)
             self._saved_step = trainer.global_step
 
@@ -152,10 +183,10 @@ class LastCheckpoint(Checkpoint):
         number = self._signal or signal.SIGTERM
         if not trainer.is_global_zero:
             raise SystemExit(0)  # Lightning takes another code for a crash and kills the process that saves
-        print(
-            f"stopped by {signal.Signals(number).name} at step {trainer.global_step}; the same command goes on from "
-            f"{Path(trainer.default_root_dir) / LAST}"
-        )
+        last = Path(trainer.default_root_dir) / LAST
+        goes_on = f"from {last}" if last.is_file() else "from the beginning"
+        name = signal.Signals(number).name
+        print(f"stopped by {name} at step {self._saved_step}; the same command goes on {goes_on}")
         raise SystemExit(128 + number)
 
     def _listen(self, handler: Any) -> None:
@@ -170,10 +201,46 @@ class LastCheckpoint(Checkpoint):
         self._handlers.clear()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
-            _end(number, frame)
-        self._signal = number
+        now = time.monotonic()
+        if self._signal is None:
+            self._signal, self._told = number, now
+        elif now > self._told + PAUSE:
+            raise SystemExit(128 + number)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def has_stepped(trainer: Trainer) -> bool:
+    """Whether the last batch of a training ended with an optimizer step, and left no gradients accumulated."""
+    loop = trainer.fit_loop.epoch_loop
+    return loop.batch_progress.is_last_batch or (loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def take_up(loop: _FitLoop, validates: bool) -> None:
+    """Have Lightning's loops go on from a checkpoint as if the training had not stopped.
+
+    Args:
+        loop: which the checkpoint was loaded into.
+        validates: whether the checkpoint was written before a validation.
+    """
+    epoch_loop = loop.epoch_loop
+    if loop.restarted_on_epoch_end:  # Lightning would take the next epoch's first batch for the last of this one
+        loop.epoch_progress.increment_completed()
+        for part in (loop, epoch_loop, epoch_loop.val_loop):
+            part._restarting = False
+        loop.reset_restart_stage()
+        epoch_loop.reset_restart_stage()
+    if validates:  # Lightning would leave the validation out
+        epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+        epoch_loop.val_loop._restarting = False
+    assert loop._data_fetcher is not None
+    iter(loop._data_fetcher)  # workers may have begun with the first batches, before Lightning knew where it is
+
+
+def _end_others(trainer: Trainer) -> None:
+    """End the processes that this one has launched, which would wait for it."""
+    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        trainer.strategy.launcher.kill(signal.SIGKILL)
+
+
+def _end(trainer: Trainer, number: int, frame: FrameType | None) -> None:
+    _end_others(trainer)
     raise SystemExit(128 + number)

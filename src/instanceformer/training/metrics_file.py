@@ -15,8 +15,8 @@ from instanceformer.files import replacing
 class MetricsFile(Logger):
     """Writes what is logged to ``metrics.csv``: a row for each call, a column for each name, ``step`` the first.
 
-    A resumed training goes on in the same file. Rows of steps that it takes again, those that came after the checkpoint
-    it goes on from, are dropped.
+    A resumed training goes on in the same file. Rows that it writes again, of steps that came after the checkpoint it
+    goes on from, are dropped.
 
     Args:
         folder: of the file.
@@ -34,7 +34,7 @@ class MetricsFile(Logger):
 
     @property
     def version(self) -> str:
-        """None: a run has one folder."""
+        """Empty, since a run has one folder."""
         return ""
 
     @property
@@ -52,7 +52,12 @@ class MetricsFile(Logger):
         if self._columns is None or not set(row) <= set(self._columns):
             rows, columns = self._read()
             if self._columns is None and step is not None:
-                rows = [old for old in rows if int(old["step"]) < step]
+                again = {name for name in row if name not in ("step", "epoch")}  # of this step only what is logged anew
+                rows = [
+                    old
+                    for old in rows
+                    if int(old["step"]) < step or (int(old["step"]) == step and not any(old.get(n) for n in again))
+                ]
             self._columns = list(dict.fromkeys(["step", *columns, *sorted(row)]))
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as temporary, temporary.open("w", newline="") as file:

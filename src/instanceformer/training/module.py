@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -233,9 +234,11 @@ class InstanceFormerModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with the schedule of the options."""
         optimizer = build_optimizer(self.network, self.optimizer_options, fused=self.trainer.precision != "16-mixed")
-        scheduler, interval = build_scheduler(
-            optimizer, self.optimizer_options, self.trainer.estimated_stepping_batches
-        )
+        is_cosine = (
+            self.optimizer_options.schedule == "cosine"
+        )  # only then: to find the number, Lightning makes the loader
+        total_steps = self.trainer.estimated_stepping_batches if is_cosine else math.inf
+        scheduler, interval = build_scheduler(optimizer, self.optimizer_options, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
     def configure_gradient_clipping(
