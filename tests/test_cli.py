@@ -206,7 +206,9 @@ def test_options_change_on_a_resumption_or_are_refused_by_name(config: Path, tmp
 def test_evaluation_takes_the_runs_own_checkpoint(config: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"--ckpt_path: found none, and no .*last\.ckpt"):
         main(["test", "--config", str(config)])
-    main(["fit", "--config", str(config), "--trainer.limit_val_batches=0", "--trainer.callbacks=[]"])
+    best = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {filename: best, monitor: val/AP}}"
+    main(["fit", "--config", str(config), "--trainer.logger=false", f"--trainer.callbacks=[{best}]"])
+    assert (tmp_path / "best.ckpt").exists()
     main(["test", "--config", str(config)])
     assert (tmp_path / "results.json").exists()
     with locking(tmp_path / "results.json"), pytest.raises(SystemExit, match=r"results\.json: another process"):

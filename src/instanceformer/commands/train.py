@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -134,7 +134,7 @@ class InstanceFormerCLI(LightningCLI):
         self.config_init[self.subcommand].ckpt_path = None if self.start is None else str(self.start)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the project's way to write checkpoints, and a table of what is logged."""
+        """Add the project's way to write checkpoints, and a table of what is logged; keep everything in the folder."""
         config = self.config_init[self.subcommand].trainer
         loggers = config.logger
         if loggers is not False and self.subcommand == "fit":
@@ -143,6 +143,9 @@ class InstanceFormerCLI(LightningCLI):
         elif not _as_list(loggers) or loggers is True:
             loggers = False
         callbacks = _as_list(config.callbacks)
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = config.default_root_dir
         if loggers is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         plugins = [*_as_list(config.plugins), CheckpointFiles()]
