@@ -33,7 +33,7 @@ data/demo/valid.json: | $(INSTALLED)
 	$(BIN)/instanceformer synthesize data/demo --overwrite
 
 # A training that was interrupted goes on where it was; one that is complete but out of date starts again.
-FIT = $(BIN)/instanceformer fit --overwrite=$(if $(wildcard $@),true,false)
+FIT = $(BIN)/instanceformer fit $(if $(wildcard $@),--overwrite)
 
 runs/demo_frames/.trained: data/demo/valid.json configs/demo.yaml configs/demo_frames.yaml
 	$(FIT) --config configs/demo.yaml --config configs/demo_frames.yaml

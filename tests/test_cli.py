@@ -146,8 +146,9 @@ def test_a_folder_has_one_training(config: Path, tmp_path: Path, capsys: pytest.
         main(command)
     main([*command, f"--ckpt_path={run / '..' / 'run' / 'older.ckpt'}", "--trainer.max_steps=3"])
     (run / "foreign.ckpt").touch()
-    main([*command, "--model.optimizer.lr=0.5", "--overwrite=true"])
+    main([*command, "--model.optimizer.lr=0.5", "--overwrite"])
     assert "overwrite: false" in (run / "config.yaml").read_text()
+    main(["fit", "--config", str(run / "config.yaml")])  # which is the same command
     assert "lr: 0.5" in (run / "config.yaml").read_text()
     assert optimizer_groups(run)[0]["lr"] == 0.5
     assert (run / "foreign.ckpt").exists()

@@ -99,9 +99,8 @@ class InstanceFormerCLI(LightningCLI):
         """Add what every run has: the newest checkpoint, the writer of result files."""
         parser.add_lightning_class_args(ResultsWriter, "results")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
-        parser.add_argument(
-            "--overwrite", type=bool, default=False, help="fit: start again, and replace what the folder holds"
-        )
+        help_text = "fit: start again, and replace the training that the folder holds"
+        parser.add_argument("--overwrite", action="store_true", help=help_text)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: LightningCLI would look for hyperparameters in the checkpoint, and ours has none."""
@@ -177,7 +176,7 @@ class InstanceFormerCLI(LightningCLI):
         raise FileExistsError(
             f"{folder}: found a training with another configuration ({unlike}); give this one another "
             "--trainer.default_root_dir, take up that one with other options by its --ckpt_path, or replace it by "
-            "--overwrite=true"
+            "--overwrite"
         )
 
     def _unlike(self, path: Path, config: Namespace) -> str:
