@@ -158,6 +158,7 @@ def test_the_same_command_goes_on_wherever_the_folder_lies(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also one that began from a checkpoint of another folder; with W&B, whose files lie in the folder as well."""
+    wandb.finish()  # what another test of this process began
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     command = ["fit", "--config", str(config), "--trainer.callbacks=[]", "--trainer.limit_val_batches=0"]
