@@ -211,6 +211,24 @@ def test_a_training_that_is_told_to_end_anywhere_goes_on(
     assert logged(tmp_path) == logged(whole)
 
 
+def test_weights_of_a_training_that_has_not_ended_are_taken_with_a_word(
+    fit: Fit, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    begin = fit(second, f"--model.init_from={first / 'last.ckpt'}", "--trainer.max_steps=1")
+    monkeypatch.setenv("STOP_AT", "batch 2")
+    with pytest.raises(SystemExit):
+        main(fit(first, STOPPER))
+    monkeypatch.delenv("STOP_AT")
+    capsys.readouterr()
+    said = f"{first / 'last.ckpt'}: saved at step 2 of a training that had not ended"
+    main(begin)
+    assert said in capsys.readouterr().out
+    main(fit(first, STOPPER))
+    main([*begin, "--overwrite"])
+    assert said not in capsys.readouterr().out
+
+
 def test_a_training_that_runs_out_of_time_is_saved_where_it_was(fit: Fit, tmp_path: Path) -> None:
     options = ["--trainer.max_steps=-1", "--trainer.max_epochs=1000", "--data.clips_per_video=200"]
     main(fit(tmp_path, *options, "--trainer.max_time=00:00:00:02", "--trainer.limit_val_batches=0"))

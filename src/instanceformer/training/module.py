@@ -118,7 +118,12 @@ class InstanceFormerModule(LightningModule):
 
     def _take_over(self, path: Path) -> list[str]:
         """Load what fits of another network's weights; names of the parameters that start anew."""
-        theirs = InstanceFormer.from_checkpoint(path).state_dict()
+        content = checkpoints.load(path)
+        if content.get("has_ended") is False:
+            self.print(
+                f"{path}: saved at step {content['global_step']} of a training that had not ended; is it running?"
+            )
+        theirs = InstanceFormer.from_checkpoint(checkpoints.from_content(content, str(path))).state_dict()
         ours = self.network.state_dict()
         fitting = {name: x for name, x in theirs.items() if name in ours and x.shape == ours[name].shape}
         self.network.load_state_dict(fitting, strict=False)
@@ -128,6 +133,12 @@ class InstanceFormerModule(LightningModule):
         """Let a checkpoint say what its network and its classes are, and how it is evaluated; see ``checkpoints``."""
         size = checkpoints.FrameSize(self.data.eval_size, self.data.max_size)
         checkpoint.update(checkpoints.describe(self.network.options, self.data.categories, size, vars(self.inference)))
+        limits = (self.trainer.max_steps, self.trainer.max_epochs)
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
+        done = (self.trainer.global_step, epochs.processed)
+        checkpoint["has_ended"] = any(
+            limit not in (None, -1) and n >= limit for n, limit in zip(done, limits, strict=True)
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another network or other classes; take over how they are evaluated, if nothing was given.
