@@ -173,7 +173,11 @@ def test_the_same_command_goes_on_wherever_the_folder_lies(
     for folder in ("third", str(tmp_path / "third"), "~/third"):
         main([*begun, f"--trainer.default_root_dir={folder}"])
         assert "goes on from last.ckpt" in capsys.readouterr().out
+    wandb.finish()
+    main(["test", *command[1:], "--trainer.default_root_dir=~/third"])
+    assert (tmp_path / "third" / "results.json").exists()
     assert not (tmp_path / "~").exists()
+    assert not (tmp_path / "wandb").exists()
 
 
 def optimizer_groups(run: Path) -> list[dict[str, Any]]:

@@ -119,12 +119,12 @@ class InstanceFormerCLI(LightningCLI):
                 for pattern in ("*.ckpt", CONFIG, "metrics.csv"):
                     remove_leftovers(folder, pattern)
             self.start = self._find_start(folder, config)
-            for logger in self._unplaced(config):
-                logger.init_args.save_dir = str(folder)
         else:
             self.start = Path(config.ckpt_path or folder / LAST)
             if config.ckpt_path is None and not self.start.is_file():
                 raise FileNotFoundError(f"--ckpt_path: found none, and no {self.start}; expected a checkpoint")
+        for logger in self._unplaced(config):
+            logger.init_args.save_dir = str(folder)
 
     def after_instantiate_classes(self) -> None:
         """Hand the checkpoint to the trainer; the configuration stays as given, and so fits a folder that is moved."""
