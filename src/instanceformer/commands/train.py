@@ -219,7 +219,7 @@ def _dump(parser: LightningArgumentParser, config: Namespace) -> str:
 def _differences(ours: Any, theirs: Any, name: str = "") -> Iterator[str]:
     """Options of both configurations that have other values; one may be of a version that has more of them."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in ours.keys() & theirs.keys():
+        for key in (key for key in ours if key in theirs):
             yield from _differences(ours[key], theirs[key], f"{name}.{key}" if name else key)
     elif ours != theirs and name not in FREE:
         yield f"{name}: {ours} here, {theirs} there"
