@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ NETWORK = """
     feedforward_dim: 48
     memory_tokens: 4
 """
+
+
+@pytest.fixture(autouse=True)
+def _own_wandb_run() -> None:
+    """W&B would go on with a run that another test of this process began."""
+    wandb.finish()
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +99,12 @@ def test_fit_then_validate_test_predict_and_evaluate(
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1"]
     assert [row["step"] for row in rows if row["val/AP"]] == ["1"]
+    configuration = b'"memory_frames":4,"memory_tokens":4'  # all of it goes to W&B, which writes when it likes
     wandb.finish()
-    recorded = b"".join(path.read_bytes() for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
-    assert b'"memory_frames":4,"memory_tokens":4' in recorded  # the whole configuration goes to W&B
+    deadline = time.monotonic() + 30
+    while not any(configuration in path.read_bytes() for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert checkpoint.exists()
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/videos/val/videos/*.mp4"))
     resume = [f"--ckpt_path={checkpoint}", "--trainer.max_steps=3", "--model.init_from=nowhere.ckpt"]
@@ -158,7 +168,6 @@ def test_the_same_command_goes_on_wherever_the_folder_lies(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also one that began from a checkpoint of another folder; with W&B, whose files lie in the folder as well."""
-    wandb.finish()  # what another test of this process began
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     command = ["fit", "--config", str(config), "--trainer.callbacks=[]", "--trainer.limit_val_batches=0"]
