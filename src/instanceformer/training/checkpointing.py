@@ -74,9 +74,7 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"checkpoint.every_n_train_steps: expected 1 or more, found {every_n_train_steps}")
         self.every_n_train_steps = every_n_train_steps
         self._saved_step = 0
-        self._validates = (
-            False  # whether a validation has begun and not ended, here or in the checkpoint that is resumed
-        )
+        self._validates = False  # a validation has begun and not ended, here or in the checkpoint that is resumed
         self._signal: int | None = None
         self._told = 0.0  # when the signal came
         self._leaves = False

@@ -245,10 +245,9 @@ class InstanceFormerModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with the schedule of the options."""
         optimizer = build_optimizer(self.network, self.optimizer_options, fused=self.trainer.precision != "16-mixed")
-        is_cosine = (
-            self.optimizer_options.schedule == "cosine"
-        )  # only then: to find the number, Lightning makes the loader
-        total_steps = self.trainer.estimated_stepping_batches if is_cosine else math.inf
+        total_steps = math.inf
+        if self.optimizer_options.schedule == "cosine":  # only then, since Lightning makes the loader to count them
+            total_steps = self.trainer.estimated_stepping_batches
         scheduler, interval = build_scheduler(optimizer, self.optimizer_options, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
