@@ -8,7 +8,7 @@ from instanceformer.checkpoints.files import (
     read,
     write,
 )
-from instanceformer.checkpoints.loading import DamagedError, load
+from instanceformer.checkpoints.loading import DamagedError, find_newest, load
 
 __all__ = [
     "PAPER_SIZE",
@@ -16,6 +16,7 @@ __all__ = [
     "DamagedError",
     "FrameSize",
     "describe",
+    "find_newest",
     "from_content",
     "load",
     "load_for_trainer",
