@@ -65,9 +65,8 @@ class DeformableAttention(nn.Module):
             self.sampling_offsets.bias.copy_(grid.expand(-1, self.levels, -1, -1).flatten())
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
-        for projection in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(projection.weight)
-            nn.init.zeros_(projection.bias)
+        xavier_(self.value_proj)
+        xavier_(self.output_proj)
 
     def forward(self, query: Tensor, reference: Tensor, tokens: Tensor, levels: Levels) -> Tensor:
         """Attend; where to look and the softmax are computed in float32 whatever the precision of the rest.
@@ -92,3 +91,17 @@ class DeformableAttention(nn.Module):
         attended = fused_ms_deform_attn(value, levels.shapes, reference, offsets, logits, backend=self.backend)
         result: Tensor = self.output_proj(attended)
         return result
+
+
+def multihead_attention(dim: int, heads: int, dropout: float) -> nn.MultiheadAttention:
+    """Torch's module over (B, n, C), its output projection initialised as its input projections are."""
+    attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+    xavier_(attention.out_proj)
+    return attention
+
+
+def xavier_(layer: nn.Linear | nn.Conv2d) -> None:
+    """Start from Glorot and Bengio's uniform weights and no bias, as everything in Deformable-DETR's transformer does."""
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

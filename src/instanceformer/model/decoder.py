@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from instanceformer.model.attention import DeformableAttention
+from instanceformer.model.attention import DeformableAttention, multihead_attention
 from instanceformer.model.encoder import FeedForward, FrameFeatures
 from instanceformer.model.heads import box_head, class_head
 from instanceformer.model.memory import MemoryAttention, MemoryTokens
@@ -56,7 +56,7 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.cross_position = cross_position
-        self.self_attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.self_attention = multihead_attention(dim, heads, dropout)
         self.norm_self = nn.LayerNorm(dim)
         self.cross_attention = DeformableAttention(dim, heads, levels, points)
         self.norm_cross = nn.LayerNorm(dim)

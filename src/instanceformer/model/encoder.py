@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from instanceformer.model.attention import DeformableAttention, Levels, Shapes
+from instanceformer.model.attention import DeformableAttention, Levels, Shapes, xavier_
 from instanceformer.model.position import pixel_position
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -66,8 +65,7 @@ class Projection(nn.Module):
     @staticmethod
     def _level(width: int, dim: int, strided: bool) -> nn.Sequential:
         conv = nn.Conv2d(width, dim, 3, stride=2, padding=1) if strided else nn.Conv2d(width, dim, 1)
-        nn.init.xavier_uniform_(conv.weight)
-        nn.init.zeros_(cast("Tensor", conv.bias))
+        xavier_(conv)
         return nn.Sequential(conv, nn.GroupNorm(32 if dim % 32 == 0 else 8, dim))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
@@ -105,8 +103,7 @@ class FeedForward(nn.Sequential):
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
         expand, contract = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         for layer in (expand, contract):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            xavier_(layer)
         super().__init__(expand, nn.ReLU(inplace=True), nn.Dropout(dropout), contract)
 
 

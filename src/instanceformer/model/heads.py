@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from instanceformer.model.attention import xavier_
 from instanceformer.model.encoder import FrameFeatures
 
 HIDDEN = 8
@@ -77,6 +78,8 @@ class MaskHead(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)
                 nn.init.zeros_(cast("Tensor", module.bias))
+            elif isinstance(module, nn.Linear):
+                xavier_(module)
         self.to(memory_format=torch.channels_last)  # as the backbone
 
     def encode(self, levels: list[Tensor], finest: Tensor, valid: list[Tensor] | None) -> Tensor:

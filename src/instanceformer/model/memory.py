@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from instanceformer.model.attention import multihead_attention, xavier_
 from instanceformer.model.position import pixel_position, sine_position
 from instanceformer.model.state import TrackState, push
 
@@ -44,6 +45,7 @@ class Memory(nn.Module):
         super().__init__()
         self.index = index
         self.projection = nn.Linear(dim + num_classes + 4, dim)
+        xavier_(self.projection)
 
     def forward(self, state: TrackState, position: Tensor) -> MemoryTokens:
         """Read the memory.
@@ -74,7 +76,7 @@ class MemoryAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.attention = multihead_attention(dim, heads, dropout)
         self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 

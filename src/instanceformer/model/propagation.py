@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from instanceformer.model.attention import xavier_
+
 LocationRule = Literal["none", "paper", "additive", "refined"]
 LocationSource = Literal["content", "position"]
 
@@ -31,8 +33,7 @@ class LocationPropagation(nn.Module):
         super().__init__()
         self.rule, self.source = rule, source
         self.reference = nn.Linear(dim, 2)
-        nn.init.xavier_uniform_(self.reference.weight)
-        nn.init.zeros_(self.reference.bias)
+        xavier_(self.reference)
         if rule == "refined":
             self.step = nn.Linear(dim, 2)
             nn.init.zeros_(self.step.weight)
