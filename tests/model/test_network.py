@@ -313,11 +313,19 @@ def test_a_second_query_on_an_instance_is_a_duplicate_unless_it_was_there_first(
 
 @torch.no_grad()
 def test_duplicates_are_not_carried(tiny) -> None:
-    network = tiny(free_queries="renew", min_confidence=0.01, max_overlap=0.3)
+    network = tiny(free_queries="renew", min_confidence=0.005, max_overlap=0.2)
     frames = torch.randn(1, 1, 3, 64, 96)
     prediction = network.decode(network.encode(frames)[0], network.initial_state(1))
     state = network.advance(network.initial_state(1), prediction)
-    admitted = prediction.scores.amax(-1) >= 0.01
-    repeated = duplicates(prediction.boxes[-1], prediction.scores.amax(-1), admitted, torch.zeros_like(admitted), 0.3)
+    admitted = prediction.scores.amax(-1) >= 0.005
+    repeated = duplicates(prediction.boxes[-1], prediction.scores.amax(-1), admitted, torch.zeros_like(admitted), 0.2)
     assert repeated.any()
     assert torch.equal(state.carried, admitted & ~repeated)
+
+
+def test_mask_logits_of_a_new_network_are_spread() -> None:
+    torch.manual_seed(0)
+    network = InstanceFormer(backbone="small", num_queries=50, encoder_layers=1, decoder_layers=2).eval()
+    prediction, _ = network(torch.randn(1, 1, 3, 128, 128), segment="all")
+    assert prediction.masks is not None
+    assert 0.7 < prediction.masks.std() < 3

@@ -101,7 +101,7 @@ def multihead_attention(dim: int, heads: int, dropout: float) -> nn.MultiheadAtt
 
 
 def xavier_(layer: nn.Linear | nn.Conv2d) -> None:
-    """Start from Glorot and Bengio's uniform weights and no bias, as everything in Deformable-DETR's transformer does."""
+    """Start from the uniform weights of Glorot and Bengio and no bias, as Deformable-DETR's transformer does."""
     nn.init.xavier_uniform_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
