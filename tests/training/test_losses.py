@@ -22,8 +22,8 @@ def make_outputs(targets: DenseTargets) -> ClipOutputs:
         boxes=torch.rand(T, D, B, n, 4) * 0.4 + 0.3,
         masks=torch.randn(T, D, B, n, 16, 24),
         queries=torch.randn(T, B, n, 8),
-        assigned=torch.tensor([[3, 1, 4], [0, 5, -1]]),
-        held=held,
+        assigned=torch.tensor([[3, 1, 4], [0, 5, -1]]).expand(D, -1, -1),
+        held=held[:, None].expand(-1, D, -1, -1),
     )
 
 
@@ -48,10 +48,26 @@ def test_coverage_is_the_fraction_of_each_cell() -> None:
 def test_classes_are_asked_for_from_the_first_appearance_on_also_while_hidden(targets) -> None:
     outputs = make_outputs(targets)
     found = class_targets(outputs, targets.labels)
-    assert found.shape == (T, B, N, K)
+    assert found.shape == (T, D, B, N, K)
     expected = {(t, 0, 3, 0) for t in range(4)} | {(t, 0, 1, 1) for t in range(1, 4)} | {(t, 0, 4, 2) for t in range(4)}
     expected |= {(t, 1, 0, 0) for t in range(4)} | {(t, 1, 5, 1) for t in range(1, 4)}
-    assert {tuple(i) for i in found.nonzero().tolist()} == expected
+    for layer in range(D):
+        assert {tuple(i) for i in found[:, layer].nonzero().tolist()} == expected
+
+
+def test_each_layer_has_classes_of_its_own_where_it_was_matched_by_itself(targets) -> None:
+    outputs = make_outputs(targets)
+    assigned = torch.tensor([[[3, 1, 4], [0, 5, -1]], [[2, 1, 0], [5, 0, -1]]])
+    outputs = ClipOutputs(**{**vars(outputs), "assigned": assigned, "held": (assigned >= 0).expand(T, -1, -1, -1)})
+    found = class_targets(outputs, targets.labels)[0]  # (D, B, N, K)
+    assert found[:, 0].nonzero().tolist() == [
+        [0, 1, 1],
+        [0, 3, 0],
+        [0, 4, 2],
+        [1, 0, 2],
+        [1, 1, 1],
+        [1, 2, 0],
+    ]  # layer, query, class
 
 
 def test_boxes_count_where_visible_and_masks_where_held(targets) -> None:
@@ -60,15 +76,15 @@ def test_boxes_count_where_visible_and_masks_where_held(targets) -> None:
     outputs.masks.requires_grad_()
     clip_losses(outputs, targets, torch.tensor(7.0), window=3).total(LossWeights()).backward()
     counted = outputs.boxes.grad.abs().sum(-1).gt(0)
-    assert torch.equal(counted, (targets.visible & outputs.held)[:, None].expand_as(counted))
+    assert torch.equal(counted, targets.visible[:, None] & outputs.held)
     counted = outputs.masks.grad.abs().sum((-2, -1)).gt(0)
-    assert torch.equal(counted, outputs.held[:, None].expand_as(counted))
+    assert torch.equal(counted, outputs.held)
 
 
 def test_perfect_boxes_and_masks_cost_almost_nothing(targets) -> None:
     outputs = make_outputs(targets)
     perfect = ClipOutputs(
-        logits=(class_targets(outputs, targets.labels) * 40 - 20)[:, None].expand(-1, D, -1, -1, -1),
+        logits=class_targets(outputs, targets.labels) * 40 - 20,
         boxes=targets.boxes[:, None].expand(-1, D, -1, -1, -1),
         masks=(targets.masks * 40 - 20)[:, None].expand(-1, D, -1, -1, -1, -1),
         queries=outputs.queries,

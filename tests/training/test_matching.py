@@ -6,7 +6,7 @@ import torch
 from tests.conftest import make_targets
 
 from instanceformer.model.decoder import FramePrediction
-from instanceformer.training.matching import MatchCosts, match_cost, match_entering
+from instanceformer.training.matching import MatchCosts, match_cost, match_each_layer, match_entering
 from instanceformer.training.targets import DenseTargets
 
 N, K = 6, 5
@@ -76,3 +76,11 @@ def test_cost_prefers_the_right_class_and_the_nearer_box() -> None:
     shifted = match_cost(logits, boxes, labels, box, MatchCosts(classification=0.0)).flatten()
     assert shifted[0] == shifted[1] < shifted[2]
     torch.testing.assert_close(shifted[2] - shifted[0], torch.tensor(5 * 0.2 + 2 * 1.0))  # touching boxes: giou 0
+
+
+def test_layers_of_single_images_are_matched_by_themselves() -> None:
+    targets = DenseTargets.from_clips([make_targets(1, 3, 64, 96)], (16, 24))
+    first, last = (predict(targets, 0, placed) for placed in ({(0, 0): 4, (0, 2): 1}, {(0, 0): 2, (0, 2): 4}))
+    both = replace(last, logits=torch.cat((first.logits, last.logits)), boxes=torch.cat((first.boxes, last.boxes)))
+    # instance 1 is not visible in frame 0
+    assert match_each_layer(both, targets, MatchCosts()).tolist() == [[[4, -1, 1]], [[2, -1, 4]]]

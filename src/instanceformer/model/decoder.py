@@ -158,5 +158,5 @@ class Decoder(nn.Module):
 
 
 def of_queries(x: Tensor, queries: Tensor) -> Tensor:
-    """What belongs to the chosen queries: (D, B, N, C) and (B, n) int64 indices give (D, B, n, C)."""
-    return x.gather(2, queries[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[-1]))
+    """What belongs to the chosen queries: (D, B, N, C) and (B, n) or (D, B, n) int64 indices give (D, B, n, C)."""
+    return x.gather(2, queries.expand(x.shape[0], -1, -1)[..., None].expand(-1, -1, -1, x.shape[-1]))

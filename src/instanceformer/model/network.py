@@ -329,7 +329,7 @@ class InstanceFormer(nn.Module):
         Args:
             features: of the frame.
             prediction: of the same frame.
-            queries: (B, n) int64 indices.
+            queries: (B, n) int64 indices; with ``all_layers`` also (D, B, n), others for each layer.
             all_layers: masks after each of the D decoder layers, as training asks.
 
         Returns:
@@ -338,7 +338,7 @@ class InstanceFormer(nn.Module):
         contents, centres = (prediction.queries, prediction.centres)
         if not all_layers:
             contents, centres = contents[-1:], centres[-1:]
-        layers, batch, n = contents.shape[0], *queries.shape
+        layers, batch, n = contents.shape[0], *queries.shape[-2:]
 
         def chosen(x: Tensor) -> Tensor:
             """(D, B, N, C) to (B, D n, C)."""

@@ -58,8 +58,8 @@ class ClipOutputs:
         boxes: (T, D, B, n, 4) cxcywh, of the instances' queries.
         masks: (T, D, B, n, h, w) logits.
         queries: (T, B, n, C) final content.
-        assigned: (B, n) int64, query of each instance, or -1.
-        held: (T, B, n) bool, whether the instance holds its query at that frame: from its first appearance on.
+        assigned: (D, B, n) int64, query of each instance, or -1; the same in all layers if T > 1.
+        held: (T, D, B, n) bool, whether the instance holds its query at that frame: from its first appearance on.
     """
 
     logits: Tensor
@@ -84,7 +84,7 @@ def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normaliser: Tensor,
         window: d of the contrastive loss.
     """
     with torch.autocast(outputs.logits.device.type, enabled=False):
-        held = outputs.held[:, None].float()
+        held = outputs.held.float()
         visible = held * targets.visible[:, None]
         boxes = outputs.boxes.float()
         target_boxes = targets.boxes[:, None].expand_as(boxes)
@@ -93,24 +93,21 @@ def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normaliser: Tensor,
         )
         focal, dice = mask_losses(outputs.masks.float(), targets.masks[:, None], targets.pixels)
         terms = LossTerms(
-            classification=sigmoid_focal_loss(
-                outputs.logits.float(), class_targets(outputs, targets.labels)[:, None].expand_as(outputs.logits)
-            ).sum(),
+            classification=sigmoid_focal_loss(outputs.logits.float(), class_targets(outputs, targets.labels)).sum(),
             box_l1=((boxes - target_boxes).abs().sum(dim=-1) * visible).sum(),
             box_giou=(giou * visible).sum(),
             mask_focal=(focal * held).sum(),
             mask_dice=(dice * held).sum(),
-            contrastive=temporal_contrastive_loss(outputs.queries, outputs.held, window),
+            contrastive=temporal_contrastive_loss(outputs.queries, outputs.held[:, -1], window),
         )
         return LossTerms(**{f.name: getattr(terms, f.name) / normaliser for f in fields(terms)})
 
 
 def class_targets(outputs: ClipOutputs, labels: Tensor) -> Tensor:
-    """(T, B, N, K) float32, one for the class of the instance that holds a query, from its first appearance on."""
-    frames, _, batch, queries, classes = outputs.logits.shape
-    targets = outputs.logits.new_zeros(frames, batch, queries, classes, dtype=torch.float32)
-    t, clip, instance = outputs.held.nonzero(as_tuple=True)
-    targets[t, clip, outputs.assigned[clip, instance], labels[clip, instance]] = 1
+    """(T, D, B, N, K) float32, one for the class of the instance that holds a query, from its first appearance on."""
+    targets = torch.zeros_like(outputs.logits, dtype=torch.float32)
+    t, layer, clip, instance = outputs.held.nonzero(as_tuple=True)
+    targets[t, layer, clip, outputs.assigned[layer, clip, instance], labels[clip, instance]] = 1
     return targets
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -69,6 +69,27 @@ def match_entering(
         rows, columns = (torch.as_tensor(x, device=assigned.device) for x in (rows, columns))
         assigned[clip, new[columns]] = candidates[rows]
     return assigned
+
+
+def match_each_layer(prediction: FramePrediction, targets: DenseTargets, costs: MatchCosts) -> Tensor:
+    """Match every decoder layer by itself, as DETR does; for clips of one frame, in which nothing has to keep a query.
+
+    Args:
+        prediction: at the only frame.
+        targets: of the batch.
+        costs: weights.
+
+    Returns:
+        (D, B, n) int64, the query of each instance in each layer, or -1.
+    """
+    nobody = torch.full_like(targets.labels, -1)
+    layers = zip(prediction.logits.split(1), prediction.boxes.split(1), strict=True)
+    return torch.stack(
+        [
+            match_entering(replace(prediction, logits=logits, boxes=boxes), targets, 0, nobody, costs)
+            for logits, boxes in layers
+        ]
+    )
 
 
 def match_cost(logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor, costs: MatchCosts) -> Tensor:

@@ -25,7 +25,7 @@ from instanceformer.evaluation.video_ap import VideoAveragePrecision
 from instanceformer.model.decoder import of_queries
 from instanceformer.model.network import InstanceFormer
 from instanceformer.training.losses import ClipOutputs, LossTerms, LossWeights, clip_losses
-from instanceformer.training.matching import MatchCosts, match_entering
+from instanceformer.training.matching import MatchCosts, match_each_layer, match_entering
 from instanceformer.training.optim import OptimizerOptions, apply_options, build_optimizer, build_scheduler
 from instanceformer.training.targets import DenseTargets
 
@@ -205,7 +205,8 @@ class InstanceFormerModule(LightningModule):
     def compute_losses(self, batch: ClipBatch) -> LossTerms:
         """Run over the clips frame by frame, matching instances where they enter, and compare with the targets.
 
-        The memory takes the queries that hold an instance. State starts anew with every clip.
+        The memory takes the queries that hold an instance. State starts anew with every clip. In clips of one frame no
+        identity binds the decoder's layers to one another: each is matched by itself.
         """
         network = self.network
         features = network.encode(batch.frames, batch.padding)
@@ -221,6 +222,11 @@ class InstanceFormerModule(LightningModule):
             predictions.append(prediction)
             held.append(assigned >= 0)
 
+        layers = predictions[0].logits.shape[0]
+        assigned, holding = assigned.expand(layers, -1, -1), torch.stack(held)[:, None].expand(-1, layers, -1, -1)
+        if len(predictions) == 1:
+            assigned = match_each_layer(predictions[0], targets, self.costs)
+            holding = (assigned >= 0)[None]
         chosen = assigned.clamp(min=0)
         outputs = ClipOutputs(
             logits=torch.stack([p.logits for p in predictions]),
@@ -228,11 +234,11 @@ class InstanceFormerModule(LightningModule):
             masks=torch.stack(
                 [network.segment(features[t], p, chosen, all_layers=True) for t, p in enumerate(predictions)]
             ),
-            queries=torch.stack([of_queries(p.queries[-1:], chosen)[0] for p in predictions]),
+            queries=torch.stack([of_queries(p.queries[-1:], chosen[-1])[0] for p in predictions]),
             assigned=assigned,
-            held=torch.stack(held),
+            held=holding,
         )
-        return clip_losses(outputs, targets, self._mean_over_ranks(outputs.held.sum()), network.memory_frames)
+        return clip_losses(outputs, targets, self._mean_over_ranks(holding[:, -1].sum()), network.memory_frames)
 
     def _mean_over_ranks(self, count: Tensor) -> Tensor:
         """Total over all ranks, at least 1, divided by their number: DDP then averages gradients to the right sum."""
