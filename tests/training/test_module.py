@@ -16,6 +16,7 @@ from instanceformer.training.optim import OptimizerOptions, build_optimizer, bui
 MECHANISMS = {
     "paper": {},
     "refined, renewed, filtered": {"location": "refined", "free_queries": "renew", "min_confidence": 0.3},
+    "history of what is held": {"class_history": "held", "min_confidence": 0.3},
     "query only": {"location": "none", "class_prior": False, "memory": False},
     "nothing propagated": {"propagate_queries": False, "memory": False},
     "fine masks": {"mask_stride": 4},
