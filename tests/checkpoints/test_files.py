@@ -184,6 +184,7 @@ OTHER: dict[str, object] = {
     "location": "refined",
     "location_from": "position",
     "class_prior": False,
+    "class_history": "held",
     "memory": False,
     "memory_frames": 5,
     "memory_tokens": 2,
@@ -282,7 +283,7 @@ def test_other_values_are_known_for_every_option(tiny) -> None:
 @pytest.mark.parametrize("option", OTHER)
 def test_what_changes_the_weights_is_refused_by_name_and_nothing_else(tiny, option: str) -> None:
     network = tiny()
-    needs = {"min_confidence": 0.3} if option == "free_queries" else {}
+    needs = {"min_confidence": 0.3} if option in ("free_queries", "class_history") else {}
     other = tiny(**{option: OTHER[option], **needs})
     theirs, ours = ({name: x.shape for name, x in n.state_dict().items()} for n in (network, other))
     checkpoint = Checkpoint(network.options, network.state_dict(), name="x.ckpt")

@@ -94,10 +94,10 @@ def test_a_steady_query_that_was_never_among_the_best_makes_no_track(tiny, frame
     spike = iter([True] + [False] * 7)
     count = video._count
 
-    def scripted(probabilities: torch.Tensor, carried: torch.Tensor) -> None:
+    def scripted(probabilities: torch.Tensor, held: torch.Tensor) -> None:
         scores = torch.zeros_like(probabilities)
         scores[0, 0], scores[1, 1] = 0.4, 0.9 if next(spike) else 0.01
-        count(scores, carried)
+        count(scores, held)
 
     monkeypatch.setattr(video, "_count", scripted)
     video.add(VideoChunk(frames, 7, 0, 8, SIZE))

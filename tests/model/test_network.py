@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from instanceformer import InstanceFormer
+from instanceformer import InstanceFormer, checkpoints
 from instanceformer.data.augment import normalise
+from instanceformer.model.decoder import FramePrediction
 from instanceformer.model.heads import upsample_aligned
 from instanceformer.model.network import ClipPrediction, duplicates
 from instanceformer.model.state import TrackState
@@ -20,6 +21,7 @@ VARIANTS = {
     "query only": {"location": "none", "class_prior": False, "memory": False},
     "nothing propagated": {"propagate_queries": False, "location": "none", "class_prior": False, "memory": False},
     "refined, renewed, filtered": {"location": "refined", "free_queries": "renew", "min_confidence": 0.02},
+    "history of what is held": {"class_history": "held", "min_confidence": 0.02, "max_overlap": 0.5},
     "fine masks": {"mask_stride": 4, "num_levels": 3},
     "five levels": {"num_levels": 5},
     "the authors' release": {
@@ -242,6 +244,9 @@ def test_padding_must_be_a_margin(tiny) -> None:
         ({"mask_upsampling": "nearest"}, "mask_upsampling: found 'nearest'"),
         ({"backbone_norm": "group"}, "backbone_norm: found 'group'"),
         ({"free_queries": "fresh"}, "free_queries: found 'fresh'"),
+        ({"free_queries": "renew"}, "free_queries: found renew with min_confidence=0"),
+        ({"class_history": "matched"}, "class_history: found 'matched', expected all or held"),
+        ({"class_history": "held"}, "class_history: found held with min_confidence=0"),
     ],
 )
 def test_impossible_options_are_refused(options, message) -> None:
@@ -309,6 +314,71 @@ def test_a_second_query_on_an_instance_is_a_duplicate_unless_it_was_there_first(
     first = torch.tensor([[True, False, False, False, False]])  # query 0 holds the instance, whatever its confidence
     assert duplicates(boxes, confidence, candidates, first, 0.6).tolist() == [[False, True, True, False, True]]
     assert not duplicates(boxes, confidence, candidates, nobody, 1.0).any()
+
+
+def saying(network: InstanceFormer, logits: Tensor) -> FramePrediction:
+    """What every decoder layer predicts where the class heads say (N, K) logits."""
+    n = network.num_queries
+    return FramePrediction(
+        logits=logits.expand(2, 1, n, -1),
+        boxes=torch.full((2, 1, n, 4), 0.5),
+        queries=torch.zeros(2, 1, n, network.dim),
+        centres=torch.full((2, 1, n, 2), 0.5),
+        class_logits=logits[None],
+        references=torch.full((1, n, 2), 0.5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "present", "late"),
+    [
+        ({}, 0.0, 3),
+        ({}, 100.0, 2),  # the weights that favour the present most, 0.40 of five frames
+        ({"class_history": "held"}, 0.0, 0),
+        ({"class_history": "held"}, 100.0, 0),
+        ({"free_queries": "renew"}, 0.0, 0),
+    ],
+)
+@torch.no_grad()
+def test_what_enters_late_is_held_down_by_what_its_query_was_before(
+    tiny, monkeypatch, options, present: float, late: int
+) -> None:
+    """Four frames at -4.6, the class heads' initial value, then +2: so many frames later its score passes 0.5."""
+    network = tiny(1, memory_frames=4, min_confidence=0.3, **options)
+    nn.init.constant_(network.class_prior.temporal.weight, present)
+    nn.init.zeros_(network.class_prior.temporal.bias)
+    logits = [torch.full((network.num_queries, 1), value) for value in [-4.6] * 4 + [2.0] * 5]
+    script = iter(logits)
+    monkeypatch.setattr(network.decoder, "forward", lambda *_: saying(network, next(script)))
+    state, features, scores = network.initial_state(1), network.encode(torch.randn(1, 1, 3, 64, 96))[0], []
+    for _ in logits:
+        prediction = network.decode(features, state)
+        state = network.advance(state, prediction)
+        scores.append(float(prediction.scores[0, 0, 0]))
+    assert [score > 0.5 for score in scores] == [False] * (4 + late) + [True] * (5 - late)
+
+
+@torch.no_grad()
+def test_history_begins_with_the_first_frame_in_which_a_query_is_held(tiny) -> None:
+    """As training knows it: query 0 is matched in frame 0, query 1 in frame 2, the others never; 0 is hidden in 1."""
+    network = tiny(class_history="held", min_confidence=0.3)
+    state = network.initial_state(1)
+    for t, matched in enumerate([(0,), (), (0, 1), (0, 1)]):
+        remembered = torch.zeros(1, 12, dtype=torch.bool)
+        remembered[0, list(matched)] = True
+        state = network.advance(state, saying(network, torch.full((12, 5), float(t))), remembered)
+        assert state.carried.all()
+    assert state.class_filled[0].int().tolist() == [[1, 1] + [0] * 10, [1, 1] + [0] * 10, [1] + [0] * 11]
+    assert state.class_logits[0, :, 0, 0].tolist() == [3, 2, 1]
+    released = state.release(torch.arange(12)[None] == 0)
+    assert released.held[0].tolist() == [False, True] + [False] * 10
+
+
+def test_a_checkpoint_of_before_has_the_papers_class_history(tiny) -> None:
+    network = tiny()
+    options = {name: value for name, value in network.options.items() if name != "class_history"}
+    loaded = InstanceFormer.from_checkpoint(checkpoints.Checkpoint(options, network.state_dict()))
+    assert loaded.class_history == "all"
 
 
 @torch.no_grad()

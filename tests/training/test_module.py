@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from tests.conftest import make_batch, make_targets
@@ -16,6 +14,7 @@ from instanceformer.training.optim import OptimizerOptions, build_optimizer, bui
 MECHANISMS = {
     "paper": {},
     "refined, renewed, filtered": {"location": "refined", "free_queries": "renew", "min_confidence": 0.3},
+    "history of what is held": {"class_history": "held", "min_confidence": 0.3},
     "query only": {"location": "none", "class_prior": False, "memory": False},
     "nothing propagated": {"propagate_queries": False, "memory": False},
     "fine masks": {"mask_stride": 4},
@@ -143,17 +142,3 @@ def test_backbone_weights_that_cannot_be_had_say_what_to_do(tiny, monkeypatch) -
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
     with pytest.raises(RuntimeError, match="no route to host"):
         InstanceFormer(4).backbone.load_imagenet_weights()
-
-
-def test_weights_of_another_training_are_taken_over_where_they_fit(tiny, tmp_path: Path) -> None:
-    source, network = tiny(num_classes=3), tiny(num_classes=5, location="refined")
-    weights = {f"network.{name}": value for name, value in source.state_dict().items()}
-    torch.save({"state_dict": weights, "network_options": source.options}, tmp_path / "coco.ckpt")
-    left_new = InstanceFormerModule(network)._take_over(tmp_path / "coco.ckpt")
-    assert torch.equal(network.query_content, source.query_content)
-    assert set(left_new) == {
-        *(f"decoder.class_heads.{i}.{p}" for i in range(2) for p in ("weight", "bias")),
-        *(f"class_prior.temporal.{p}" for p in ("weight", "bias")),
-        *(f"location.step.{p}" for p in ("weight", "bias")),
-        "memory.projection.weight",
-    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -223,7 +224,9 @@ def test_weights_of_a_training_that_has_not_ended_are_taken_with_a_word(
     capsys.readouterr()
     said = f"{first / 'last.ckpt'}: saved at step 2 of a training that had not ended"
     main(begin)
-    assert said in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert said in out
+    assert re.search(rf"{first / 'last.ckpt'}: (\d) of \1 classes are taken over by name\n", out)
     main(fit(first, STOPPER))
     main([*begin, "--overwrite"])
     assert said not in capsys.readouterr().out

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from instanceformer.checkpoints.classes import class_indices
 from instanceformer.checkpoints.files import (
     PAPER_SIZE,
     Checkpoint,
@@ -352,15 +353,10 @@ def _in_our_layout(target: str, x: Tensor, channels: list[int]) -> dict[str, Ten
     if target == "query.weight":
         position, content = x.chunk(2, dim=1)
         return {"query_position": position.contiguous(), "query_content": content.contiguous()}
-    if target.startswith("decoder.class_heads."):
-        return {target: x[channels]}
-    if target == "memory.projection.weight":
-        dim = x.shape[0]
-        columns = [*range(dim), *(dim + channel for channel in channels), *range(x.shape[1] - 4, x.shape[1])]
-        return {target: x[:, columns]}
     if target.startswith("mask_head.controller.4."):
         return {target: _dynamic_parameters(x)}
-    return {target: x}
+    classes = class_indices(target, x.shape, channels)
+    return {target: x if classes is None else x[classes]}
 
 
 def _dynamic_parameters(x: Tensor) -> Tensor:

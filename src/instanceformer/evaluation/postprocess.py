@@ -85,7 +85,7 @@ class VideoInference:
             prediction = self.network.decode(features[t], self.state)
             self.state = self.network.advance(self.state, prediction)
             self.frames += 1
-            self._count(prediction.scores[0], self.state.carried[0])
+            self._count(prediction.scores[0], self.state.held[0])
             self._waiting.append((features[t], prediction, (chunk.frames.shape[-2], chunk.frames.shape[-1])))
             first_frames = self.options.candidates == "first_frames"
             if first_frames and self.frames == min(self.options.candidate_frames, chunk.length):
@@ -120,16 +120,16 @@ class VideoInference:
         ]
         return sorted(tracks, key=lambda track: -track.score)
 
-    def _count(self, probabilities: Tensor, carried: Tensor) -> None:
+    def _count(self, probabilities: Tensor, held: Tensor) -> None:
         """Add the (N, K) probabilities of a frame; under ``any_frame`` the count starts anew where a query is born.
 
         Args:
             probabilities: of the frame.
-            carried: (N,) bool, whether the network takes the query for an instance from this frame on.
+            held: (N,) bool, whether the network takes the query for an instance from this frame on.
         """
         confidence = probabilities.amax(dim=-1)
         if self.options.candidates == "any_frame":
-            entering = ~self._born & carried
+            entering = ~self._born & held
             self._born |= entering
             self._total.masked_fill_(entering[:, None], 0.0)
             self._alive.masked_fill_(entering, 0.0)

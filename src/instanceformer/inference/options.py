@@ -19,7 +19,7 @@ class SegmenterOptions:
 
     Attributes:
         birth: confidence in [0, 1] from which a query without a track begins one. A network with ``min_confidence`` and
-            ``free_queries: renew`` must also take the query for an instance.
+            ``free_queries: renew`` or ``class_history: held`` must also take the query for an instance.
         show: confidence in [0, 1] below which a track is hidden in a frame. It keeps its query and its id.
         patience: how many frames in a row a track may be hidden; after one more it ends. Its query starts again from
             its learned content and may begin another track, with another id.

@@ -181,7 +181,7 @@ class VideoInstanceSegmenter:
             prediction = self.network.decode(features, self._state)
             state = self.network.advance(self._state, prediction)
             boxes = prediction.boxes[-1, 0].float()
-            visible, ended = self._tracks.update(prediction.scores[0], boxes, state.carried[0])
+            visible, ended = self._tracks.update(prediction.scores[0], boxes, state.held[0])
             self._state = state.release(ended[None])
             queries = visible.nonzero()[:, 0]  # waits for the device: the number of masks is the size of what follows
             masks = torch.zeros(len(queries), *self._size, dtype=torch.bool, device=self._device)

@@ -37,13 +37,13 @@ class Tracks:
         """(N, K) mean class probabilities of each track over the frames in which it was visible; 0 without a track."""
         return self._total / self._seen.clamp(min=1)[:, None]
 
-    def update(self, scores: Tensor, boxes: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, scores: Tensor, boxes: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
         """Take in the next frame: begin and end tracks.
 
         Args:
             scores: (N, K) class probabilities.
             boxes: (N, 4) cxcywh.
-            carried: (N,) bool, queries that continue at the next frame as they are: only they can hold a track.
+            held: (N,) bool, queries that the network takes for an instance: only they can hold a track.
 
         Returns:
             (N,) bool, queries whose tracks are visible in this frame; (N,) bool, queries whose tracks end with it.
@@ -51,7 +51,7 @@ class Tracks:
         options = self.options
         confidence = scores.amax(dim=-1)
         visible = (self.ids > 0) & (confidence >= options.show)
-        born = (self.ids == 0) & carried & (confidence >= options.birth)
+        born = (self.ids == 0) & held & (confidence >= options.birth)
         candidates = (born | visible)[None]
         born &= ~duplicates(boxes[None], confidence[None], candidates, visible[None], options.max_overlap)[0]
         rank = confidence.masked_fill(~born, -1.0).argsort(descending=True, stable=True).argsort()

@@ -18,7 +18,7 @@ from instanceformer.model.decoder import Decoder, FramePrediction, of_queries
 from instanceformer.model.encoder import STRIDES, Encoder, FrameFeatures, Projection
 from instanceformer.model.heads import MaskHead, Upsampling
 from instanceformer.model.memory import Memory, TemporalIndex, remember
-from instanceformer.model.options import FreeQueries, MaskStride, check_options
+from instanceformer.model.options import ClassHistory, FreeQueries, MaskStride, check_options
 from instanceformer.model.propagation import ClassPrior, LocationPropagation, LocationRule, LocationSource
 from instanceformer.model.state import TrackState, push
 
@@ -70,6 +70,10 @@ class InstanceFormer(nn.Module):
         location_from: what places a query: its ``content``, the paper, or its ``position`` embedding, as in
             Deformable-DETR and the authors' release.
         class_prior: whether class logits are smoothed over the last ``memory_frames`` frames (equation 2).
+        class_history: which earlier frames of a query the class prior sees: ``all``, the paper, those before it held an
+            instance included, whose low logits outvote the present when one enters; ``held``, those since it has held
+            one (training: matched; inference: reached ``min_confidence`` and was no duplicate), the first of them
+            included. The same under ``free_queries: renew``, where nothing older is carried.
         memory: whether the decoder attends to tokens of earlier frames (equations 3 and 4).
         memory_frames: d, how many earlier frames memory and class prior reach back.
         memory_tokens: k, the most instances remembered of each frame.
@@ -113,6 +117,7 @@ class InstanceFormer(nn.Module):
         location: LocationRule = "paper",
         location_from: LocationSource = "content",
         class_prior: bool = True,
+        class_history: ClassHistory = "all",
         memory: bool = True,
         memory_frames: int = 4,
         memory_tokens: int = 10,
@@ -129,7 +134,7 @@ class InstanceFormer(nn.Module):
         self.num_classes, self.num_queries, self.dim = num_classes, num_queries, dim
         self.memory_frames, self.memory_tokens = memory_frames, memory_tokens
         self.min_confidence, self.max_overlap, self.free_queries = min_confidence, max_overlap, free_queries
-        self.propagate_queries = propagate_queries
+        self.propagate_queries, self.class_history = propagate_queries, class_history
 
         self.backbone = Backbone(backbone, backbone_norm)
         self.projection = Projection(self.backbone.channels[1:], dim, num_levels)
@@ -363,16 +368,16 @@ class InstanceFormer(nn.Module):
             confidence = scores.amax(dim=-1)
             remembered = confidence >= self.min_confidence
             if self.max_overlap < 1:
-                remembered &= ~duplicates(boxes, confidence, remembered, state.carried, self.max_overlap)
-        carried = remembered | state.carried if self.free_queries == "renew" else torch.ones_like(state.carried)
-        filled = push(state.class_filled, torch.ones_like(carried)) & carried[:, None]
+                remembered &= ~duplicates(boxes, confidence, remembered, state.held, self.max_overlap)
+        held = remembered | state.held
+        carried = held if self.free_queries == "renew" else torch.ones_like(held)
         state = replace(
             state,
             queries=queries.float(),
             references=boxes[..., :2].detach() if self.location.rule == "refined" else prediction.references,
             carried=carried,
             class_logits=push(state.class_logits, prediction.class_logits),
-            class_filled=filled,
+            class_filled=push(state.class_filled, held if self.class_history == "held" else carried),
         )
         return state if self.memory is None else remember(state, queries, scores, boxes, remembered)
 

@@ -12,6 +12,7 @@ from instanceformer.model.heads import Upsampling
 from instanceformer.model.memory import TemporalIndex
 from instanceformer.model.propagation import LocationRule, LocationSource
 
+ClassHistory = Literal["all", "held"]
 FreeQueries = Literal["propagate", "renew"]
 MaskStride = Literal[4, 8]
 
@@ -39,6 +40,7 @@ CHOICES = {
     "mask_upsampling": Upsampling,
     "location": LocationRule,
     "location_from": LocationSource,
+    "class_history": ClassHistory,
     "temporal_index": TemporalIndex,
     "free_queries": FreeQueries,
 }
@@ -102,8 +104,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"min_confidence: found {options['min_confidence']}, expected a score in [0, 1)")
     if not 0 < options["max_overlap"] <= 1:
         raise ValueError(f"max_overlap: found {options['max_overlap']}, expected an IoU in (0, 1]")
-    if options["free_queries"] == "renew" and options["min_confidence"] == 0:
-        raise ValueError(
-            "free_queries: found renew with min_confidence=0, by which every query holds an instance at inference and "
-            "none is renewed, expected a min_confidence above 0, for instance 0.3"
-        )
+    if options["min_confidence"] == 0:
+        for name, value in (("free_queries", "renew"), ("class_history", "held")):
+            if options[name] == value:
+                raise ValueError(
+                    f"{name}: found {value} with min_confidence=0, by which every query holds an instance at inference "
+                    "from its first frame on, expected a min_confidence above 0, for instance 0.3"
+                )

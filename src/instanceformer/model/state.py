@@ -22,7 +22,7 @@ class TrackState:
         carried: (B, N) bool, whether the query continues from the previous frame; otherwise it starts from its learned
             content. All false after a reset.
         class_logits: (B, d, N, K) raw class logits of the previous frames (equation 2).
-        class_filled: (B, d, N) bool.
+        class_filled: (B, d, N) bool, the frames that the class prior sees of each query, without a gap from the newest.
         memory_queries: (B, d, k, C) final content of the remembered queries (equation 3), without gradient.
         memory_scores: (B, d, k, K) their class scores in [0, 1].
         memory_boxes: (B, d, k, 4) their boxes, cxcywh in [0, 1].
@@ -67,6 +67,11 @@ class TrackState:
             memory_indices=torch.zeros(b, d, k, dtype=torch.int64, device=device),
             memory_filled=torch.zeros(b, d, k, dtype=torch.bool, device=device),
         )
+
+    @property
+    def held(self) -> Tensor:
+        """(B, N) bool, queries with a history: those that hold an instance, where the options ask for that."""
+        return self.class_filled[:, 0]
 
     def release(self, queries: Tensor) -> TrackState:
         """The state in which some queries hold nothing: they start afresh, and what they left in memory is gone.

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from instanceformer import checkpoints
+from instanceformer.checkpoints.classes import take_over
 from instanceformer.data.annotations import Category
 from instanceformer.data.batch import ClipBatch, VideoChunk
 from instanceformer.data.datamodule import VideoDataModule
@@ -52,7 +53,8 @@ class InstanceFormerModule(LightningModule):
             paper's.
         backbone_weights: ``imagenet`` loads torchvision's weights into the backbone before training.
         init_from: checkpoint of an earlier training, for instance on COCO, whose weights are taken over before this one
-            starts, as far as their shapes agree; what differs, such as the class heads of other categories, is new.
+            starts: what belongs to a class by the name of its category or a synonym, the rest as far as shapes agree.
+            What it has nothing for is new; a line says what. Without names of its categories all classes are new.
     """
 
     def __init__(
@@ -92,9 +94,7 @@ class InstanceFormerModule(LightningModule):
             return
         options = self.network.options
         if self.init_from is not None:
-            left_new = self._take_over(self.init_from)
-            if left_new:
-                self.print(f"{self.init_from}: not taken over, since shapes or names differ: {', '.join(left_new)}")
+            self._take_over(self.init_from)
         elif self.backbone_weights == "imagenet":
             if self.trainer.local_rank == 0:  # downloads what the others then find
                 self.network.backbone.load_imagenet_weights()
@@ -116,18 +116,18 @@ class InstanceFormerModule(LightningModule):
             raise TypeError(f"InstanceFormerModule needs a VideoDataModule, found {type(data).__name__}")
         return data
 
-    def _take_over(self, path: Path) -> list[str]:
-        """Load what fits of another network's weights; names of the parameters that start anew."""
+    def _take_over(self, path: Path) -> None:
+        """Load what fits of another network's weights, and say what does not."""
         content = checkpoints.load(path)
         if content.get("has_ended") is False:
             self.print(
                 f"{path}: saved at step {content['global_step']} of a training that had not ended; is it running?"
             )
-        theirs = InstanceFormer.from_checkpoint(checkpoints.from_content(content, str(path))).state_dict()
-        ours = self.network.state_dict()
-        fitting = {name: x for name, x in theirs.items() if name in ours and x.shape == ours[name].shape}
-        self.network.load_state_dict(fitting, strict=False)
-        return sorted(set(ours) - set(fitting))
+        found = checkpoints.from_content(content, str(path))
+        InstanceFormer.from_checkpoint(found)  # refuses what is not whole
+        weights, became = take_over(self.network.state_dict(), self.data.categories, found)
+        self.network.load_state_dict(weights)
+        self.print(f"{path}: {became}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let a checkpoint say what its network and its classes are, and how it is evaluated; see ``checkpoints``."""

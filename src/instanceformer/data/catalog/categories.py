@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from instanceformer.data.annotations import Category, VideoDataset
+from instanceformer.data.catalog.datasets import CATALOG
 
 # The names to look for in place of COCO's own; the first that the target has counts. Names are compared whole: a teddy
 # bear is no bear. What is only similar keeps its own name and is dropped where the target lacks that: a bicycle is no
@@ -60,6 +61,42 @@ def map_categories(source: VideoDataset, target: Sequence[Category]) -> VideoDat
         if instances or not video.instances:
             videos.append(replace(video, instances=instances))
     return replace(source, categories=tuple(target), videos=tuple(videos))
+
+
+def find_namesakes(ours: Sequence[Category], theirs: Sequence[Category]) -> tuple[int | None, ...]:
+    """Which class of another list each of ours is, by name or, where no name agrees, by a synonym of KNOWN_AS.
+
+    Case, underscores and spaces do not matter, nor which of the lists is COCO's. One of theirs can be several of ours:
+    OVIS' Vehical is the car and the truck of YouTube-VIS 2021.
+
+    Args:
+        ours: in class order.
+        theirs: in class order; of several synonyms the first counts.
+
+    Returns:
+        For each of ours the index of theirs, or None.
+    """
+    keys = [_key(category.name) for category in theirs]
+    groups = [{_key(name), *map(_key, names)} for name, names in KNOWN_AS.items() if names]
+    homonyms = (
+        set() if _are_cocos(ours) == _are_cocos(theirs) else {_key(n) for n, names in KNOWN_AS.items() if not names}
+    )
+
+    def namesake(name: str) -> int | None:
+        if name in homonyms:
+            return None
+        synonyms = set().union(*(group for group in groups if name in group))
+        alike = [
+            *(i for i, key in enumerate(keys) if key == name),
+            *(i for i, key in enumerate(keys) if key in synonyms),
+        ]
+        return next(iter(alike), None)
+
+    return tuple(namesake(_key(category.name)) for category in ours)
+
+
+def _are_cocos(categories: Sequence[Category]) -> bool:
+    return {_key(c.name) for c in categories} <= {_key(c.name) for c in CATALOG["coco"].categories}
 
 
 def _key(name: str) -> str:
