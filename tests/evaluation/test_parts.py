@@ -34,14 +34,15 @@ def test_parts_are_merged_by_ascending_video_id_and_go(tmp_path: Path) -> None:
 def test_the_same_run_finds_its_parts_and_sweeps_what_a_kill_left(tmp_path: Path) -> None:
     first = make_parts(tmp_path)
     first.start()
-    first.write(7, [track(7)])
+    first.write(7, [track(7)], [track(7, 0.9)])
     for name in (".video_4.json.123.tmp", "results.json", "results.zip"):
         (first.folder / name).write_text("half")
     second = make_parts(tmp_path)
     assert second.finished() == {7}
+    assert second.read_others(7) == [track(7, 0.9)]
     assert second.start() == f"1 of 3 videos taken over from {second.folder}"
     assert second.read(7) == [track(7)]
-    assert {path.name for path in second.folder.iterdir()} == {"video_7.json", "run.json"}
+    assert {path.name for path in second.folder.iterdir()} == {"others_7.json", "video_7.json", "run.json"}
 
 
 @pytest.mark.parametrize("record", ["sound", "cut"])

@@ -58,6 +58,85 @@ def test_first_frames_is_the_papers_protocol(tiny, frames) -> None:
             assert torch.equal(torch.from_numpy(decode_mask(rle)), mask)
 
 
+def best_quarter(probability: torch.Tensor) -> tuple[int, float]:
+    """The class of one query's (T, K) probabilities, and its score, as the authors' release has them."""
+    pairs = sorted(((float(p), label) for frame in probability for label, p in enumerate(frame)), reverse=True)
+    best = pairs[: max(1, len(probability) // 4)]
+    labels = [label for _, label in best]
+    label = min(set(labels), key=lambda c: (-labels.count(c), c))
+    own = [p for p, c in best if c == label]
+    return label, sum(own) / len(own)
+
+
+@pytest.mark.parametrize("length", [1, 3, 8, 13, 26])
+@pytest.mark.parametrize("candidates", ["first_frames", "any_frame"])
+def test_the_best_quarter_scores_a_query_with_one_class(tiny, candidates, length) -> None:
+    network = tiny()
+    frames = torch.randn(1, length, 3, 64, 96)
+    with torch.no_grad():
+        probability = network(frames)[0].logits[0].sigmoid()
+    options = {"candidates": candidates, "max_tracks": 12, "score": "best_quarter"}
+    if candidates == "first_frames":
+        pairs = probability[:3].mean(0).flatten().topk(12).indices
+        queries = sorted({int(pair) // 5 for pair in pairs})
+    else:
+        queries = list(range(12))
+    expected = sorted((best_quarter(probability[:, query]) for query in queries), key=lambda x: -x[1])
+    for chunk in (length, 2):
+        tracks = run(network, frames, chunk, **options)
+        assert len(tracks) == len(queries)
+        assert [IDS.index(t.category_id) for t in tracks] == [label for label, _ in expected]
+        assert [t.score for t in tracks] == pytest.approx([score for _, score in expected], abs=1e-6)
+
+
+@pytest.mark.parametrize("history", [{"free_queries": "renew"}, {"class_history": "held"}])
+def test_the_best_quarter_is_of_the_frames_since_the_birth(tiny, monkeypatch, history) -> None:
+    """A query that is born in frame 4 of 12 has 8: the two best of them count, whatever it was before."""
+    video = VideoInference(
+        tiny(min_confidence=0.5, **history), InferenceOptions("any_frame", score="best_quarter"), SIZE
+    )
+    before, since = [[0.4, 0.45, 0, 0, 0]] * 4, [[0.6, 0, 0, 0, 0], [0, 0, 0.9, 0, 0], [0, 0, 0.7, 0, 0]]
+    for t, row in enumerate([*before, *since, *[[0.1] * 5] * 5]):
+        probabilities = torch.zeros(12, 5)
+        probabilities[7] = torch.tensor(row)
+        video.frames = t + 1
+        video._count(probabilities, probabilities.amax(-1) >= 0.5, 3)
+    video.masks = [{}] * 12
+    best = video.tracks(7, IDS)[0]
+    assert (best.category_id, best.score) == (IDS[2], pytest.approx(0.8))
+    best = video.tracks(7, IDS, "mean")[0]
+    assert (best.category_id, best.score) == (IDS[2], pytest.approx((0.9 + 0.7 + 0.5) / 8))
+
+
+@torch.no_grad()
+def test_tracks_begin_where_queries_are_held_though_all_propagate(tiny, frames) -> None:
+    network = tiny(class_history="held", min_confidence=0.05)
+    scores = network(frames)[0].logits[0].sigmoid().amax(-1)
+    network.min_confidence = float(scores.max(0).values.median())
+    state, births = network.initial_state(1), {}
+    for t in range(8):
+        features = network.encode(frames[:, t : t + 1])[0]
+        state = network.advance(state, network.decode(features, state))
+        births.update({int(q): t for q in state.held[0].nonzero() if int(q) not in births})
+    video = VideoInference(network, InferenceOptions("any_frame", max_tracks=60), SIZE)
+    video.add(VideoChunk(frames, 7, 0, 8, SIZE))
+    assert len(set(births.values())) > 1
+    assert {q: 8 - int(video._alive[q]) for q in births} == births
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "best"}, r"inference\.score: found 'best', expected mean or best_quarter"),
+        ({"candidates": "all"}, r"inference\.candidates: found 'all', expected first_frames or any_frame"),
+        ({"max_tracks": 0}, r"inference\.max_tracks: found 0, expected at least 1"),
+    ],
+)
+def test_impossible_protocols_are_refused(options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        InferenceOptions(**options)
+
+
 def test_a_track_begins_where_its_query_is_first_confident(tiny, frames) -> None:
     network = tiny(free_queries="renew", min_confidence=0.05)
     with torch.no_grad():
@@ -94,10 +173,10 @@ def test_a_steady_query_that_was_never_among_the_best_makes_no_track(tiny, frame
     spike = iter([True] + [False] * 7)
     count = video._count
 
-    def scripted(probabilities: torch.Tensor, held: torch.Tensor) -> None:
+    def scripted(probabilities: torch.Tensor, held: torch.Tensor, quarter: int) -> None:
         scores = torch.zeros_like(probabilities)
         scores[0, 0], scores[1, 1] = 0.4, 0.9 if next(spike) else 0.01
-        count(scores, held)
+        count(scores, held, quarter)
 
     monkeypatch.setattr(video, "_count", scripted)
     video.add(VideoChunk(frames, 7, 0, 8, SIZE))

@@ -23,7 +23,7 @@ from instanceformer import InstanceFormer, checkpoints
 from instanceformer.cli import main
 from instanceformer.data.annotations import Category
 from instanceformer.data.reading import read_annotations
-from instanceformer.evaluation.results import read_results
+from instanceformer.evaluation.results import decode_mask, read_results
 from instanceformer.training.callbacks import ResultsWriter
 
 VIDEOS = [1, 2, 3, 4]
@@ -161,7 +161,7 @@ def test_a_killed_run_ends_like_one_that_was_not(command, data: Path, tmp_path: 
     with ZipFile(folder / "results.zip") as archive:
         assert archive.namelist() == ["results.json"]
         assert archive.read("results.json") == (folder / "results.json").read_bytes()
-    assert "test/AP" in json.loads((folder / "metrics.json").read_text())
+    assert {"test/AP", "test/AP_best_quarter"} <= json.loads((folder / "metrics.json").read_text()).keys()
 
     main(arguments)  # a finished run is not resumed
     assert begun(folder) == VIDEOS
@@ -240,6 +240,41 @@ def test_a_run_that_is_refused_leaves_the_parts_of_another(command, tmp_path: Pa
     with pytest.raises(SystemExit, match="num_classes: found 7"):
         main([*arguments, "--model.network.num_classes=7"])
     assert parts(folder) == {1, 2}
+
+
+def test_both_scores_are_measured_and_the_results_are_of_the_one_that_is_chosen(
+    command, data: Path, tmp_path: Path
+) -> None:
+    """On a truth that is what one score finds, that one is perfect and the other is not."""
+    network = InstanceFormer(4, **TINY, backbone_norm="batch")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))  # its classes and masks differ
+    checkpoints.write(checkpoints.Checkpoint(network.options, network.state_dict()), tmp_path / "own.ckpt")
+    own = [f"--ckpt_path={tmp_path / 'own.ckpt'}", f"--data.test.annotations={tmp_path / 'truth.json'}"]
+    shutil.copy(data / "valid.json", tmp_path / "truth.json")
+    main([*command("first"), *own, "--model.inference.score=best_quarter"])
+    tracks = read_results(tmp_path / "first" / "results.json")
+    truth = json.loads((data / "valid.json").read_text())
+    truth["annotations"] = [
+        {
+            **vars(track),
+            "id": index,
+            "iscrowd": 0,
+            "areas": [mask and int(decode_mask(mask).sum()) for mask in track.segmentations],
+            "bboxes": [mask and [0, 0, mask["size"][1], mask["size"][0]] for mask in track.segmentations],
+        }
+        for index, track in enumerate(tracks)
+    ]
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    metrics = {}
+    for score in ("mean", "best_quarter"):
+        main([*command(score), *own, f"--model.inference.score={score}"])
+        metrics[score] = json.loads((tmp_path / score / "metrics.json").read_text())
+    assert metrics["best_quarter"]["test/AP"] == metrics["mean"]["test/AP_best_quarter"] == pytest.approx(1)
+    assert metrics["mean"]["test/AP"] == metrics["best_quarter"]["test/AP_mean"] < 0.9
+    assert read_results(tmp_path / "best_quarter" / "results.json") == tracks
+    assert read_results(tmp_path / "mean" / "results.json") != tracks
 
 
 def test_without_annotations_results_are_written_and_nothing_is_measured(

@@ -58,13 +58,18 @@ class ResultParts:
                 found.append(f"{record.parent}: an unfinished run that differs in {unlike}; left as it is")
         return "\n".join(found)
 
-    def write(self, video_id: int, tracks: Iterable[Track]) -> None:
-        """Keep all tracks of a video, so that it is finished."""
+    def write(self, video_id: int, tracks: Iterable[Track], others: Iterable[Track] = ()) -> None:
+        """Keep all tracks of a video, so that it is finished; ``others`` are kept with them and not merged."""
+        write_results(self._part(video_id, "others"), others)
         write_results(self._part(video_id), tracks)
 
     def read(self, video_id: int) -> list[Track]:
         """The tracks of a finished video."""
         return list(iterate_results(self._part(video_id)))
+
+    def read_others(self, video_id: int) -> list[Track]:
+        """What was kept with the tracks of a finished video."""
+        return list(iterate_results(self._part(video_id, "others")))
 
     def merge(self) -> str:
         """Write the result file and its zip, by ascending video id, and remove the folder.
@@ -92,8 +97,8 @@ class ResultParts:
             self.folder.parent.rmdir()
         return f"{count} tracks of {len(self.video_ids)} videos written to {self.path} and {archive.name}"
 
-    def _part(self, video_id: int) -> Path:
-        return self.folder / f"video_{video_id}.json"
+    def _part(self, video_id: int, kind: str = "video") -> Path:
+        return self.folder / f"{kind}_{video_id}.json"
 
     def _archive(self, folder: Path) -> Path:
         return folder / self.path.with_suffix(".zip").name

@@ -78,7 +78,7 @@ class ResultsWriter(Callback):
     ) -> None:
         """Keep the tracks of a finished video."""
         if self._parts is not None and outputs is not None:
-            self._parts.write(batch.video_id, outputs["tracks"])
+            self._parts.write(batch.video_id, outputs["tracks"], outputs["others"])
 
     on_predict_batch_end = on_test_batch_end
 
@@ -87,7 +87,7 @@ class ResultsWriter(Callback):
         if self._parts is not None:
             assert isinstance(pl_module, InstanceFormerModule)
             for video_id in sorted(self._finished)[trainer.global_rank :: trainer.world_size]:
-                pl_module.count_tracks(video_id, self._parts.read(video_id))
+                pl_module.count_tracks(video_id, self._parts.read(video_id), self._parts.read_others(video_id))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the result file when all ranks have finished."""
@@ -126,6 +126,7 @@ def describe_run(module: InstanceFormerModule, stage: str) -> dict[str, object]:
             annotations = hashlib.file_digest(file, "sha256").hexdigest()
         source = {"annotations": annotations, "images": data.videos(stage)[1].resolve()}
     return {
+        "command": stage,
         "weights": hash_weights(module.network),
         **{f"model.network.{name}": value for name, value in module.network.options.items()},
         **{f"model.inference.{name}": value for name, value in vars(module.inference).items()},

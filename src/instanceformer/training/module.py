@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -36,9 +37,11 @@ class VideoOutput(TypedDict):
 
     Attributes:
         tracks: of the whole video, best first.
+        others: the same by the protocol's other score, which ``test`` measures beside it; else nothing.
     """
 
     tracks: list[Track]
+    others: list[Track]
 
 
 class InstanceFormerModule(LightningModule):
@@ -73,6 +76,7 @@ class InstanceFormerModule(LightningModule):
         self.inference, self._gave_inference = inference or InferenceOptions(), inference is not None
         self.backbone_weights, self.init_from = backbone_weights, init_from
         self.metric: VideoAveragePrecision | None = None
+        self.other_metric: VideoAveragePrecision | None = None
         self._videos: dict[int, VideoInference] = {}
 
     # Set-up ----------------------------------------------------------------------------------------------------------
@@ -310,24 +314,27 @@ class InstanceFormerModule(LightningModule):
         """Log AP and AR of the videos seen."""
         self._log_metric("test")
 
-    def count_tracks(self, video_id: int, tracks: list[Track]) -> None:
-        """Let all tracks of a video count in the metric, if there is one."""
-        if self.metric is not None:
-            self.metric.update(video_id, tracks)
+    def count_tracks(self, video_id: int, tracks: list[Track], others: list[Track]) -> None:
+        """Let all tracks of a video, by either score, count in the metrics that there are."""
+        for metric, found in ((self.metric, tracks), (self.other_metric, others)):
+            if metric is not None:
+                metric.update(video_id, found)
 
     def _start_evaluation(self, stage: str) -> None:
         self._videos.clear()
-        self.metric = None
+        self.metric = self.other_metric = None
         annotations = self.data.annotations_path(stage)
         if self.data.videos(stage)[0].is_annotated:
             self.metric = VideoAveragePrecision(annotations, only_updated=True).to(self.device)
+            if stage == "test":
+                self.other_metric = deepcopy(self.metric)
         else:
             self.print(f"{annotations} has no annotations, so that no AP is computed")
 
     def _evaluate(self, chunk: VideoChunk) -> VideoOutput | None:
         output = self._run_video(chunk)
         if output is not None:
-            self.count_tracks(chunk.video_id, output["tracks"])
+            self.count_tracks(chunk.video_id, **output)
         return output
 
     def _run_video(self, chunk: VideoChunk) -> VideoOutput | None:
@@ -341,11 +348,17 @@ class InstanceFormerModule(LightningModule):
         if not chunk.is_last:
             return None
         del self._videos[chunk.video_id]
-        return {"tracks": video.tracks(chunk.video_id, [category.id for category in self.data.categories])}
+        ids = [category.id for category in self.data.categories]
+        others = []
+        if self.other_metric is not None:
+            others = video.tracks(chunk.video_id, ids, self.inference.other_score)
+        return {"tracks": video.tracks(chunk.video_id, ids), "others": others}
 
     def _log_metric(self, stage: str) -> None:
         if self.metric is not None:
             for name, value in self.metric.compute().items():
                 self.log(f"{stage}/{name}", value, prog_bar=name == "AP", sync_dist=True)
-        self.metric = None
+        if self.other_metric is not None:
+            self.log(f"{stage}/AP_{self.inference.other_score}", self.other_metric.compute()["AP"], sync_dist=True)
+        self.metric = self.other_metric = None
         self._videos.clear()
