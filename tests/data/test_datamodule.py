@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +120,14 @@ def test_command_line_sets_every_option_and_links_the_number_of_classes(tiny_dat
     )
     args = ["--config", str(config), "--data.augmentation.flip", "0", "--data.clip_step=5", "--data.batch_size=3"]
     args += ["--data.root", str(tiny.images), "--data.name=ovis", "--data.far_frames=2", "--data.joint.share=0.25"]
-    args += ["--data.joint.pseudo_video.rotation=5"]
+    args += ["--data.joint.pseudo_video.rotation=5", "--data.joint.augmentation={sizes: [480, 768], max_size: 1333}"]
     args += ["--data.valid.annotations", str(tiny.annotations), "--data.valid.images", str(tiny.images)]
     cli = Cli(Recorder, VideoDataModule, run=False, save_config_callback=None, args=args)
     data = cli.datamodule
     assert data.splits["train"] == data.splits["valid"] == Split(tiny.annotations, tiny.images)
     assert data.splits["test"] is None
-    assert data.joint == JointImages(share=0.25, pseudo_video=PseudoVideo(rotation=5))
+    images = Augmentation(sizes=(480, 768), max_size=1333)
+    assert data.joint == JointImages(share=0.25, pseudo_video=PseudoVideo(rotation=5), augmentation=images)
     assert (data.dataset_name, data.far_frames) == ("ovis", 2)
     assert data.augmentation == Augmentation(flip=0, sizes=(96, 128), crop=0)
     assert (data.clips_per_video, data.clip_step, data.batch_size, data.clip_frames) == (2, 5, 3, 4)
@@ -269,6 +272,15 @@ def test_every_option_reaches_the_training_clips(tiny_dataset: Callable[..., Any
     assert (pseudo_clips.clip_frames, pseudo_clips.pseudo_video) == (3, pseudo_video)
     for part in (clips, pseudo_clips):
         assert (part.augmentation, part.max_size) == (augmentation, 33)
+
+
+def test_images_may_have_sizes_of_their_own(tiny_dataset: Callable[..., Any]) -> None:
+    videos, images = split_of(tiny_dataset()), split_of(tiny_dataset(lengths=(1, 1), name="images"))  # of 24x40 pixels
+    joint = JointImages(split=images, augmentation=replace(PLAIN, sizes=(48,), max_size=70))
+    data = VideoDataModule(videos, joint=joint, augmentation=replace(PLAIN, sizes=(12,)), max_size=18, num_workers=0)
+    data.setup("fit")
+    shapes = [tuple(batch.frames.shape[-2:]) for batch in data.train_dataloader()]
+    assert Counter(shapes) == {(11, 18): len(shapes) // 2, (42, 70): len(shapes) // 2}
 
 
 def test_images_of_a_split_of_their_own_are_looked_for_before_training(

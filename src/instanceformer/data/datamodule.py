@@ -61,7 +61,8 @@ class VideoDataModule(LightningDataModule):
         chunk_frames: frames that evaluation and prediction read at once.
         eval_size: shorter side in pixels of the frames in evaluation and prediction; none: that of the checkpoint
             which is evaluated, or 360.
-        max_size: greatest length in pixels of the longer side, everywhere; none: likewise, or 768.
+        max_size: greatest length in pixels of the longer side, where an augmentation has none of its own; none:
+            likewise, or 768.
         num_workers: processes that read data, for each loader.
         skip_unreadable: in training, take another clip for one with an image that cannot be read, with a warning; how
             many were replaced is logged as ``train/replaced_clips``. If false, such an image ends the training.
@@ -304,7 +305,7 @@ class VideoDataModule(LightningDataModule):
             length=max(1, round(len(clips) * self.joint.share / (1 - self.joint.share))),
             clip_frames=self.clip_frames,
             pseudo_video=self.joint.pseudo_video,
-            augmentation=self.augmentation,
+            augmentation=self.joint.augmentation or self.augmentation,
             max_size=self.max_size,
         )
         return ConcatDataset([clips, pseudo_clips])
