@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,6 +88,8 @@ def test_every_size_is_drawn_and_the_longer_side_capped() -> None:
     augmentation = Augmentation(**{**OFF, "sizes": (30, 48, 90)})
     shapes = {tuple(augment(augmentation, frames, masks, 120)[0].shape[-2:]) for _ in range(60)}
     assert shapes == {(30, 50), (48, 80), (72, 120)}
+    own = replace(augmentation, max_size=110)  # counts before that of the data
+    assert {tuple(augment(own, frames, masks, 40)[0].shape[-2:]) for _ in range(60)} == {(30, 50), (48, 80), (66, 110)}
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -171,6 +174,7 @@ def test_photometric_changes_are_the_same_for_all_frames() -> None:
     [
         ({"flip": 1.5}, r"flip is a probability in \[0, 1\], found 1\.5"),
         ({"sizes": (0,)}, "sizes are positive"),
+        ({"max_size": 0}, "sizes are positive"),
         ({"crop_sides": (50, 40)}, r"crop_sides=\(50, 40\)"),
         ({"crop_from": ()}, r"crop_from=\(\)"),
     ],

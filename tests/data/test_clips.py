@@ -19,6 +19,7 @@ from instanceformer.data.batch import ClipBatch
 from instanceformer.data.clips import ClipDataset, clip_targets, collate_clips, draw_frames, mask_boxes
 from instanceformer.data.images import read_image
 from instanceformer.data.reading import read_annotations
+from instanceformer.data.sampling import ClipKey, SeededClips
 
 
 def clips_of(tiny: Any, **options: Any) -> ClipDataset:
@@ -30,63 +31,81 @@ def frame_codes(frames: Tensor) -> list[int]:
     return (255 * (frames[:, 0, 0, 0] * IMAGE_STD[0] + IMAGE_MEAN[0]) / 2).round().int().tolist()
 
 
-@pytest.mark.parametrize("window", [None, 5, 7, 50])
+@pytest.mark.parametrize("step", [None, 1, 3, 50])
+@pytest.mark.parametrize("far", [0, 1])
 @pytest.mark.parametrize("reference", [None, 0, 4, 19])
-def test_draw_frames_gives_distinct_frames_in_order(window: int | None, reference: int | None) -> None:
-    drawn = [draw_frames(20, 4, window, reference) for _ in range(200)]
+def test_draw_frames_gives_distinct_frames_in_order(step: int | None, far: int, reference: int | None) -> None:
+    drawn = [draw_frames(20, 4, step, far, reference) for _ in range(200)]
     for frames in drawn:
         assert frames == sorted(set(frames))
         assert len(frames) == 4
         assert 0 <= frames[0] <= frames[-1] < 20
         assert reference is None or reference in frames
-        assert window is None or frames[-1] - frames[0] < window
-    assert len({tuple(frames) for frames in drawn}) >= 4  # a window of 5 about the first frame allows just these
+    assert len({tuple(frames) for frames in drawn}) >= (1 if (step, far, reference) in ((1, 0, 0), (1, 0, 19)) else 4)
 
 
-def test_draw_frames_reaches_every_frame() -> None:
-    for window in (None, 6):
-        assert {frame for _ in range(300) for frame in draw_frames(12, 4, window)} == set(range(12))
+@pytest.mark.parametrize("options", [(None, 0), (1, 0), (3, 0), (3, 1)])
+def test_draw_frames_reaches_every_frame(options: tuple[int | None, int]) -> None:
+    assert {frame for _ in range(300) for frame in draw_frames(12, 4, *options)} == set(range(12))
 
 
-@pytest.mark.parametrize("window", [None, 13, 20])
-@pytest.mark.parametrize("reference", [None, 0, 17, 39])
-def test_frames_keep_their_distance_within_the_window(window: int | None, reference: int | None) -> None:
-    spans = set()
-    for _ in range(200):
-        frames = draw_frames(40, 4, window, reference, gap=4)
-        assert len(frames) == 4
-        assert min(b - a for a, b in pairwise(frames)) >= 4
-        assert 0 <= frames[0] <= frames[-1] < 40
-        assert window is None or frames[-1] - frames[0] < window
-        assert reference is None or reference in frames
-        spans.add(frames[-1] - frames[0])
-    assert min(spans) == 12 if window == 13 else len(spans) > 4
+def test_every_choice_of_frames_from_anywhere_is_as_likely() -> None:
+    counts = Counter(tuple(draw_frames(7, 3, reference=4)) for _ in range(2000))
+    assert set(counts) == {frames for frames in combinations(range(7), 3) if 4 in frames}
+    assert min(counts.values()) > 0.6 * 2000 / len(counts)
 
 
-def test_every_choice_of_frames_that_keep_their_distance_is_as_likely() -> None:
-    counts = Counter(tuple(draw_frames(9, 3, None, 4, gap=2)) for _ in range(2000))
-    expected = {frames for frames in combinations(range(9), 3) if 4 in frames and min(np.diff(frames)) >= 2}
-    assert set(counts) == expected
-    assert min(counts.values()) > 0.6 * 2000 / len(expected)
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("count", [3, 5])
+def test_near_frames_are_a_step_apart_and_every_step_is_as_likely(step: int, count: int) -> None:
+    gaps = Counter(b - a for _ in range(1000) for a, b in pairwise(draw_frames(60, count, step, reference=30)))
+    assert set(gaps) == set(range(1, step + 1))
+    assert min(gaps.values()) > 0.85 * max(gaps.values())
 
 
-@pytest.mark.parametrize(("length", "reference", "spacing"), [(10, 0, 3), (10, 6, 3), (7, 2, 2), (7, 3, 1), (4, 1, 1)])
-def test_short_videos_keep_the_greatest_distance_there_is_room_for(length: int, reference: int, spacing: int) -> None:
-    for _ in range(20):
-        frames = draw_frames(length, 4, None, reference, gap=50)
-        assert min(b - a for a, b in pairwise(frames)) == spacing
-        assert reference in frames
+@pytest.mark.parametrize(("reference", "places"), [(30, {0, 1, 2, 3}), (0, {0}), (58, {2, 3}), (59, {3})])
+def test_the_reference_is_at_any_place_of_the_clip_that_the_video_has_room_for(
+    reference: int, places: set[int]
+) -> None:
+    drawn = [draw_frames(60, 4, 1, reference=reference) for _ in range(200)]
+    assert {frames.index(reference) for frames in drawn} == places
+    assert all(frames[-1] - frames[0] == 3 for frames in drawn)
 
 
-@pytest.mark.parametrize(("length", "window"), [(3, None), (1, None), (4, None), (20, 2)])
-def test_short_videos_repeat_frames_evenly_and_in_order(length: int, window: int | None) -> None:
-    for reference, gap in ((None, 1), (length - 1, 1), (None, 3)):
+def test_far_frames_are_anywhere_and_the_others_near() -> None:
+    far = Counter[int]()
+    for _ in range(2000):
+        frames = draw_frames(60, 4, 3, 1, reference=30)
+        near = [{*frames} - {frame} for frame in frames if frame != 30]  # without one of them, the rest is near
+        assert any(max(np.diff(sorted(rest))) <= 3 for rest in near)
+        far.update(frame for frame in frames if abs(frame - 30) > 9)
+    assert set(far) == {*range(21), *range(40, 60)}
+    assert sum(far.values()) == pytest.approx(2000 * 41 / 57, rel=0.05)  # 57 frames are left for one, and 41 are far
+    assert min(far.values()) > 0.2 * max(far.values())
+
+
+@pytest.mark.parametrize(("length", "step", "far"), [(3, None, 0), (1, None, 0), (4, None, 0), (3, 1, 1), (2, 9, 0)])
+def test_short_videos_repeat_frames_evenly_and_in_order(length: int, step: int | None, far: int) -> None:
+    for reference in (None, length - 1):
         for _ in range(50):
-            frames = draw_frames(length, 4, window, reference, gap)
+            frames = draw_frames(length, 4, step, far, reference)
             assert frames == sorted(frames)
-            available = min(length, window or length)
-            assert len(set(frames)) == min(available, 4)
-            assert max(frames.count(frame) for frame in frames) == -(-4 // available)
+            assert set(frames) == set(range(length))
+            assert max(frames.count(frame) for frame in frames) == -(-4 // length)
+
+
+def test_a_video_that_the_steps_run_through_gives_frames_from_between() -> None:
+    assert {tuple(draw_frames(5, 5, 3, reference=reference)) for reference in range(5) for _ in range(20)} == {
+        (0, 1, 2, 3, 4)
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_step": 2}, {"clip_step": 2, "far_frames": 1}])
+def test_the_seed_alone_says_which_frames_a_clip_has(tiny_dataset: Callable[..., Any], options: dict[str, int]) -> None:
+    clips = SeededClips(clips_of(tiny_dataset(lengths=(20,)), clip_frames=3, clips_per_video=1, **options))
+    drawn = [frame_codes(clips[ClipKey(0, seed)][0]) for seed in [*range(10), *range(10)]]
+    assert drawn[:10] == drawn[10:]
+    assert len({tuple(codes) for codes in drawn}) > 5
 
 
 def test_clip_has_the_frames_masks_boxes_and_labels_of_its_video(tiny_dataset: Callable[..., Any]) -> None:
@@ -123,12 +142,20 @@ def test_one_clip_for_each_annotated_frame_and_that_frame_is_in_it(tiny_dataset:
         assert all(code in frame_codes(clips[index][0]) for index, code in enumerate(expected))
 
 
-def test_clips_per_video_and_clip_range(tiny_dataset: Callable[..., Any]) -> None:
-    clips = clips_of(tiny_dataset(lengths=(12, 9)), clip_frames=3, clips_per_video=5, clip_range=4)
+def test_clips_per_video_and_clip_step(tiny_dataset: Callable[..., Any]) -> None:
+    clips = clips_of(tiny_dataset(lengths=(12, 9)), clip_frames=3, clips_per_video=5, clip_step=2)
     assert len(clips) == 10
     codes = [frame_codes(clips[index][0]) for index in range(10)]
     assert [c[0] // 20 for c in codes] == [0] * 5 + [1] * 5
-    assert all(c[-1] - c[0] < 4 for c in codes)
+    assert all(max(np.diff(c)) <= 2 for c in codes)
+
+
+def test_far_frames_reach_the_clips(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(20,), instances=1)
+    clips = clips_of(tiny, clip_frames=3, clip_step=1, far_frames=1, clips_per_video=20)
+    gaps = [sorted(np.diff(frame_codes(clips[index][0]))) for index in range(20)]
+    assert all(near == 1 for near, _ in gaps)
+    assert len({far for _, far in gaps}) > 5
 
 
 def test_clips_without_instances_are_drawn_again(tiny_dataset: Callable[..., Any]) -> None:
@@ -301,21 +328,10 @@ def test_missing_unreadable_and_misfit_frames_are_named(tiny_dataset: Callable[.
         clips_of(tiny, clips_per_video=1)[0]
 
 
-@pytest.mark.parametrize("options", [{"clip_frames": 0}, {"clip_range": 3}, {"clip_gap": 0}, {"clips_per_video": 0}])
+@pytest.mark.parametrize(
+    "options", [{"clip_frames": 0}, {"clip_step": 0}, {"far_frames": -1}, {"far_frames": 4}, {"clips_per_video": 0}]
+)
 def test_options_out_of_range_are_named(tiny_dataset: Callable[..., Any], options: dict[str, int]) -> None:
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name}: expected .*, found {value}"):
         clips_of(tiny_dataset(), **options)
-
-
-def test_gap_that_does_not_fit_the_range_is_refused(tiny_dataset: Callable[..., Any]) -> None:
-    tiny = tiny_dataset()
-    clips_of(tiny, clip_frames=4, clip_range=10, clip_gap=3)
-    with pytest.raises(ValueError, match=r"clip_gap: 4 frames at least 3 apart need a clip_range of 10 .* found 9"):
-        clips_of(tiny, clip_frames=4, clip_range=9, clip_gap=3)
-
-
-def test_clip_gap_reaches_the_clips(tiny_dataset: Callable[..., Any]) -> None:
-    clips = clips_of(tiny_dataset(lengths=(20,), instances=1), clip_frames=3, clip_gap=5, clips_per_video=20)
-    for index in range(20):
-        assert min(np.diff(frame_codes(clips[index][0]))) >= 5

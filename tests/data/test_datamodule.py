@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +118,19 @@ def test_command_line_sets_every_option_and_links_the_number_of_classes(tiny_dat
         f"data:\n  train: {{annotations: {tiny.annotations}, images: {tiny.images}}}\n"
         "  augmentation: {sizes: [96, 128], crop: 0}\n  clips_per_video: 2\n"
     )
-    args = ["--config", str(config), "--data.augmentation.flip", "0", "--data.clip_range=5", "--data.batch_size=3"]
-    args += ["--data.root", str(tiny.images), "--data.name=ovis", "--data.clip_gap=2", "--data.joint.share=0.25"]
-    args += ["--data.joint.pseudo_video.rotation=5"]
+    args = ["--config", str(config), "--data.augmentation.flip", "0", "--data.clip_step=5", "--data.batch_size=3"]
+    args += ["--data.root", str(tiny.images), "--data.name=ovis", "--data.far_frames=2", "--data.joint.share=0.25"]
+    args += ["--data.joint.pseudo_video.rotation=5", "--data.joint.augmentation={sizes: [480, 768], max_size: 1333}"]
     args += ["--data.valid.annotations", str(tiny.annotations), "--data.valid.images", str(tiny.images)]
     cli = Cli(Recorder, VideoDataModule, run=False, save_config_callback=None, args=args)
     data = cli.datamodule
     assert data.splits["train"] == data.splits["valid"] == Split(tiny.annotations, tiny.images)
     assert data.splits["test"] is None
-    assert data.joint == JointImages(share=0.25, pseudo_video=PseudoVideo(rotation=5))
-    assert (data.dataset_name, data.clip_gap) == ("ovis", 2)
+    images = Augmentation(sizes=(480, 768), max_size=1333)
+    assert data.joint == JointImages(share=0.25, pseudo_video=PseudoVideo(rotation=5), augmentation=images)
+    assert (data.dataset_name, data.far_frames) == ("ovis", 2)
     assert data.augmentation == Augmentation(flip=0, sizes=(96, 128), crop=0)
-    assert (data.clips_per_video, data.clip_range, data.batch_size, data.clip_frames) == (2, 5, 3, 4)
+    assert (data.clips_per_video, data.clip_step, data.batch_size, data.clip_frames) == (2, 5, 3, 4)
     assert cli.model.layer.out_features == 2
 
 
@@ -252,8 +255,8 @@ def test_every_option_reaches_the_training_clips(tiny_dataset: Callable[..., Any
         joint=JointImages(0.5, images, pseudo_video),
         augmentation=augmentation,
         clip_frames=3,
-        clip_range=7,
-        clip_gap=2,
+        clip_step=7,
+        far_frames=2,
         clips_per_video=4,
         max_size=33,
         num_workers=0,
@@ -265,10 +268,19 @@ def test_every_option_reaches_the_training_clips(tiny_dataset: Callable[..., Any
     assert isinstance(pseudo_clips, PseudoClips)
     assert (len(clips), len(pseudo_clips)) == (8, 8)
     assert (clips.images, pseudo_clips.images) == (videos.images, images.images)
-    assert (clips.clip_frames, clips.clip_range, clips.clip_gap) == (3, 7, 2)
+    assert (clips.clip_frames, clips.clip_step, clips.far_frames) == (3, 7, 2)
     assert (pseudo_clips.clip_frames, pseudo_clips.pseudo_video) == (3, pseudo_video)
     for part in (clips, pseudo_clips):
         assert (part.augmentation, part.max_size) == (augmentation, 33)
+
+
+def test_images_may_have_sizes_of_their_own(tiny_dataset: Callable[..., Any]) -> None:
+    videos, images = split_of(tiny_dataset()), split_of(tiny_dataset(lengths=(1, 1), name="images"))  # of 24x40 pixels
+    joint = JointImages(split=images, augmentation=replace(PLAIN, sizes=(48,), max_size=70))
+    data = VideoDataModule(videos, joint=joint, augmentation=replace(PLAIN, sizes=(12,)), max_size=18, num_workers=0)
+    data.setup("fit")
+    shapes = [tuple(batch.frames.shape[-2:]) for batch in data.train_dataloader()]
+    assert Counter(shapes) == {(11, 18): len(shapes) // 2, (42, 70): len(shapes) // 2}
 
 
 def test_images_of_a_split_of_their_own_are_looked_for_before_training(

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from lightning import Trainer
 from tests.conftest import make_batch, make_targets
 from torch import Tensor, nn
 
@@ -41,6 +44,32 @@ def test_every_parameter_takes_part_whatever_the_clip_holds(tiny, options, insta
 def test_every_parameter_learns_from_clips_with_instances(tiny, options) -> None:
     found = gradients(tiny(**options), make_batch([3, 2]))
     assert [name for name, grad in found.items() if grad.abs().max() == 0] == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "clip_frames", "options", "ages"),
+    [
+        ("fit", 3, {}, "3 to 4"),
+        ("fit", 4, {}, "4 to 4"),
+        ("fit", 5, {}, None),
+        ("fit", 3, {"memory_frames": 2}, None),
+        ("fit", 1, {}, None),  # single images
+        ("fit", 3, {"memory": False, "class_prior": False}, None),
+        ("test", 3, {}, None),
+    ],
+)
+def test_a_training_says_which_ages_of_the_memory_its_clips_lack(
+    tiny, monkeypatch, capsys, stage, clip_frames, options, ages
+) -> None:
+    network = tiny(**{"memory_frames": 4, **options})
+    data = SimpleNamespace(raw_videos=[], num_classes=network.num_classes, clip_frames=clip_frames)
+    monkeypatch.setattr(InstanceFormerModule, "data", data)
+    module = InstanceFormerModule(network)
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    module.setup(stage)
+    printed = [line for line in capsys.readouterr().out.splitlines() if "clip_frames" in line]
+    assert len(printed) == (ages is not None)
+    assert all(f"ages {ages} of the memory are never trained; expected 5, or" in line for line in printed)
 
 
 def test_the_loss_falls_on_one_clip(tiny) -> None:

@@ -88,6 +88,7 @@ class Augmentation:
     Attributes:
         flip: probability of mirroring left and right.
         sizes: shorter sides in pixels, one of which is drawn; empty: the frames keep their size.
+        max_size: greatest length in pixels of the longer side in training; none: ``max_size`` of the data.
         crop: probability of a crop.
         crop_from: shorter sides in pixels before the crop, one of which is drawn.
         crop_sides: least and greatest side of the crop in pixels.
@@ -96,6 +97,7 @@ class Augmentation:
 
     flip: float = 0.5
     sizes: tuple[int, ...] = (288, 320, 352, 392, 416, 448, 480, 512)
+    max_size: int | None = None
     crop: float = 0.5
     crop_from: tuple[int, ...] = (400, 500, 600)
     crop_sides: tuple[int, int] = (384, 600)
@@ -105,7 +107,8 @@ class Augmentation:
         for name in ("flip", "crop", "photometric"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"augmentation: {name} is a probability in [0, 1], found {getattr(self, name)}")
-        if any(size < 1 for size in (*self.sizes, *self.crop_from, *self.crop_sides)):
+        sizes = (*self.sizes, self.max_size, *self.crop_from, *self.crop_sides)
+        if any(size is not None and size < 1 for size in sizes):
             raise ValueError(f"augmentation: sizes are positive numbers of pixels, found {self}")
         if self.crop and (not self.crop_from or self.crop_sides[0] > self.crop_sides[1]):
             raise ValueError(
@@ -119,8 +122,9 @@ class Augmentation:
         Args:
             height: of the frames in pixels.
             width: of the frames in pixels.
-            max_size: greatest length of the longer side of the result, in pixels.
+            max_size: greatest length of the longer side of the result, in pixels, where there is none of its own.
         """
+        max_size = max_size if self.max_size is None else self.max_size
         crop = (0, 0, height, width)
         if torch.rand(()) < self.crop:
             crop = self._draw_crop(height, width)

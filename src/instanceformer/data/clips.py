@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import comb
 from pathlib import Path
 
 import torch
@@ -31,8 +30,9 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         dataset: the annotated videos.
         images: folder that the videos' file names are relative to.
         clip_frames: frames of a clip, T. Videos with fewer frames repeat some.
-        clip_range: a clip's frames lie within a window of this many consecutive frames; None: anywhere in the video.
-        clip_gap: least distance between a clip's frames, so that they differ; less where a short video leaves no room.
+        clip_step: greatest distance between neighboring frames of a clip; None: anywhere in the video. See
+            ``draw_frames``.
+        far_frames: how many of a clip's frames lie anywhere in the video even so.
         clips_per_video: items an epoch has of each video, with frames drawn anywhere, and drawn again, a bounded number
             of times, if they show no instance. None: an item for each frame in which an instance is visible; that
             frame is in the clip.
@@ -49,30 +49,27 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         images: Path | str,
         *,
         clip_frames: int = 4,
-        clip_range: int | None = None,
-        clip_gap: int = 1,
+        clip_step: int | None = None,
+        far_frames: int = 0,
         clips_per_video: int | None = None,
         augmentation: Augmentation | None = None,
         max_size: int = 768,
     ) -> None:
         if clip_frames < 1:
             raise ValueError(f"clip_frames: expected 1 or more, found {clip_frames}")
-        if clip_range is not None and clip_range < clip_frames:
-            raise ValueError(f"clip_range: expected clip_frames = {clip_frames} or more (or none), found {clip_range}")
-        if clip_gap < 1:
-            raise ValueError(f"clip_gap: expected 1 or more, found {clip_gap}")
-        if clip_range is not None and clip_range <= (clip_frames - 1) * clip_gap:
+        if clip_step is not None and clip_step < 1:
+            raise ValueError(f"clip_step: expected 1 or more (or none), found {clip_step}")
+        if not 0 <= far_frames < clip_frames:
             raise ValueError(
-                f"clip_gap: {clip_frames} frames at least {clip_gap} apart need a clip_range of "
-                f"{(clip_frames - 1) * clip_gap + 1} or more (or none), found {clip_range}"
+                f"far_frames: expected 0 or more, fewer than clip_frames = {clip_frames}, found {far_frames}"
             )
         if clips_per_video is not None and clips_per_video < 1:
             raise ValueError(f"clips_per_video: expected 1 or more (or none), found {clips_per_video}")
         self.dataset = dataset
         self.images = Path(images)
         self.clip_frames = clip_frames
-        self.clip_range = clip_range
-        self.clip_gap = clip_gap
+        self.clip_step = clip_step
+        self.far_frames = far_frames
         self.augmentation = UNCHANGED if augmentation is None else augmentation
         self.max_size = max_size
         self.items: Sequence[tuple[int, int | None]]  # index of the video, and the frame to be in the clip
@@ -96,7 +93,7 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         video_index, reference = self.items[index]
         video = self.dataset.videos[video_index]
         for _ in range(MAX_DRAWS):
-            chosen = draw_frames(video.length, self.clip_frames, self.clip_range, reference, self.clip_gap)
+            chosen = draw_frames(video.length, self.clip_frames, self.clip_step, self.far_frames, reference)
             if shown_instances(video, chosen):
                 break
         frames, masks, labels = read_clip(self.dataset, video, chosen, self.images, self.augmentation, self.max_size)
@@ -104,36 +101,28 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
 
 
 def draw_frames(
-    length: int, count: int, window: int | None = None, reference: int | None = None, gap: int = 1
+    length: int, count: int, step: int | None = None, far: int = 0, reference: int | None = None
 ) -> list[int]:
     """Draw ``count`` of a video's frames at random, in temporal order.
+
+    The clip grows from the reference frame: every further one is drawn from the ``step`` frames before and the ``step``
+    frames after those that it has. Where it fills the video from end to end, the rest are drawn from between.
 
     Args:
         length: frames of the video.
         count: frames to draw; each is drawn once before any is drawn twice.
-        window: the frames drawn lie within this many consecutive ones; None: the whole video.
+        step: greatest distance between neighboring frames, which 1 makes consecutive; None: all are far.
+        far: how many are drawn last and from anywhere in the video.
         reference: index of a frame that must be drawn; None: any.
-        gap: least distance between two of them; where the window has no room for that around the reference, the
-            greatest distance that there is room for.
     """
-    window = length if window is None else min(window, length)
-    if reference is None:
-        reference = int(torch.randint(length, ()))
-    distinct = min(count, window)
-    splits = [  # frames of the window before and after the reference, and how many to draw of each
-        (reference - start, start + window - 1 - reference, before, distinct - 1 - before)
-        for start in range(max(0, reference - window + 1), min(reference, length - window) + 1)
-        for before in range(distinct)
-    ]
-    for spacing in range(gap, 0, -1):
-        ways = [_ways(early, before, spacing) * _ways(late, after, spacing) for early, late, before, after in splits]
-        if any(ways):
-            break
-    early, late, before, after = splits[int(torch.multinomial(torch.tensor(ways, dtype=torch.float64), 1))]
-    frames = [reference]
-    frames += [reference - distance for distance in _draw_distances(early, before, spacing)]
-    frames += [reference + distance for distance in _draw_distances(late, after, spacing)]
-    return sorted(frames[i % distinct] for i in range(count))
+    frames = [int(torch.randint(length, ())) if reference is None else reference]
+    while len(frames) < min(count, length):
+        first, last = min(frames), max(frames)
+        unused = [frame for frame in range(length) if frame not in frames]
+        near = [frame for frame in unused if 0 < max(first - frame, frame - last) <= (step or 0)]
+        candidates = near if near and len(frames) < count - far else unused
+        frames.append(candidates[int(torch.randint(len(candidates), ()))])
+    return sorted(frames[i % len(frames)] for i in range(count))
 
 
 def shown_instances(video: Video, frames: Sequence[int]) -> list[Instance]:
@@ -239,14 +228,3 @@ def collate_clips(clips: Sequence[tuple[Tensor, ClipTargets]]) -> ClipBatch:
         padded[i, ..., : f.shape[-2], : f.shape[-1]] = f
         padding[i, : f.shape[-2], : f.shape[-1]] = False
     return ClipBatch(frames=padded, padding=padding, targets=targets)
-
-
-def _ways(places: int, count: int, spacing: int) -> int:
-    """How many different distances ``_draw_distances`` may give."""
-    return comb(max(0, places - count * (spacing - 1)), count)
-
-
-def _draw_distances(places: int, count: int, spacing: int) -> list[int]:
-    """``count`` distances up to ``places`` at random, the first and the steps between them no less than ``spacing``."""
-    free = torch.randperm(places - count * (spacing - 1))[:count].sort().values  # what is left without the spacing
-    return [distance + 1 + (i + 1) * (spacing - 1) for i, distance in enumerate(free.tolist())]

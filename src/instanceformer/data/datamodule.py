@@ -54,13 +54,15 @@ class VideoDataModule(LightningDataModule):
         augmentation: random changes of the training clips.
         batch_size: training clips of each process.
         clip_frames: frames of a training clip.
-        clip_range: a clip's frames lie within a window of this many consecutive frames; none: anywhere in the video.
-        clip_gap: least distance between the frames of a clip; 2 and more keep frames that are nearly alike apart.
+        clip_step: greatest distance between neighboring frames of a clip, which 1 makes consecutive; none: anywhere in
+            the video.
+        far_frames: how many of a clip's frames lie anywhere in the video even so.
         clips_per_video: clips an epoch has of each video; none: one around each frame in which an instance is visible.
         chunk_frames: frames that evaluation and prediction read at once.
         eval_size: shorter side in pixels of the frames in evaluation and prediction; none: that of the checkpoint
             which is evaluated, or 360.
-        max_size: greatest length in pixels of the longer side, everywhere; none: likewise, or 768.
+        max_size: greatest length in pixels of the longer side, where an augmentation has none of its own; none:
+            likewise, or 768.
         num_workers: processes that read data, for each loader.
         skip_unreadable: in training, take another clip for one with an image that cannot be read, with a warning; how
             many were replaced is logged as ``train/replaced_clips``. If false, such an image ends the training.
@@ -84,8 +86,8 @@ class VideoDataModule(LightningDataModule):
         augmentation: Augmentation = PAPER_AUGMENTATION,
         batch_size: int = 1,
         clip_frames: int = 4,
-        clip_range: int | None = None,
-        clip_gap: int = 1,
+        clip_step: int | None = None,
+        far_frames: int = 0,
         clips_per_video: int | None = None,
         chunk_frames: int = 6,
         eval_size: int | None = None,
@@ -114,8 +116,8 @@ class VideoDataModule(LightningDataModule):
         self.augmentation = augmentation
         self.batch_size = batch_size
         self.clip_frames = clip_frames
-        self.clip_range = clip_range
-        self.clip_gap = clip_gap
+        self.clip_step = clip_step
+        self.far_frames = far_frames
         self.clips_per_video = clips_per_video
         self.chunk_frames = chunk_frames
         self.given_sizes = (eval_size, max_size)
@@ -289,8 +291,8 @@ class VideoDataModule(LightningDataModule):
             self._dataset("train"),
             self._split("train").images,
             clip_frames=self.clip_frames,
-            clip_range=self.clip_range,
-            clip_gap=self.clip_gap,
+            clip_step=self.clip_step,
+            far_frames=self.far_frames,
             clips_per_video=self.clips_per_video,
             augmentation=self.augmentation,
             max_size=self.max_size,
@@ -303,7 +305,7 @@ class VideoDataModule(LightningDataModule):
             length=max(1, round(len(clips) * self.joint.share / (1 - self.joint.share))),
             clip_frames=self.clip_frames,
             pseudo_video=self.joint.pseudo_video,
-            augmentation=self.augmentation,
+            augmentation=self.joint.augmentation or self.augmentation,
             max_size=self.max_size,
         )
         return ConcatDataset([clips, pseudo_clips])

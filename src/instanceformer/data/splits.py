@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from instanceformer.data.augment import Augmentation
 from instanceformer.data.catalog import CatalogSplit
 from instanceformer.data.pseudo_video import PseudoVideo
 
@@ -42,11 +43,13 @@ class JointImages:
         share: fraction of an epoch's clips that are made of images, between 0 and 1; the images are drawn anew in each.
         split: where they lie; none: COCO's training split under ``data.root``.
         pseudo_video: how an image becomes a clip.
+        augmentation: random changes of the image before that; none: those of the videos.
     """
 
     share: float = 0.5
     split: Split | None = None
     pseudo_video: PseudoVideo = PseudoVideo()
+    augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:

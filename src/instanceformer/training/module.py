@@ -82,7 +82,7 @@ class InstanceFormerModule(LightningModule):
     # Set-up ----------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check that network and data agree, before anything runs."""
+        """Check that network and data agree, before anything runs; a training says what it will not train."""
         if self.data.raw_videos:
             return
         found = self.data.num_classes
@@ -90,6 +90,12 @@ class InstanceFormerModule(LightningModule):
             raise ValueError(
                 f"model.network.num_classes: found {self.network.num_classes}, expected {found}, the number of "
                 f"categories of the data ({', '.join(self.data.category_names[:5])}, ...)"
+            )
+        frames, memory_frames, options = self.data.clip_frames, self.network.memory_frames, self.network.options
+        if stage == "fit" and 1 < frames <= memory_frames and (options["memory"] or options["class_prior"]):
+            self.print(
+                f"data.clip_frames: in clips of {frames}, ages {frames} to {memory_frames} of the memory are never "
+                f"trained; expected {memory_frames + 1}, or --model.network.memory_frames {frames - 1}"
             )
 
     def on_fit_start(self) -> None:
