@@ -7,8 +7,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch.autograd import DeviceType
 
 WARM_UP = 2
 MIN_REPEATS = 3
@@ -105,3 +107,42 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What a GPU did.
+
+    Attributes:
+        kernels: that ran.
+        copies: between host and device, on the device, and fills.
+        waits: of the CPU for the GPU, ``item()`` and the like.
+        busy_ms: with at least one kernel or copy running.
+    """
+
+    kernels: int
+    copies: int
+    waits: int
+    busy_ms: float
+
+    @classmethod
+    def of(cls, profile: torch.profiler.profile, steps: int = 1) -> Activity:
+        """Of each of so many equal steps that were profiled."""
+        spans, kernels, waits = [], 0, 0
+        for event in profile.events():
+            if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+                spans.append((event.time_range.start, event.time_range.end))
+                kernels += not event.name.startswith(("Memcpy", "Memset"))
+            waits += event.name.startswith(("cudaStreamSynchronize", "cudaEventSynchronize", "hipStreamSynchronize"))
+        busy = reached = 0.0  # in microseconds
+        for start, end in sorted(spans):
+            busy += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+        return cls(
+            round(kernels / steps), round((len(spans) - kernels) / steps), round(waits / steps), busy / 1e3 / steps
+        )
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether matrix products and convolutions of float32 may round their factors to TF32, on a GPU."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
