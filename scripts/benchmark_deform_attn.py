@@ -19,9 +19,11 @@ of value, locations and weights, or of value, offsets and logits. ``value`` has 
 All providers of one size, operator and pass take turns (A B C A B C ...), so that what else the machine does falls on
 all of them; yet measure on an idle one, for busy cores slow down a provider of many small steps the most. After a
 warm-up each runs ``--repeats`` times, or fewer, at least 3, once ``--budget`` seconds per row are spent. On a GPU the
-time is that between two events, its L2 cache flushed before. The columns:
+time is that of the kernels alone: between two events that are queued with the call while the GPU is still flushing its
+L2 cache. The columns:
 
     median, IQR         of the time in milliseconds, and the number of runs
+    queue               on a GPU: median of the milliseconds that the CPU takes to queue a call
     x ref, x peer       how many times faster than the reference and than the fastest peer: the quotient of medians
     error               largest relative error of output and gradients (max |a - b| / max |b|) against the reference in
                         float64; above 1e-4 in float32 or 2e-2 in half precision the script stops
@@ -33,308 +35,39 @@ time is that between two events, its L2 cache flushed before. The columns:
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
-import math
-import os
 import platform
-import shutil
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import scipy
 import torch
 from torch import Tensor
 
-from deform_attn import fused_ms_deform_attn, ms_deform_attn
-from deform_attn.op import Backend
-
-OperatorName = Literal["plain", "fused"]
-Kind = Literal["ours", "reference", "peer"]
-Operator = Callable[..., Tensor]  # plain: of value, locations, weights; fused: of value, reference, offsets, logits
-
-PASSES = ("forward", "backward", "forward + backward")
-OPERATORS: tuple[OperatorName, ...] = ("plain", "fused")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WARM_UP = 2
-MIN_REPEATS = 3
-
-
-@dataclass(frozen=True)
-class Size:
-    """One group of rows; an encoder's queries are the pixels of its maps."""
-
-    name: str
-    batch: int
-    queries: int
-    heads: int
-    channels: int
-    shapes: tuple[tuple[int, int], ...]
-    points: int = 4
-
-
-# The maps of a 360x640 and an 800x1333 frame as convolutions of stride 8, 16, 32 and 64 with padding give them: each
-# side is divided by the stride and rounded up.
-SHAPES_360 = ((45, 80), (23, 40), (12, 20), (6, 10))
-SHAPES_800 = ((100, 167), (50, 84), (25, 42), (13, 21))
-DEMO_SHAPES = ((12, 20), (6, 10), (3, 5), (2, 3))
-SIZES = (
-    Size("encoder-800x1333", 1, 22223, 8, 32, SHAPES_800),
-    Size("encoder-360x640", 1, 4820, 8, 32, SHAPES_360),
-    Size("encoder-demo", 12, 321, 6, 16, DEMO_SHAPES),
-    Size("decoder-800x1333", 1, 300, 8, 32, SHAPES_800),
-    Size("decoder-360x640", 1, 300, 8, 32, SHAPES_360),
-    Size("decoder-demo", 12, 25, 6, 16, DEMO_SHAPES),
+from deform_attn_providers import (
+    DTYPES,
+    OPERATORS,
+    PASSES,
+    SIZES,
+    Inputs,
+    Kind,
+    Maps,
+    Operator,
+    OperatorName,
+    Peer,
+    Provider,
+    Results,
+    Size,
+    error_limit,
+    providers,
+    runner,
+    true_results,
+    usable_peers,
 )
-
-
-@dataclass(frozen=True)
-class Maps:
-    """The sizes of the levels, as pairs and as the tensors that most packages take: (height, width) and starts."""
-
-    shapes: tuple[tuple[int, int], ...]
-    sizes: Tensor
-    starts: Tensor
-
-    @classmethod
-    def of(cls, shapes: tuple[tuple[int, int], ...], device: torch.device) -> Maps:
-        """Maps of these sizes."""
-        sizes = torch.tensor(shapes)
-        areas = sizes.prod(1)
-        return cls(shapes, sizes.to(device), (areas.cumsum(0) - areas).to(device))
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One implementation; ``bind`` makes the operator for given maps."""
-
-    name: str
-    kind: Kind
-    bind: Callable[[Maps], Operator]
-    has_backward: bool = True
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Another package: its module, its name in the package index, and its plain operator for given maps."""
-
-    module: str
-    package: str
-    bind: Callable[[Maps], Operator]
-
-
-def bind_torch_ms_deform_attn(maps: Maps) -> Operator:
-    from torch_ms_deform_attn import ms_deform_attn as peer
-
-    def operator(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        # It takes one dtype only and computes half precision in float32; locations should not lose their precision.
-        output: Tensor = peer(value.to(locations.dtype), maps.sizes, maps.starts, locations, weights)
-        return output.to(value.dtype)
-
-    return operator
-
-
-PEERS = (Peer("torch_ms_deform_attn", "torch-ms-deform-attn", bind_torch_ms_deform_attn),)
-
-
-def bind_plain(backend: Backend) -> Callable[[Maps], Operator]:
-    def bind(maps: Maps) -> Operator:
-        return lambda value, locations, weights: ms_deform_attn(value, maps.shapes, locations, weights, backend=backend)
-
-    return bind
-
-
-def bind_fused(backend: Backend) -> Callable[[Maps], Operator]:
-    def bind(maps: Maps) -> Operator:
-        return lambda value, reference, offsets, logits: fused_ms_deform_attn(
-            value, maps.shapes, reference, offsets, logits, backend=backend
-        )
-
-    return bind
-
-
-def composed(bind: Callable[[Maps], Operator]) -> Callable[[Maps], Operator]:
-    """The fused operator as a network computes it without one."""
-
-    def bind_composition(maps: Maps) -> Operator:
-        plain = bind(maps)
-        sizes = maps.sizes.flip(1)[:, None]  # (L, 1, 2): width, height
-
-        def operator(value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-            locations = reference[:, :, None, :, None] + offsets / sizes
-            return plain(value, locations, logits.flatten(3).softmax(-1).view_as(logits))
-
-        return operator
-
-    return bind_composition
-
-
-def compiled(bind: Callable[[Maps], Operator]) -> Callable[[Maps], Operator]:
-    def bind_compiled(maps: Maps) -> Operator:
-        torch.compiler.reset()  # else the sizes before would make this one dynamic, and soon be too many
-        return torch.compile(bind(maps), dynamic=False)
-
-    return bind_compiled
-
-
-def providers(operator: OperatorName, device: torch.device, peers: Sequence[Peer]) -> list[Provider]:
-    backend: Backend = "cpu" if device.type == "cpu" else "triton"
-    bind = bind_plain if operator == "plain" else bind_fused
-    found = [Provider(backend, "ours", bind(backend))]
-    if backend == "cpu" and any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        found.append(Provider("cpu compiled", "ours", compiled(bind("cpu")), has_backward=False))
-    if operator == "fused":
-        found.append(Provider(f"{backend} composed", "ours", composed(bind_plain(backend))))
-    found.append(Provider("reference", "reference", bind("reference")))
-    wrap = composed if operator == "fused" else lambda bind: bind
-    return found + [Provider(peer.module, "peer", wrap(peer.bind)) for peer in peers]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The same sampling points for both operators, as locations and weights and as offsets and logits."""
-
-    value: Tensor
-    reference: Tensor
-    offsets: Tensor
-    logits: Tensor
-    locations: Tensor
-    weights: Tensor
-    grad: Tensor
-
-    @classmethod
-    def of(cls, size: Size, device: torch.device, dtype: torch.dtype) -> Inputs:
-        """Random inputs, always the same for a size."""
-        rng = torch.Generator().manual_seed(0)
-        length = sum(height * width for height, width in size.shapes)
-        places = (size.batch, size.queries, size.heads, len(size.shapes), size.points)
-        # As in a network, each query looks around a place of its own, by about a twentieth of the image.
-        centres = torch.rand(1, size.queries, 1, 1, 1, 2, generator=rng)
-        sizes = torch.tensor([(width, height) for height, width in size.shapes])[:, None]
-        cells = (centres + 0.05 * torch.randn(*places, 2, generator=rng)) * sizes - 0.5
-        # The gradient of a location jumps where a point crosses the centre of a cell. Rounding must not decide on which
-        # side it is, or the gradients of two correct providers differ; so points keep away from there.
-        cells = cells.floor() + cells.remainder(1).clamp(1e-3, 1 - 1e-3)
-        locations = (cells + 0.5) / sizes
-        logits = torch.randn(places, generator=rng)
-        value = torch.randn(size.batch, length, size.heads, size.channels, generator=rng)
-        grad = torch.randn(size.batch, size.queries, size.heads * size.channels, generator=rng)
-        reference = centres.to(device).reshape(1, -1, 1, 2).expand(size.batch, -1, len(size.shapes), -1)
-        return cls(
-            value.to(device, dtype).requires_grad_(),
-            reference,
-            ((locations - centres) * sizes).to(device).requires_grad_(),
-            logits.to(device).requires_grad_(),
-            locations.to(device).requires_grad_(),
-            logits.flatten(3).softmax(-1).view(places).to(device).requires_grad_(),
-            grad.to(device, dtype),
-        )
-
-    def of_operator(self, operator: OperatorName) -> tuple[Tensor, ...]:
-        """The arguments of that operator."""
-        if operator == "plain":
-            return self.value, self.locations, self.weights
-        return self.value, self.reference, self.offsets, self.logits
-
-
-@dataclass(frozen=True)
-class Results:
-    """The output and, unless only that was asked for, the gradients of the inputs that have one."""
-
-    output: Tensor
-    gradients: tuple[Tensor, ...] = ()
-
-    @classmethod
-    def of(cls, operator: Operator, inputs: Sequence[Tensor], grad: Tensor | None) -> Results:
-        """Results of an operator; without ``grad`` the output alone."""
-        with torch.set_grad_enabled(grad is not None):
-            output = operator(*inputs)
-        if grad is None:
-            return cls(output)
-        return cls(output.detach(), torch.autograd.grad(output, leaves(inputs), grad))
-
-    def error(self, truth: Results) -> float:
-        """The largest relative error of all these tensors, each relative to its largest value."""
-        worst = 0.0
-        # The truth may have gradients that these results lack.
-        for ours, theirs in zip((self.output, *self.gradients), (truth.output, *truth.gradients), strict=False):
-            error = float((ours.double() - theirs).abs().amax() / theirs.abs().amax())
-            worst = max(worst, error) if not math.isnan(error) else math.inf
-        return worst
-
-
-def leaves(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(tensor for tensor in inputs if tensor.requires_grad)
-
-
-def true_results(operator: OperatorName, maps: Maps, inputs: Sequence[Tensor], grad: Tensor) -> Results:
-    bind = bind_plain if operator == "plain" else bind_fused
-    doubles = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
-    return Results.of(bind("reference")(maps), doubles, grad.double())
-
-
-def runner(name: str, operator: Operator, inputs: Sequence[Tensor], grad: Tensor) -> Callable[[], object]:
-    """What is to be timed for the pass of that name."""
-    differentiated = leaves(inputs)
-
-    def forward() -> None:
-        with torch.no_grad():
-            operator(*inputs)
-
-    def both() -> None:
-        torch.autograd.grad(operator(*inputs), differentiated, grad)
-
-    if name == "forward":
-        return forward
-    if name == "forward + backward":
-        return both
-    output = operator(*inputs)
-    return lambda: torch.autograd.grad(output, differentiated, grad, retain_graph=True)
-
-
-class Clock:
-    """Milliseconds of one call: on a GPU between two events, with nothing of the call before left in its L2 cache."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.flush = torch.empty(2**28 if self.on_gpu else 0, dtype=torch.uint8, device=device)
-
-    def time(self, function: Callable[[], object]) -> float:
-        """Call it once."""
-        if not self.on_gpu:
-            begin = time.perf_counter()
-            function()
-            return 1e3 * (time.perf_counter() - begin)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.flush.zero_()
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
-
-
-def take_turns(
-    functions: Sequence[Callable[[], object]], clock: Clock, repeats: int, budget: float
-) -> list[list[float]]:
-    """Times of each function, all of them called once a round; ``budget`` is in seconds for each function."""
-    total = budget * len(functions)
-    begin = time.monotonic()
-    for warm in range(WARM_UP):
-        if warm == 0 or time.monotonic() - begin < total:  # once is enough where a round takes long
-            for function in functions:
-                clock.time(function)
-    times: list[list[float]] = [[] for _ in functions]
-    deadline = time.monotonic() + total
-    while len(times[0]) < repeats and (len(times[0]) < MIN_REPEATS or time.monotonic() < deadline):
-        for function, own in zip(functions, times, strict=True):
-            own.append(clock.time(function))
-    return times
+from timing import Clock, operating_system, processor, take_turns, version
 
 
 def forward_memory(operator: Operator, inputs: Sequence[Tensor]) -> float:
@@ -361,23 +94,25 @@ class Row:
     median_ms: float
     iqr_ms: float
     runs: int
+    queue_ms: float | None
     times_reference: float
     times_peer: float | None
     error: float | None
     forward_mib: float | None
 
     HEADER = (
-        f"{'size':16} {'op':5} {'pass':18} {'provider':20} {'median ms':>10} {'IQR ms':>8} {'runs':>4} "
+        f"{'size':16} {'op':5} {'pass':18} {'provider':20} {'median ms':>10} {'IQR ms':>8} {'runs':>4} {'queue ms':>8} "
         f"{'x ref':>7} {'x peer':>7} {'error':>8} {'MiB':>7}"
     )
 
     def __str__(self) -> str:
         peer = "-" if self.times_peer is None else f"{self.times_peer:.2f}"
+        queue = "-" if self.queue_ms is None else f"{self.queue_ms:.3f}"
         error = "-" if self.error is None else f"{self.error:.1e}"
         memory = "-" if self.forward_mib is None else f"{self.forward_mib:.1f}"
         return (
             f"{self.size:16} {self.operator:5} {self.direction:18} {self.provider:20} {self.median_ms:10.3f} "
-            f"{self.iqr_ms:8.3f} {self.runs:4} {self.times_reference:7.2f} {peer:>7} {error:>8} {memory:>7}"
+            f"{self.iqr_ms:8.3f} {self.runs:4} {queue:>8} {self.times_reference:7.2f} {peer:>7} {error:>8} {memory:>7}"
         )
 
 
@@ -392,38 +127,22 @@ class Options:
     check: bool
 
 
-def checked(
-    candidates: Sequence[Provider],
-    operators: Sequence[Operator],
-    truth: Results,
-    inputs: Sequence[Tensor],
-    grad: Tensor,
-) -> list[float]:
-    """The error of each provider; exits if one is too large."""
-    limit = 1e-4 if inputs[0].dtype == torch.float32 else 2e-2
-    errors = []
-    for provider, operator in zip(candidates, operators, strict=True):
-        error = Results.of(operator, inputs, grad if provider.has_backward else None).error(truth)
-        if error > limit:
-            raise SystemExit(
-                f"{provider.name} is wrong: its relative error is {error:.1e}, more than the {limit:.0e} allowed in "
-                f"{inputs[0].dtype}. --no-check times it all the same."
-            )
-        errors.append(error)
-    return errors
-
-
-def measure(size: Size, name: OperatorName, peers: Sequence[Peer], clock: Clock, options: Options) -> Iterator[Row]:
-    """The rows of one size and operator."""
+def measure(
+    size: Size, name: OperatorName, all_providers: Sequence[Provider], clock: Clock, options: Options
+) -> Iterator[Row]:
+    """The rows of one size and operator; those of what turns out to be wrong have an error above ``error_limit``."""
     device = options.device
     maps = Maps.of(size.shapes, device)
     data = Inputs.of(size, device, options.dtype)
     inputs, grad = data.of_operator(name), data.grad
-    all_providers = providers(name, device, peers)
     operators = [provider.bind(maps) for provider in all_providers]
     errors: list[float] | None = None
     if options.check:
-        errors = checked(all_providers, operators, true_results(name, maps, inputs, grad), inputs, grad)
+        truth = true_results(name, maps, inputs, grad)
+        errors = [
+            Results.of(operator, inputs, grad if provider.has_backward else None).error(truth)
+            for provider, operator in zip(all_providers, operators, strict=True)
+        ]
 
     for direction in PASSES:
         chosen = [
@@ -432,11 +151,11 @@ def measure(size: Size, name: OperatorName, peers: Sequence[Peer], clock: Clock,
         functions = [runner(direction, operators[index], inputs, grad) for index in chosen]
         all_times = take_turns(functions, clock, options.repeats, options.budget)
         medians = [statistics.median(times) for times in all_times]
-        by_kind = {
-            kind: [median for i, median in zip(chosen, medians, strict=True) if all_providers[i].kind == kind]
-            for kind in ("reference", "peer")
-        }
-        for index, times, median in zip(chosen, all_times, medians, strict=True):
+        reference = next(
+            (median for i, median in zip(chosen, medians, strict=True) if all_providers[i].name == "reference")
+        )
+        of_peers = [median for i, median in zip(chosen, medians, strict=True) if all_providers[i].kind == "peer"]
+        for index, function, times, median in zip(chosen, functions, all_times, medians, strict=True):
             quartiles = statistics.quantiles(times, n=4, method="inclusive")
             yield Row(
                 size=size.name,
@@ -447,29 +166,14 @@ def measure(size: Size, name: OperatorName, peers: Sequence[Peer], clock: Clock,
                 median_ms=median,
                 iqr_ms=quartiles[2] - quartiles[0],
                 runs=len(times),
-                times_reference=min(by_kind["reference"]) / median,
-                times_peer=min(by_kind["peer"]) / median if by_kind["peer"] else None,
+                queue_ms=clock.queue(function),
+                times_reference=reference / median,
+                times_peer=min(of_peers) / median if of_peers else None,
                 error=errors[index] if errors else None,
                 forward_mib=forward_memory(operators[index], inputs)
                 if direction == "forward" and device.type == "cuda"
                 else None,
             )
-
-
-def usable_peers(device: torch.device) -> list[Peer]:
-    """The peers that are installed and run on the device; says which do not run."""
-    found = []
-    tiny = Size("tiny", 1, 2, 1, 8, ((2, 2),))
-    for peer in PEERS:
-        if importlib.util.find_spec(peer.module) is None:
-            continue
-        try:
-            peer.bind(Maps.of(tiny.shapes, device))(*Inputs.of(tiny, device, torch.float32).of_operator("plain"))
-        except Exception as error:  # whatever another package raises where it was built without this device
-            print(f"{peer.module} is installed, but does not run on {device}: {error}")
-        else:
-            found.append(peer)
-    return found
 
 
 @dataclass(frozen=True)
@@ -511,28 +215,6 @@ class Machine:
             machine = f"{self.gpu}; {machine}"
         versions = [f"Python {self.python}", f"torch {self.torch}", f"Triton {self.triton or '-'}"]
         return machine, ", ".join([*versions, f"SciPy {self.scipy}", *self.peers, f"value in {self.dtype}"])
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def operating_system() -> str:
-    try:
-        return platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):
-        return f"{platform.system()} {platform.release()}"
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def readable(milliseconds: float) -> str:
@@ -673,9 +355,14 @@ def main() -> None:
         if size.name not in args.sizes:
             continue
         for operator in OPERATORS:
-            for row in measure(size, operator, peers, clock, options):
+            for row in measure(size, operator, providers(operator, args.device, peers), clock, options):
                 print(row, flush=True)
                 rows.append(row)
+                if row.error is not None and row.error > error_limit(options.dtype):
+                    raise SystemExit(
+                        f"{row.provider} is wrong: its relative error is {row.error:.1e}, more than the "
+                        f"{error_limit(options.dtype):.0e} allowed in {args.dtype}. --no-check times it all the same."
+                    )
     if args.json:
         args.json.write_text(json.dumps({"machine": asdict(machine), "rows": [asdict(row) for row in rows]}, indent=2))
     if args.plot:

@@ -1,33 +1,45 @@
-"""Time and peak memory of one training step, forward, backward and optimiser, on made-up clips.
+"""Time, memory and kernels of one training step, as the Trainer takes it, on made-up clips.
 
-    python scripts/measure_training_step.py [demo | paper] [--steps 5]
+    python scripts/measure_training_step.py [demo | paper] [--steps 5] [--precision 32-true] [--compile]
 
 ``demo`` is the network of configs/demo.yaml on 2 clips of 4 frames at 96x160; ``paper`` is the default network on one
-clip of 4 frames at 360x640, with 5 instances. Without a name each is measured in a process of its own, so that the peak
-memory is its own. On a GPU the peak is that of the allocator, on a CPU that of the process.
+clip of 4 frames at 360x640, with 5 instances; gradients are clipped. Without a name each is measured in a process of
+its own, so that the peak memory is its own. On a GPU the peak is that of the allocator, on a CPU that of the process.
+``--compile`` puts backbone, encoder and decoder through torch.compile. scripts/check_gpu.py measures with every
+precision.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
+import warnings
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import yaml
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch.profiler import ProfilerActivity
+from torch.utils.data import DataLoader
 
 from instanceformer import InstanceFormer
 from instanceformer.data.batch import ClipBatch, ClipTargets
-from instanceformer.training.losses import LossWeights
+from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.training.module import InstanceFormerModule
-from instanceformer.training.optim import OptimizerOptions, build_optimizer
+from timing import Activity
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 def make_clips(clips: int, frames: int, height: int, width: int, instances: int, classes: int) -> ClipBatch:
@@ -42,51 +54,184 @@ def make_clips(clips: int, frames: int, height: int, width: int, instances: int,
     return ClipBatch(torch.randn(clips, frames, 3, height, width), None, [targets] * clips)
 
 
-def measure(name: str, steps: int) -> str:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def build(name: str) -> tuple[InstanceFormer, ClipBatch]:
+    """The network of that name and its batch."""
+    torch.manual_seed(0)
     if name == "demo":
-        network = InstanceFormer(**yaml.safe_load(DEMO.read_text())["model"]["network"])
-        batch = make_clips(2, 4, 96, 160, 5, 4)
-    else:
-        network = InstanceFormer()
-        batch = make_clips(1, 4, 360, 640, 5, 40)
-    network, batch = network.to(device).train(), batch.to(device)
-    module = InstanceFormerModule(network)
-    optimizer = build_optimizer(network, OptimizerOptions())
-    seconds = []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        module.compute_losses(batch).total(LossWeights()).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 0.1)
-        optimizer.step()
-        if device.type == "cuda":
+        return InstanceFormer(**yaml.safe_load(DEMO.read_text())["model"]["network"]), make_clips(2, 4, 96, 160, 5, 4)
+    return InstanceFormer(), make_clips(1, 4, 360, 640, 5, 40)
+
+
+def compile_network(network: InstanceFormer, backend: str = "inductor") -> None:
+    """Put the parts that are the same in every frame through torch.compile."""
+    for part in (network.backbone, network.encoder, network.decoder):
+        part.compile(backend=backend)
+
+
+class MadeUpClips(VideoDataModule):
+    """The same batch in every step."""
+
+    num_classes = 0  # a property there
+
+    def __init__(self, batch: ClipBatch, num_classes: int) -> None:
+        super().__init__()
+        self.batch, self.num_classes = batch, num_classes
+
+    def setup(self, stage: str) -> None:
+        """Nothing is read."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Enough for any measurement."""
+        return DataLoader([self.batch] * 1000, batch_size=None, pin_memory=torch.cuda.is_available())
+
+
+class UntrainedModule(InstanceFormerModule):
+    """A module that trains a frozen stage of random weights without a word."""
+
+    def on_fit_start(self) -> None:
+        """Load nothing."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured; times in seconds.
+
+    Attributes:
+        step_s: a step, mean of those that were timed.
+        fastest_s, slowest_s: of them; on a GPU, which may lag behind, the times at which the CPU had queued them.
+        first_s: the first step, with what is compiled and allocated in it.
+        peak_gib: memory.
+        loss: of the last step.
+        activity: of the GPU in a step.
+    """
+
+    step_s: float
+    fastest_s: float
+    slowest_s: float
+    first_s: float
+    peak_gib: float
+    loss: float
+    activity: Activity | None
+
+    def flat(self) -> dict[str, float | None]:
+        """One level, for a line of JSON."""
+        figures = asdict(self)
+        activity = figures.pop("activity") or {}
+        return figures | activity
+
+
+class Meter(Callback):
+    """Times the steps after a warm-up, and on a GPU profiles two after them."""
+
+    def __init__(self, steps: int, on_gpu: bool) -> None:
+        self.on_gpu, self.warm_up = on_gpu, 3 if on_gpu else 1
+        self.timed = self.warm_up + steps
+        self.total = self.timed + (2 if on_gpu else 0)
+        self.ends: list[float] = []
+        self.profile: torch.profiler.profile | None = None
+
+    def now(self) -> float:
+        """Seconds; where the timed steps begin and end, with all done that was queued."""
+        if self.on_gpu and len(self.ends) in (0, self.warm_up, self.timed):
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    peak = (
-        torch.cuda.max_memory_allocated() / 2**30
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin what begins with this step."""
+        if batch_idx == 0:
+            self.ends.append(self.now())
+        if batch_idx == self.timed:
+            self.profile = torch.profiler.profile(activities=[ProfilerActivity.CUDA])
+            self.profile.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End what ends with it."""
+        self.ends.append(self.now())
+        if batch_idx + 1 == self.warm_up and self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        if batch_idx + 1 == self.total:
+            self.loss = float(outputs["loss"])
+            if self.profile is not None:
+                torch.cuda.synchronize()
+                self.profile.stop()
+
+    def figures(self) -> Figures:
+        """Once the training has ended."""
+        times = self.ends[self.warm_up : self.timed + 1]
+        each = [after - before for before, after in pairwise(times)]
+        if self.on_gpu:
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return Figures(
+            step_s=sum(each) / len(each),
+            fastest_s=min(each),
+            slowest_s=max(each),
+            first_s=self.ends[1] - self.ends[0],
+            peak_gib=peak,
+            loss=self.loss,
+            activity=None if self.profile is None else Activity.of(self.profile, self.total - self.timed),
+        )
+
+
+def measure(
+    network: InstanceFormer, batch: ClipBatch, steps: int, precision: Precision = "32-true", ddp: bool = False
+) -> Figures:
+    """Train for some steps, with the gradients' norm clipped.
+
+    Args:
+        network: to train, in place.
+        batch: of every step.
+        steps: that are timed.
+        precision: of Lightning's Trainer.
+        ddp: train as one of several processes does, of which there is one.
+    """
+    on_gpu = torch.cuda.is_available()
+    meter = Meter(steps, on_gpu)
+    warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    trainer = Trainer(
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=1,
+        strategy=DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if ddp else "auto",
+        precision=precision,
+        max_steps=meter.total,
+        gradient_clip_val=0.1,
+        callbacks=[meter],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
-    timed = seconds[1:]
-    return (
-        f"{name:6} {statistics.median(timed):8.3f} s a step ({min(timed):.3f} to {max(timed):.3f}, {steps} steps), "
-        f"peak memory {peak:.2f} GiB"
-    )
+    trainer.fit(UntrainedModule(network), MadeUpClips(batch, network.num_classes))
+    return meter.figures()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=["demo", "paper"])
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed", "16-mixed"])
+    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
-    if options.name is not None:
-        print(measure(options.name, options.steps))
+    if options.name is None:
+        where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+        print(f"{where}, {platform.machine()}, torch {torch.__version__}, {options.precision}", flush=True)
+        for name in ("demo", "paper"):
+            subprocess.run([sys.executable, __file__, name, *sys.argv[1:]], check=True)
         return
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    print(f"{where}, {platform.machine()}, torch {torch.__version__}, float32", flush=True)
-    for name in ("demo", "paper"):
-        subprocess.run([sys.executable, __file__, name, "--steps", str(options.steps)], check=True)
+    network, batch = build(options.name)
+    if options.compile:
+        compile_network(network)
+    found = measure(network, batch, options.steps, options.precision)
+    print(
+        f"{options.name:6} {found.step_s:8.3f} s a step ({found.fastest_s:.3f} to {found.slowest_s:.3f}, "
+        f"{options.steps} steps), peak memory {found.peak_gib:.2f} GiB"
+    )
+    if found.activity is not None:
+        print(found.activity)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class Device:
     interprets: bool = False
 
     @classmethod
+    @cache
     def of(cls, device: torch.device) -> Device:
         """Describe a GPU, or the CPU, where Triton's interpreter has warps of any size."""
         if device.type == "cpu":
@@ -89,10 +91,28 @@ def launch_arguments(
     device: Device,
     *,
     backward: bool,
-) -> dict[str, Any]:
-    """A kernel's arguments by name, without its tensors."""
-    batch, queries, heads, levels, points = weights.shape
-    length, channels = value.shape[1], value.shape[3]
+) -> Mapping[str, Any]:
+    """A kernel's arguments by name, without its tensors; worked out once for all tensors of the same sizes."""
+    sizes, axes = value.shape[1:], 0
+    stride: tuple[int, ...] = (0, 0, 0, 0)
+    if reference is not None:
+        axes, stride = reference.shape[3], reference.stride()
+    wide = sizes.numel() >= _WIDE
+    return _launch_arguments(sizes, tuple(spatial_shapes), weights.shape, axes, stride, wide, device, backward)
+
+
+@lru_cache(maxsize=1024)  # a training may draw images of many sizes
+def _launch_arguments(
+    value: torch.Size,
+    spatial_shapes: tuple[tuple[int, int], ...],
+    weights: torch.Size,
+    axes: int,
+    stride: tuple[int, ...],
+    wide: bool,
+    device: Device,
+    backward: bool,
+) -> Mapping[str, Any]:
+    (length, _, channels), (batch, queries, heads, levels, points) = value, weights
     if max(batch, heads) > _GRID or length > _CELLS or max(map(max, spatial_shapes)) > _FLOAT32_INTEGERS:
         raise ValueError(
             f"the GPU kernels got {batch} images, {heads} heads and levels of {spatial_shapes}; expected at most "
@@ -102,7 +122,6 @@ def launch_arguments(
     places = triton.next_power_of_2(points)
     elements = BACKWARD_ELEMENTS if backward else FORWARD_ELEMENTS
     block = max(1, min(elements * device.lanes // padded, _TABLE * device.lanes // places))
-    stride = (0, 0, 0, 0) if reference is None else reference.stride()
     arguments = {
         "sizes": tuple(float(size) for shape in spatial_shapes for size in shape),
         "Q": queries,
@@ -116,14 +135,14 @@ def launch_arguments(
         "D": channels,
         "L": levels,
         "P": points,
-        "R": 0 if reference is None else reference.shape[3],
+        "R": axes,
         "BLOCK": block,
         # What a table of fewer entries than lanes holds, Triton computes anew in every lane that reads it.
         "POINTS": max(places, device.lanes // block),
         "ALL": triton.next_power_of_2(levels * points),
         "CHANNELS": padded,
         "THIN": any(min(shape) == 1 for shape in spatial_shapes),
-        "WIDE": length * heads * channels >= _WIDE,
+        "WIDE": wide,
         "num_warps": 1,
     }
     if backward:

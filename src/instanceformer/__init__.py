@@ -1,7 +1,7 @@
 """Online video instance segmentation with InstanceFormer."""
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from instanceformer.model.network import InstanceFormer
 
 __all__ = ["InstanceFormer", "VideoAveragePrecision", "VideoInstanceSegmenter"]
-__version__ = version("instanceformer")
+try:
+    __version__ = version("instanceformer")
+except PackageNotFoundError:  # the sources, on PYTHONPATH
+    __version__ = "not installed"
 
 _MODULES = {
     "InstanceFormer": "instanceformer.model.network",

@@ -7,8 +7,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 
+from instanceformer import __version__
 from instanceformer.commands.parsing import begun, nearest, of_the_users, one_line, rank
 
 COMMANDS = {
@@ -66,7 +66,7 @@ def _run(given: list[str], debug: bool) -> None:
         print(HELP)
         sys.exit(0 if name else 2)
     if name == "--version":
-        print(f"instanceformer {version('instanceformer')}")
+        print(f"instanceformer {__version__}")
         return
     if name not in COMMANDS:
         expected = f"expected a command: {', '.join(COMMANDS)}{nearest(name, COMMANDS)}"

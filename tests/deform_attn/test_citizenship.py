@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -248,6 +249,23 @@ def test_kernels_refuse_what_their_numbers_do_not_hold() -> None:
             launch.launch_arguments(
                 value, shapes, weights[:1].expand(batch, -1, -1, -1, -1), None, device, backward=False
             )
+
+
+def test_arguments_of_a_launch_are_worked_out_once_for_all_tensors_of_the_same_sizes() -> None:
+    launch = pytest.importorskip("deform_attn.launch")
+    value, reference, _, logits = (tensor.to("meta") for tensor in make_case("points").tensors.values())
+    device = launch.Device(32, (8, 0))
+
+    def arguments(value: Tensor = value, reference: Tensor | None = reference, backward: bool = False) -> Any:
+        return launch.launch_arguments(value, list(PYRAMID), logits, reference, device, backward=backward)
+
+    assert arguments(torch.empty_like(value)) is arguments()
+    expanded = arguments(reference=reference[:, :, :1].expand_as(reference))
+    assert (arguments()["stride_l"], expanded["stride_l"]) == (2, 0)
+    assert (arguments()["R"], arguments(reference=None)["R"]) == (2, 0)
+    assert (arguments()["D"], arguments(value[..., :7])["D"]) == (8, 7)
+    assert "corners" in arguments(backward=True)
+    assert "corners" not in arguments()
 
 
 def test_kernels_are_not_interpreted_unasked(monkeypatch: pytest.MonkeyPatch) -> None:

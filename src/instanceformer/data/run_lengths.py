@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pycocotools import mask as mask_utils
 
 from instanceformer.data.runs import decode_runs
 
@@ -164,7 +163,7 @@ def _compress(segmentation: object, height: int, width: int, where: str) -> byte
     if sum(counts) != height * width:
         expected = f"{height} * {width} = {height * width}"
         raise MaskError(f"{where}.counts", expected, f"runs of {sum(counts)} pixels in all")
-    return _counts(mask_utils.frPyObjects({"size": [height, width], "counts": counts}, height, width))
+    return _counts({"size": [height, width], "counts": counts}, height, width)
 
 
 def _fill_polygons(polygons: list[Any], height: int, width: int, where: str) -> bytes | None:
@@ -180,9 +179,14 @@ def _fill_polygons(polygons: list[Any], height: int, width: int, where: str) -> 
         ):
             expected = "polygons [x1, y1, x2, y2, ...] of three points or more in or near the frame"
             raise MaskError(where, expected, show(polygon))
-    return _counts(mask_utils.merge(mask_utils.frPyObjects(polygons, height, width)))
+    return _counts(polygons, height, width)
 
 
-def _counts(code: dict[str, Any]) -> bytes | None:
-    """The counts of a mask that pycocotools made; None where it has no pixel."""
+def _counts(mask: dict[str, Any] | list[Any], height: int, width: int) -> bytes | None:
+    """Compressed counts of a list of run lengths or of polygons; None where it has no pixel."""
+    from pycocotools import mask as mask_utils  # here, so that what reads compressed counts only starts without it
+
+    code = mask_utils.frPyObjects(mask, height, width)
+    if isinstance(mask, list):
+        code = mask_utils.merge(code)
     return bytes(code["counts"]) if mask_utils.area(code) else None

@@ -14,7 +14,6 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import numpy as np
 import numpy.typing as npt
-from pycocotools import mask as coco_mask
 
 from instanceformer.data.records import expect_file, whole_number
 from instanceformer.data.run_lengths import compress_masks, show
@@ -61,12 +60,16 @@ def encode_mask(mask: npt.NDArray[np.bool_]) -> RLE | None:
     """Compress an (H, W) bool mask; None if it is empty."""
     if not mask.any():
         return None
+    from pycocotools import mask as coco_mask
+
     code = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return RLE(size=[int(side) for side in code["size"]], counts=code["counts"].decode("ascii"))
 
 
 def decode_mask(rle: RLE) -> npt.NDArray[np.bool_]:
     """The (H, W) bool mask of a compressed one."""
+    from pycocotools import mask as coco_mask
+
     return cast("npt.NDArray[np.bool_]", coco_mask.decode(rle).astype(bool))
 
 

@@ -16,7 +16,6 @@ from instanceformer.data.clips import read_frames
 from instanceformer.evaluation.results import Track, decode_mask
 from instanceformer.inference.instances import FrameInstances
 from instanceformer.inference.render import add_title, contact_sheet, draw_instances, readable_scale
-from instanceformer.video.writing import VideoWriter
 
 SHEET_FRAMES = 6
 
@@ -91,6 +90,8 @@ def film_results(
     Returns:
         A few of its frames, spread evenly, for a sheet.
     """
+    from instanceformer.video.writing import VideoWriter  # needs FFmpeg, which a training without films does not
+
     names = [category.name for category in dataset.categories]
     true_labels = [dataset.class_of(instance.category_id) for instance in video.instances]
     labels = [dataset.class_of(track.category_id) for track in tracks]

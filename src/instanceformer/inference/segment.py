@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from glob import escape
 from itertools import islice
@@ -19,9 +19,8 @@ from instanceformer.inference.outputs import MasksWriter, ResultsWriter, is_mask
 from instanceformer.inference.render import draw_instances
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
 from instanceformer.video.frames import BrokenVideo, Frame, OpenVideo, TimedFrame
-from instanceformer.video.writing import VideoWriter
 
-Writer = TypeVar("Writer", VideoWriter, ResultsWriter, MasksWriter)
+Writer = TypeVar("Writer", bound=AbstractContextManager[object])
 
 
 @dataclass(frozen=True)
@@ -153,9 +152,9 @@ def segment_video(
 
         def enter(writer: Writer) -> Writer:
             """The writer, to be left on its own: what others come to does not keep it from finishing its file."""
-            entered = writer.__enter__()
+            writer.__enter__()
             stack.push(lambda *reason: writer.__exit__(*(reason if count == 0 else (None, None, None))))
-            return entered
+            return writer
 
         for path in outputs.paths.values():
             stack.enter_context(locking(path.absolute()))
@@ -166,6 +165,8 @@ def segment_video(
         if outputs.masks is not None:
             masks = enter(MasksWriter(outputs.masks))
         if outputs.output is not None:
+            from instanceformer.video.writing import VideoWriter  # needs FFmpeg
+
             film = enter(VideoWriter(outputs.output, video.fps / stride))
         if outputs.results is not None:
             results = enter(ResultsWriter(outputs.results, segmenter.categories))

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import wandb
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from instanceformer import __version__
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.evaluation.parts import ResultParts
 from instanceformer.evaluation.results import Track
@@ -136,7 +135,7 @@ def describe_run(module: InstanceFormerModule, stage: str) -> dict[str, object]:
         "data.max_size": data.max_size,
         "precision": trainer.precision,
         "device": trainer.strategy.root_device.type,
-        "version": version("instanceformer"),
+        "version": __version__,
         "version of torch": torch.__version__,
     }
 
@@ -189,6 +188,8 @@ class VideoLogger(Callback):
             return
         dataset, images = data.videos("validate")
         with TemporaryDirectory() as folder:
+            import wandb
+
             films = {}
             for video_id, tracks in finished.items():
                 video = select_video(dataset, video_id, images)

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from instanceformer.video.films import open_film
 from instanceformer.video.frames import Frame, OpenVideo, TimedFrame
 from instanceformer.video.pictures import open_animation, open_folder
 
@@ -36,6 +35,8 @@ def open_video(source: Source, fps: float = 25.0, reconnect: float = 0.0) -> Ope
         ValueError: fps is not positive, reconnect is negative, or what is there is no video; the images of a folder
             differ in size.
     """
+    from instanceformer.video.films import open_film  # needs FFmpeg, which much that reads no film does without
+
     if not fps > 0:
         raise ValueError(f"fps: found {fps}, expected a positive number of frames per second")
     if not reconnect >= 0:

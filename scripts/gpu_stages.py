@@ -1,0 +1,376 @@
+"""The stages of scripts/check_gpu.py, each a process of its own that prints what it finds as lines of JSON.
+
+    python scripts/gpu_stages.py STAGE [--quick]
+
+Every line is an object with ``what`` was measured and its figures, or the ``error`` it came to; what needs something
+that is missing says so under ``left_out``. Anything else that is printed is for whoever looks for the cause of a
+failure. The exit code is 1 if there was an error. Needs src, kernels, scripts and the root on PYTHONPATH, as
+check_gpu.py sets it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = "--quick" in sys.argv
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+STAGES: dict[str, Callable[[], None]] = {}
+_failed: list[str] = []
+
+
+def stage(function: Callable[[], None]) -> Callable[[], None]:
+    STAGES[function.__name__] = function
+    return function
+
+
+def emit(what: str, **figures: object) -> None:
+    print(json.dumps({"what": what, **figures}), flush=True)
+
+
+def fail(what: str, error: object) -> None:
+    text = str(error).strip() or type(error).__name__
+    _failed.append(what)
+    emit(what, error=f"{type(error).__name__}: {text}" if isinstance(error, Exception) else text)
+
+
+@contextmanager
+def attempt(what: str) -> Iterator[None]:
+    """What goes wrong in the block is reported, and the stage goes on."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        fail(what, error)
+
+
+@stage
+def machine() -> None:
+    """Versions, and what the machine can do: copies, matrix products, launches."""
+    from timing import Clock, allow_tf32, operating_system, processor, version
+
+    packages = ("triton", "lightning", "torchvision", "torchmetrics", "numpy", "scipy")
+    emit("versions", python=platform.python_version(), torch=torch.__version__, **{p: version(p) for p in packages})
+    emit("machine", processor=processor(), cores=os.cpu_count(), system=operating_system())
+    clock = Clock(DEVICE)
+    if clock.on_gpu:
+        properties = torch.cuda.get_device_properties(DEVICE)
+        emit(
+            "gpu",
+            name=properties.name,
+            capability=f"{properties.major}.{properties.minor}",
+            multiprocessors=properties.multi_processor_count,
+            memory_gib=round(properties.total_memory / 2**30, 1),
+            cuda=torch.version.cuda or torch.version.hip,
+            nccl=".".join(map(str, torch.cuda.nccl.version())),
+        )
+
+    def best(function: Callable[[], object]) -> float:
+        """Seconds."""
+        for _ in range(2):
+            clock.warm_up(function)
+        return min(clock.time(function) for _ in range(3 if QUICK else 10)) / 1e3
+
+    size = 2**20 if QUICK else 2**30
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    emit("copy, read and write", tb_s=2 * size / best(lambda: target.copy_(source)) / 1e12)
+    side = 128 if QUICK else 8192
+    for name, dtype in (
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float16),
+        ("tf32", torch.float32),
+        ("float32", torch.float32),
+    ):
+        with attempt(f"matrix product, {name}"):
+            allow_tf32(name == "tf32")
+            a, b = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
+            emit(f"matrix product, {name}", tflop_s=2 * side**3 / best(lambda a=a, b=b: a @ b) / 1e12)
+    small = torch.zeros(1, device=DEVICE)
+    count = 100 if QUICK else 2000
+    small.add_(1)
+    begin = time.perf_counter()
+    for _ in range(count):
+        small.add_(1)
+    small.item()
+    emit("launch of a small kernel", us=1e6 * (time.perf_counter() - begin) / count)
+
+
+@stage
+def kernel_tests() -> None:
+    """The tests of deform_attn, on the GPU with compiled kernels."""
+    if find_spec("pytest") is None:
+        emit("pytest tests/deform_attn", left_out="pytest is not installed")
+        return
+    import pytest
+
+    class Recorder:
+        counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.when == "call" or report.outcome != "passed":
+                if report.when == "call" or report.failed or report.skipped:
+                    self.counts[report.outcome] += 1
+                if report.failed:
+                    fail(report.nodeid.partition("::")[2], str(report.longrepr).strip().splitlines()[-1])
+                if sum(self.counts.values()) % 50 == 0:
+                    emit("pytest tests/deform_attn, so far", **self.counts)
+
+    arguments = ["-q", "-p", "no:cacheprovider", "--tb=short", str(ROOT / "tests" / "deform_attn")]
+    if QUICK:
+        arguments += ["-k", "known_values or odd_sizes and boxes and triton"]
+    elif find_spec("xdist") is not None:  # kernels are compiled on the CPU, most of the time
+        arguments += ["-n", str(min(8, os.cpu_count() or 1))]
+    code = pytest.main(arguments, plugins=[Recorder()])
+    emit("pytest tests/deform_attn", **Recorder.counts)
+    if code and not _failed:
+        fail("pytest tests/deform_attn", f"pytest ended with {code!r}")
+
+
+@stage
+def memory() -> None:
+    """Reads and writes beyond tensors, places never written: by guards, and by compute-sanitizer if it is there."""
+    check_guards()
+    tool = shutil.which("compute-sanitizer")
+    if DEVICE.type == "cpu" or tool is None:
+        emit("compute-sanitizer", left_out="there is no GPU" if DEVICE.type == "cpu" else "it is not on the PATH")
+        return
+    for name in ("memcheck", "racecheck"):
+        # each tensor has to be an allocation of its own, beyond whose end the tool sees
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        command = [tool, "--tool", name, sys.executable, __file__, "tiny"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        output = done.stdout + done.stderr
+        summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)", output)
+        said = [line for line in output.splitlines() if line.startswith("=========")]
+        if summary is None or "Device not supported" in output:
+            emit(f"compute-sanitizer {name}", left_out=f"it does not run here: {(said or [output])[-1][-200:]}")
+        elif int(summary[1]) or done.returncode:
+            print(output[-4000:])
+            fail(f"compute-sanitizer {name}", f"{summary[1]} errors; {' '.join(said[1:4])[:300]}")
+        else:
+            emit(f"compute-sanitizer {name}", errors=0)
+
+
+def check_guards() -> None:
+    """Run the kernels between guards, on memory that is NaN where nothing was written, and compare the results."""
+    if find_spec("triton") is None:
+        emit("guards", left_out="triton is not installed")
+        return
+    from deform_attn_providers import Inputs, Maps, Results, Size, bind_fused, bind_plain, true_results
+    from guards import guarded_kernels
+
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN; the backward pass warns
+    warnings.filterwarnings("ignore", message=".*deterministic")
+    warnings.filterwarnings("ignore", message=".*encountered in", category=RuntimeWarning)
+    odd = Size("odd", 2, 5, 3, 19, ((7, 13), (1, 5), (3, 1), (1, 1)), 3)
+    even = Size("even", 1, 37, 2, 32, ((8, 16), (4, 8)), 4)
+    for size in (odd,) if QUICK else (odd, even):
+        for name, bind in (("plain", bind_plain), ("fused", bind_fused)):
+            what = f"guards, {size.name} sizes, {name}"
+            with attempt(what), guarded_kernels() as kernels:
+                maps = Maps.of(size.shapes, DEVICE)
+                data = Inputs.of(size, DEVICE, torch.float32)
+                with torch.no_grad():  # some of the points lie far outside
+                    data.offsets[:, ::2] *= 40
+                    data.locations[:, ::2] = (data.locations[:, ::2] - 0.5) * 3 + 0.5
+                inputs = data.of_operator(name)
+                error = Results.of(bind("triton")(maps), inputs, data.grad).error(
+                    true_results(name, maps, inputs, data.grad)
+                )
+                for kernel, guard in kernels.items():
+                    if guard.broken:
+                        raise AssertionError(f"{kernel} wrote beyond its arguments {guard.broken}")
+                if not error < 1e-4:
+                    raise AssertionError(f"relative error {error:.1e}: read beyond a tensor, or left a place unwritten")
+                emit(what, launches=sum(guard.launches for guard in kernels.values()), error=error)
+    torch.use_deterministic_algorithms(False)
+
+
+def tiny() -> None:
+    """What the memory checker looks at."""
+    from deform_attn_providers import OPERATORS, Inputs, Maps, Results, Size, bind_fused, bind_plain
+
+    size = Size("tiny", 2, 5, 3, 19, ((7, 13), (1, 5), (3, 1), (1, 1)), 3)
+    for name in OPERATORS:
+        data = Inputs.of(size, DEVICE, torch.float32)
+        bind = bind_plain if name == "plain" else bind_fused
+        Results.of(bind("triton")(Maps.of(size.shapes, DEVICE)), data.of_operator(name), data.grad)
+    torch.cuda.synchronize()
+
+
+@stage
+def operator() -> None:
+    """Deformable attention against grid_sample, grid_sample compiled and other packages."""
+    from benchmark_deform_attn import Options, measure
+    from deform_attn_providers import DTYPES, OPERATORS, SIZES, error_limit, providers, usable_peers
+    from timing import Clock
+
+    peers, clock = usable_peers(DEVICE), Clock(DEVICE)
+    emit("peers", found=[peer.module for peer in peers])
+    names = ("decoder-demo",) if QUICK else ("encoder-360x640", "decoder-360x640", "encoder-800x1333")
+    for compiles in (False,) if QUICK else (False, True):  # what takes long comes last
+        for size in (size for size in SIZES if size.name in (names[:2] if compiles else names)):
+            for dtype in ("float32", "bfloat16"):
+                options = Options(DEVICE, DTYPES[dtype], 2 if QUICK else 20, 0.3, check=True)
+                for name in ("fused",) if compiles else OPERATORS:  # as the network has it
+                    with attempt(f"{size.name}, {name}, {dtype}"):
+                        found = providers(name, DEVICE, peers)
+                        found = [p for p in found if ("compiled" in p.name) == compiles]
+                        figures: dict[str, dict[str, object]] = {provider.name: {} for provider in found}
+                        for row in measure(size, name, found, clock, options):
+                            if row.direction != "forward + backward":
+                                own = figures[row.provider]
+                                own |= {"error": row.error, f"{row.direction}_ms": row.median_ms}
+                                own[f"{row.direction}_queue_ms"] = row.queue_ms
+                        for provider, own in figures.items():
+                            what = f"{size.name}, {name}, {dtype}, {provider}"
+                            emit(what, **own)
+                            if own["error"] > error_limit(options.dtype):
+                                fail(what, f"relative error {own['error']:.1e}")
+
+
+def train(names: tuple[str, ...], compiles: bool = False, ddp: bool = False) -> None:
+    from instanceformer import InstanceFormer
+    from measure_training_step import build, compile_network, make_clips, measure
+    from timing import allow_tf32
+
+    for name in names:
+        what = name + ", compiled" * compiles + ", DDP" * ddp
+        with attempt(what):
+            torch.compiler.reset()
+            allow_tf32(name != "float32")  # what autocast leaves in float32, too
+            if QUICK:
+                network = InstanceFormer(
+                    4, backbone="small", num_queries=12, dim=32, num_heads=4, encoder_layers=1, decoder_layers=2
+                )
+                batch, steps = make_clips(1, 2, 64, 96, 2, 4), 1
+            else:
+                (network, batch), steps = build("paper"), 15
+            if compiles:
+                compile_network(network, "aot_eager" if QUICK else "inductor")
+            precision = name if name.endswith("mixed") else "32-true"
+            emit(what, **measure(network, batch, steps, precision, ddp).flat())
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@stage
+def training() -> None:
+    """20 steps of the paper's network in each precision: 3 to warm up, 15 that are timed, 2 that are profiled."""
+    train(("bf16-mixed",) if QUICK else ("float32", "tf32", "bf16-mixed", "16-mixed"))
+
+
+@stage
+def training_ddp() -> None:
+    """The same as the only process of DDP."""
+    train(("float32",) if QUICK else ("bf16-mixed", "tf32"), ddp=True)
+
+
+@stage
+def training_compiled() -> None:
+    """The same with backbone, encoder and decoder compiled."""
+    train(("float32",) if QUICK else ("bf16-mixed", "tf32", "16-mixed", "float32"), compiles=True)
+
+
+def stream_ways(compiles: bool) -> None:
+    from gpu_streaming import eager, measure, moving_frames, segmenter_fps, stream, ways
+    from instanceformer import InstanceFormer
+
+    torch.manual_seed(0)
+    network = InstanceFormer(40, **({"backbone": "small", "dim": 64, "num_queries": 20} if QUICK else {})).eval()
+    network.to(DEVICE)
+    for size in ((64, 96),) if QUICK else ((360, 640), (720, 1280)):
+        place = f"{size[0]}x{size[1]}"
+        frames = moving_frames(2 if QUICK else 20, size, DEVICE)
+        state = network.initial_state(1)
+        truth = stream(eager(network, "float32"), frames, state)
+        for name, step in ways(network, frames[0], compiles, "aot_eager" if QUICK else "inductor"):
+            with attempt(f"{place}, {name}"):
+                if isinstance(step, Exception):
+                    raise step
+                emit(f"{place}, {name}", **measure(step, frames, state, truth).flat())
+        if not compiles:
+            with attempt(f"{place}, online segmenter"):
+                emit(f"{place}, online segmenter", fps=segmenter_fps(network, size, len(frames)))
+
+
+@stage
+def streaming() -> None:
+    """A video frame by frame: from Python and as a CUDA graph."""
+    stream_ways(compiles=False)
+
+
+@stage
+def streaming_compiled() -> None:
+    """The same, compiled."""
+    stream_ways(compiles=True)
+
+
+@stage
+def demo() -> None:
+    """The demo's two trainings and its AP, by the command line, as configs/demo.yaml says."""
+    missing = [name for name in ("jsonargparse", "pycocotools") if find_spec(name) is None]
+    if missing:
+        emit("demo", left_out=f"not installed: {', '.join(missing)}")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # the configurations name data/demo and runs/demo
+        run_demo()
+
+
+def run_demo() -> None:
+    import yaml
+
+    from instanceformer.evaluation.evaluate import evaluate_files
+
+    def command(what: str, *arguments: str) -> None:
+        from instanceformer.cli import main
+
+        begin = time.perf_counter()
+        main(arguments)
+        emit(what, seconds=time.perf_counter() - begin)
+
+    synthetic = ["--train_videos=4", "--valid_videos=1", "--length=8"] if QUICK else []
+    command("demo, videos", "synthesize", "data/demo", *synthetic)
+    configs = [ROOT / "configs" / name for name in ("demo.yaml", "demo_frames.yaml")]
+    demo, frames = (yaml.safe_load(path.read_text()) for path in configs)
+    flags = ["--trainer.devices=1", "--trainer.strategy=auto", "--trainer.enable_progress_bar=false"]
+    flags += [f"--trainer.accelerator={'gpu' if DEVICE.type == 'cuda' else 'cpu'}", "--trainer.logger=false"]
+    flags += [f"--data.num_workers={0 if QUICK else min(8, os.cpu_count() or 1)}"]
+    flags += ["--trainer.max_steps=2", "--trainer.limit_val_batches=0"] if QUICK else []
+
+    def batch(config: dict[str, Any]) -> str:  # as large on one device as it is on the configuration's
+        return f"--data.batch_size={config['data']['batch_size'] * demo['trainer']['devices']}"
+
+    files = [f"--config={path}" for path in configs]
+    command("demo, training on frames", "fit", *files, *flags, batch(frames))
+    command("demo, training on clips", "fit", files[0], *flags, batch(demo))
+    command("demo, test", "test", files[0], *flags)
+    numbers = evaluate_files(Path("data/demo/valid.json"), Path("runs/demo/results.json")).summary
+    emit("demo, accuracy", ap=numbers["AP"], ap50=numbers["AP50"], ar10=numbers["AR10"])
+
+
+if __name__ == "__main__":
+    with attempt(sys.argv[1]):
+        tiny() if sys.argv[1] == "tiny" else STAGES[sys.argv[1]]()
+    sys.exit(bool(_failed))

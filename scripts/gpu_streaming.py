@@ -1,0 +1,202 @@
+"""A video as it streams through a network on a GPU: frame by frame from Python, compiled, and as a CUDA graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity
+
+from instanceformer import InstanceFormer, VideoInstanceSegmenter
+from instanceformer.data.augment import normalise
+from instanceformer.inference.optimise import optimise, packs
+from instanceformer.inference.options import SegmenterOptions
+from instanceformer.model.state import TrackState
+from measure_streaming import moving_squares, time_steps
+from timing import Activity, allow_tf32
+
+Precision = Literal["float32", "tf32", "bf16"]
+SHOWN = 10  # queries whose masks are made
+WARM_UP = 3
+
+Step = Callable[[Tensor, TrackState], tuple[Tensor, TrackState]]
+"""(1, 1, 3, H, W) frame and state to (1, SHOWN, H / 4, W / 4) mask logits and the next state."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one way to stream.
+
+    Attributes:
+        fps: frames a second, the masks of each on the CPU before the next begins.
+        first_s: seconds of the first frame, with what is compiled or captured in it.
+        iou: mean IoU of the masks with those of float32 without a compiler, all cut where half of the pixels lie
+            inside in float32: random weights need not put an outline at 0.
+        lowest_iou: of a mask.
+        activity: of the GPU in a frame.
+    """
+
+    fps: float
+    first_s: float
+    iou: float
+    lowest_iou: float
+    activity: Activity | None
+
+    def flat(self) -> dict[str, float | None]:
+        """One level, for a line of JSON."""
+        figures = asdict(self)
+        activity = figures.pop("activity") or {}
+        return figures | activity
+
+
+def precise(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """The context in which a network computes so."""
+    allow_tf32(precision == "tf32")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
+def eager(network: InstanceFormer, precision: Precision) -> Step:
+    """Encode, decode, segment and advance, as they are."""
+    device = network.query_content.device
+    shown = torch.arange(SHOWN, device=device)[None]
+
+    def step(frame: Tensor, state: TrackState) -> tuple[Tensor, TrackState]:
+        with torch.no_grad(), precise(precision, device):
+            features = network.encode(frame)[0]
+            prediction = network.decode(features, state)
+            masks = network.segment(features, prediction, shown)
+            return masks.float(), network.advance(state, prediction)
+
+    return step
+
+
+def compiled(network: InstanceFormer, precision: Precision, backend: str = "inductor") -> Step:
+    """The same, with the parts compiled that ``SegmenterOptions.compile`` compiles."""
+    torch.compiler.reset()
+    network = deepcopy(network)
+    for part in (network.backbone, network.projection, network.encoder, network.decoder):
+        part.compile(backend=backend, dynamic=False)
+    return eager(network, precision)
+
+
+def captured(step: Step, frame: Tensor, state: TrackState) -> Step:
+    """A step as one CUDA graph: frame, state and masks have their places, and a replay writes the next state there."""
+    frame, state = frame.clone(), deepcopy(state)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            step(frame, state)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        masks, after = step(frame, state)
+        overwrite(state, after)
+
+    def replay(new_frame: Tensor, before: TrackState) -> tuple[Tensor, TrackState]:
+        frame.copy_(new_frame)
+        if before is not state:  # a video begins
+            overwrite(state, before)
+        graph.replay()
+        return masks, state
+
+    return replay
+
+
+def overwrite(state: TrackState, by: TrackState) -> None:
+    for field in fields(state):
+        getattr(state, field.name).copy_(getattr(by, field.name))
+
+
+def stream(step: Step, frames: Sequence[Tensor], state: TrackState) -> list[Tensor]:
+    """Mask logits of all frames, on the CPU."""
+    masks = []
+    for frame in frames:
+        logits, state = step(frame, state)
+        masks.append(logits.cpu())
+    return masks
+
+
+def measure(step: Step, frames: Sequence[Tensor], state: TrackState, truth: Sequence[Tensor]) -> Figures:
+    """Stream the frames twice, once to warm up and compare, once to time; ``truth`` are the right mask logits."""
+    begin = time.perf_counter()
+    stream(step, frames[:1], state)
+    first = time.perf_counter() - begin
+    masks = stream(step, frames, state)
+    begin = time.perf_counter()
+    stream(step, frames, state)
+    seconds = time.perf_counter() - begin
+    activity = None
+    if frames[0].is_cuda:
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profile:
+            stream(step, frames[:2], state)
+        activity = Activity.of(profile, 2)
+    overlaps = torch.cat([iou(a, b) for a, b in zip(masks, truth, strict=True)])
+    return Figures(
+        fps=len(frames) / seconds,
+        first_s=first,
+        iou=float(overlaps.mean()),
+        lowest_iou=float(overlaps.min()),
+        activity=activity,
+    )
+
+
+def iou(masks: Tensor, truth: Tensor) -> Tensor:
+    """(1, n, h, w) mask logits, cut at the median of the true ones, give (1, n)."""
+    middle = truth.flatten(-2).median(-1).values[..., None, None]
+    a, b = masks > middle, truth > middle
+    return (a & b).sum((-1, -2)) / (a | b).sum((-1, -2))
+
+
+def ways(
+    network: InstanceFormer, frame: Tensor, compiles: bool, backend: str
+) -> Iterator[tuple[str, Step | Exception]]:
+    """Names of the ways to stream, those that compile or those that do not, and their steps, or why there is none.
+
+    Those that do not compile come in the order in which an error of one is least likely to spoil the next.
+    """
+    state = network.initial_state(1)
+    makers: dict[str, Callable[[], Step]] = {}
+    if compiles:
+        makers["bf16 compiled"] = lambda: compiled(network, "bf16", backend)
+        makers["bf16 compiled, graph"] = lambda: captured(steps["bf16 compiled"], frame, state)
+    else:
+        folded = network if packs(frame.device) else optimise(network)
+        precisions: tuple[Precision, ...] = ("float32", "tf32", "bf16")
+        for precision in precisions:
+            makers[precision] = lambda precision=precision: eager(folded, precision)
+        for precision in precisions:
+            makers[f"{precision}, graph"] = lambda precision=precision: captured(steps[precision], frame, state)
+    steps: dict[str, Step] = {}
+    for name, make in makers.items():
+        if name.endswith("graph") and not frame.is_cuda:
+            continue
+        try:
+            steps[name] = make()
+        except Exception as error:  # whatever a compiler or a capture comes to; the others go on
+            yield name, error
+        else:
+            yield name, steps[name]
+
+
+def moving_frames(count: int, size: tuple[int, int], device: torch.device) -> list[Tensor]:
+    """Frames of moving squares."""
+    images = [torch.from_numpy(moving_squares(*size, 3 * t)).permute(2, 0, 1)[None] for t in range(count)]
+    return [normalise(image.to(device))[None] for image in images]
+
+
+def segmenter_fps(network: InstanceFormer, size: tuple[int, int], count: int) -> float:
+    """Frames a second of the online segmenter, from an image to tracks on the CPU, in bf16 on a GPU."""
+    allow_tf32(True)
+    options = SegmenterOptions(
+        size=min(size), max_size=max(size), precision="bf16" if network.query_content.is_cuda else "fp32"
+    )
+    segmenter = VideoInstanceSegmenter(network, options=options)
+    frames = [moving_squares(*size, 3 * t) for t in range(count + WARM_UP)]
+    return count / sum(time_steps(segmenter, frames)[WARM_UP:])
