@@ -177,6 +177,7 @@ def test_photometric_changes_are_the_same_for_all_frames() -> None:
         ({"max_size": 0}, "sizes are positive"),
         ({"crop_sides": (50, 40)}, r"crop_sides=\(50, 40\)"),
         ({"crop_from": ()}, r"crop_from=\(\)"),
+        ({"max_instances": 0}, "max_instances is 1 or more"),
     ],
 )
 def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:

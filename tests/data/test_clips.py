@@ -222,6 +222,24 @@ def test_colours_of_a_clip_change_and_its_targets_do_not(tiny_dataset: Callable[
     assert torch.equal(same.masks, targets.masks)
 
 
+def test_of_too_many_instances_some_are_drawn_each_with_all_its_masks(tiny_dataset: Callable[..., Any]) -> None:
+    tiny = tiny_dataset(lengths=(4,), instances=5, height=48, absent=[(0, 1, 2)])  # a clip has every frame
+    _, everything = clips_of(tiny)[0]
+    whole = {masks.numpy().tobytes(): i for i, masks in enumerate(everything.masks.transpose(0, 1))}
+    clips = clips_of(tiny, augmentation=Augmentation(flip=0, sizes=(), crop=0, max_instances=3))
+    drawn = set()
+    for _ in range(100):
+        _, targets = clips[0]
+        chosen = [whole[masks.numpy().tobytes()] for masks in targets.masks.transpose(0, 1)]
+        assert chosen == sorted(set(chosen))
+        assert torch.equal(targets.labels, everything.labels[chosen])
+        drawn.add(tuple(chosen))
+    assert drawn == set(combinations(range(5), 3))
+    for most in (5, 9):
+        augmentation = Augmentation(flip=0, sizes=(), crop=0, max_instances=most)
+        assert torch.equal(clips_of(tiny, augmentation=augmentation)[0][1].masks, everything.masks)
+
+
 def test_a_frame_that_a_clip_repeats_is_decoded_once(
     tiny_dataset: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

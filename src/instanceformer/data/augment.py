@@ -93,6 +93,7 @@ class Augmentation:
         crop_from: shorter sides in pixels before the crop, one of which is drawn.
         crop_sides: least and greatest side of the crop in pixels.
         photometric: probability of each change of brightness, contrast, saturation, hue and order of the channels.
+        max_instances: of a clip; of more, as many are drawn, each with all its masks, and the others are left out.
     """
 
     flip: float = 0.5
@@ -102,6 +103,7 @@ class Augmentation:
     crop_from: tuple[int, ...] = (400, 500, 600)
     crop_sides: tuple[int, int] = (384, 600)
     photometric: float = 0.0
+    max_instances: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("flip", "crop", "photometric"):
@@ -110,6 +112,8 @@ class Augmentation:
         sizes = (*self.sizes, self.max_size, *self.crop_from, *self.crop_sides)
         if any(size is not None and size < 1 for size in sizes):
             raise ValueError(f"augmentation: sizes are positive numbers of pixels, found {self}")
+        if self.max_instances is not None and self.max_instances < 1:
+            raise ValueError(f"augmentation: max_instances is 1 or more (or none), found {self.max_instances}")
         if self.crop and (not self.crop_from or self.crop_sides[0] > self.crop_sides[1]):
             raise ValueError(
                 f"augmentation: a crop needs one size or more in crop_from and (least, greatest) in crop_sides, found "

@@ -152,7 +152,9 @@ def read_clip(
     augmentation: Augmentation,
     max_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Read and augment T of a video's frames. A crop that would lose all n instances that they show is not made.
+    """Read and augment T of a video's frames, with n of the instances that they show: all, or the greatest number.
+
+    A crop that would lose all of these is not made.
 
     Returns:
         (T, 3, H, W) uint8 RGB frames, (T, n, H, W) uint8 masks, zero or one, and (n,) int64 class indices.
@@ -161,6 +163,9 @@ def read_clip(
         ValueError: a file is missing, is not an image, or is not of the video's size.
     """
     instances = shown_instances(video, frames)
+    if augmentation.max_instances is not None:
+        chosen = torch.randperm(len(instances))[: augmentation.max_instances].sort().values
+        instances = [instances[i] for i in chosen.tolist()]
     geometry = augmentation.draw_geometry(video.height, video.width, max_size)
     masks = video.decode_masks(instances, frames, geometry.rows, geometry.columns)
     if instances and not masks.any():

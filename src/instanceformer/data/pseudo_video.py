@@ -23,7 +23,7 @@ class PseudoVideo:
     """How an image becomes a clip; random numbers are torch's.
 
     One frame, at a random place, is the image itself. Every other is a view of it by itself: an affine and perspective
-    change of the image and its masks, brightness and saturation changed, blurred as by a moving camera. What lies
+    change of the image and its masks, brightness and saturation changed, some blurred as by a moving camera. What lies
     outside the image is black and belongs to no instance; an instance that leaves the view is absent.
 
     Attributes:
@@ -34,7 +34,8 @@ class PseudoVideo:
         perspective: greatest movement of each corner, as a fraction of half the height and width, in [0, 0.45].
         brightness: greatest change of the brightness, as a fraction of it, in [0, 1].
         saturation: greatest change of the saturation, as a fraction of it, in [0, 1].
-        blur: greatest length in pixels of the line that a point is blurred to, in [1, 100].
+        blurred: probability that a view is blurred, in [0, 1].
+        blur: greatest length in pixels of the line that a point is blurred to, in [3, 100]; the least is 3.
 
     Raises:
         ValueError: an option is out of its range.
@@ -47,6 +48,7 @@ class PseudoVideo:
     perspective: float = 0.1
     brightness: float = 0.2
     saturation: float = 0.2
+    blurred: float = 0.25
     blur: int = 9
 
     def __post_init__(self) -> None:
@@ -58,7 +60,8 @@ class PseudoVideo:
             "perspective": (0, 0.45),  # the corners of a frame stay those of a convex shape up to 0.5
             "brightness": (0, 1),
             "saturation": (0, 1),
-            "blur": (1, 100),
+            "blurred": (0, 1),
+            "blur": (3, 100),  # along most lines, 2 pixels leave an image as it is
         }
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
@@ -86,7 +89,9 @@ class PseudoVideo:
         image = F.perspective(image, corners, moved)
         masks = F.perspective(masks, corners, moved, interpolation=v2.InterpolationMode.NEAREST)
         image = v2.ColorJitter(brightness=self.brightness, saturation=self.saturation)(image)
-        return motion_blur(image, int(torch.randint(1, self.blur + 1, ())), _draw(math.pi)), masks
+        if torch.rand(()) < self.blurred:
+            image = motion_blur(image, int(torch.randint(3, self.blur + 1, ())), _draw(math.pi))
+        return image, masks
 
     def _draw_corners(self, height: int, width: int) -> Tensor:
         """(4, 2) float64: where the corners of a frame go, as (x, y) in pixels, clockwise from the upper left."""
@@ -157,8 +162,7 @@ class PseudoClips(Dataset[tuple[Tensor, ClipTargets]]):
         Raises:
             ValueError: an image is missing, unreadable or not of the size that its annotations say.
         """
-        # ranks that draw the same number have different indices
-        video, frame = self.items[(int(torch.randint(len(self.items), ())) + index) % len(self.items)]
+        video, frame = self.items[int(torch.randint(len(self.items), ()))]
         image, masks, labels = read_clip(
             self.dataset, self.dataset.videos[video], [frame], self.images, self.augmentation, self.max_size
         )
@@ -168,8 +172,6 @@ class PseudoClips(Dataset[tuple[Tensor, ClipTargets]]):
 
 def motion_blur(image: Tensor, length: int, angle: float) -> Tensor:
     """Blur (3, H, W) uint8 along a line of ``length`` pixels at ``angle``, in radians from the x axis towards y."""
-    if length == 1:
-        return image
     reach = length // 2
     height, width = image.shape[-2:]
     padded = F.pad(image, [reach], padding_mode="edge").float()
