@@ -25,9 +25,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from instanceformer import InstanceFormer
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = "--quick" in sys.argv
@@ -95,19 +98,13 @@ def machine() -> None:
     target = torch.empty_like(source)
     emit("copy, read and write", tb_s=2 * size / best(lambda: target.copy_(source)) / 1e12)
     side = 128 if QUICK else 8192
-    for name, dtype in (
-        ("bfloat16", torch.bfloat16),
-        ("float16", torch.float16),
-        ("tf32", torch.float32),
-        ("float32", torch.float32),
-    ):
+    for name in ("bfloat16", "float16", "tf32", "float32"):
+        dtype = getattr(torch, name, torch.float32)
         with attempt(f"matrix product, {name}"):
             allow_tf32(name == "tf32")
             a, b = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
             emit(f"matrix product, {name}", tflop_s=2 * side**3 / best(lambda a=a, b=b: a @ b) / 1e12)
-    small = torch.zeros(1, device=DEVICE)
-    count = 100 if QUICK else 2000
-    small.add_(1)
+    small, count = torch.zeros(1, device=DEVICE).add_(1), 100 if QUICK else 2000
     begin = time.perf_counter()
     for _ in range(count):
         small.add_(1)
@@ -194,9 +191,8 @@ def check_guards() -> None:
                     data.offsets[:, ::2] *= 40
                     data.locations[:, ::2] = (data.locations[:, ::2] - 0.5) * 3 + 0.5
                 inputs = data.of_operator(name)
-                error = Results.of(bind("triton")(maps), inputs, data.grad).error(
-                    true_results(name, maps, inputs, data.grad)
-                )
+                truth = true_results(name, maps, inputs, data.grad)
+                error = Results.of(bind("triton")(maps), inputs, data.grad).error(truth)
                 for kernel, guard in kernels.items():
                     if guard.broken:
                         raise AssertionError(f"{kernel} wrote beyond its arguments {guard.broken}")
@@ -293,25 +289,34 @@ def training_compiled() -> None:
 
 
 def stream_ways(compiles: bool) -> None:
-    from gpu_streaming import eager, measure, moving_frames, segmenter_fps, stream, ways
+    from gpu_streaming import SHOWN, moving_frames, segmenter_fps
     from instanceformer import InstanceFormer
 
     torch.manual_seed(0)
     network = InstanceFormer(40, **({"backbone": "small", "dim": 64, "num_queries": 20} if QUICK else {})).eval()
     network.to(DEVICE)
+    shown = torch.arange(SHOWN, device=DEVICE)[None]
     for size in ((64, 96),) if QUICK else ((360, 640), (720, 1280)):
         place = f"{size[0]}x{size[1]}"
         frames = moving_frames(2 if QUICK else 20, size, DEVICE)
-        state = network.initial_state(1)
-        truth = stream(eager(network, "float32"), frames, state)
-        for name, step in ways(network, frames[0], compiles, "aot_eager" if QUICK else "inductor"):
-            with attempt(f"{place}, {name}"):
-                if isinstance(step, Exception):
-                    raise step
-                emit(f"{place}, {name}", **measure(step, frames, state, truth).flat())
+        report_ways(place, network, frames, shown, compiles)
         if not compiles:
             with attempt(f"{place}, online segmenter"):
                 emit(f"{place}, online segmenter", fps=segmenter_fps(network, size, len(frames)))
+
+
+def report_ways(
+    place: str, network: InstanceFormer, frames: list[torch.Tensor], shown: torch.Tensor, compiles: bool
+) -> None:
+    from gpu_streaming import eager, measure, stream, ways
+
+    state = network.initial_state(1)
+    truth = stream(eager(network, "float32", shown), frames, state)
+    for name, step in ways(network, frames[0], shown, compiles, "aot_eager" if QUICK else "inductor"):
+        with attempt(f"{place}, {name}"):
+            if isinstance(step, Exception):
+                raise step
+            emit(f"{place}, {name}", **measure(step, frames, state, truth).flat())
 
 
 @stage
@@ -368,6 +373,25 @@ def run_demo() -> None:
     command("demo, test", "test", files[0], *flags)
     numbers = evaluate_files(Path("data/demo/valid.json"), Path("runs/demo/results.json")).summary
     emit("demo, accuracy", ap=numbers["AP"], ap50=numbers["AP50"], ar10=numbers["AR10"])
+    stream_demo()
+
+
+@torch.no_grad()
+def stream_demo() -> None:
+    """What lower precision and graphs make of masks that were learned."""
+    from gpu_streaming import SHOWN
+    from instanceformer import InstanceFormer
+    from instanceformer.data.augment import normalise
+    from instanceformer.data.clips import read_frames
+    from instanceformer.data.reading import read_annotations
+
+    network = InstanceFormer.from_checkpoint("runs/demo/last.ckpt").to(DEVICE).eval()
+    video = read_annotations(Path("data/demo/valid.json")).videos[0]
+    images = read_frames(video, Path("data/demo/JPEGImages"), range(video.length))
+    frames = [normalise(image[None].to(DEVICE))[None] for image in images]
+    prediction, _ = network(torch.cat(frames, dim=1))
+    shown = prediction.logits.amax((1, 3)).topk(SHOWN).indices
+    report_ways("demo", network, frames, shown, compiles=False)
 
 
 if __name__ == "__main__":
