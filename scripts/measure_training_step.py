@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity
 from torch.utils.data import DataLoader
 
 from instanceformer import InstanceFormer
-from instanceformer.data.batch import ClipBatch, ClipTargets
+from instanceformer.data.batch import ClipBatch, ClipTargets, DenseTargets
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.training.module import InstanceFormerModule
 from timing import Activity
@@ -51,7 +51,8 @@ def make_clips(clips: int, frames: int, height: int, width: int, instances: int,
         masks[:, i, y : y + h, x : x + w] = True
         boxes[:, i] = torch.tensor([(x + w / 2) / width, (y + h / 2) / height, w / width, h / height])
     targets = ClipTargets(torch.arange(instances) % classes, boxes, masks, masks.flatten(2).any(-1))
-    return ClipBatch(torch.randn(clips, frames, 3, height, width), None, [targets] * clips)
+    dense = DenseTargets.from_clips([targets] * clips, (height, width))
+    return ClipBatch(torch.randn(clips, frames, 3, height, width), None, dense)
 
 
 def build(name: str) -> tuple[InstanceFormer, ClipBatch]:

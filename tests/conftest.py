@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it when it defines functions
 
 from instanceformer import InstanceFormer
-from instanceformer.data.batch import ClipBatch, ClipTargets
+from instanceformer.data.batch import ClipBatch, ClipTargets, DenseTargets
 
 TINY: dict[str, Any] = {
     "backbone": "small",
@@ -81,5 +81,5 @@ def make_batch(instances: list[int], frames: int = 4, height: int = 64, width: i
     return ClipBatch(
         frames=torch.randn(len(instances), frames, 3, height, width),
         padding=None,
-        targets=[make_targets(frames, n, height, width) for n in instances],
+        targets=DenseTargets.from_clips([make_targets(frames, n, height, width) for n in instances], (height, width)),
     )

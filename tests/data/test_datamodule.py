@@ -231,7 +231,7 @@ def test_images_train_as_clips_of_one_frame_and_validate(root: Path) -> None:
     data.setup("fit")
     batches = list(data.train_dataloader())
     assert [batch.frames.shape for batch in batches] == [(1, 1, 3, 24, 40)] * 3
-    assert all(batch.targets[0].labels.tolist() == [0, 1] for batch in batches)
+    assert all(batch.targets.labels.tolist() == [[0, 1]] for batch in batches)
     assert [(chunk.video_id, chunk.length) for chunk in data.val_dataloader()] == [(1, 1), (2, 1), (3, 1)]
 
 
@@ -241,7 +241,7 @@ def test_videos_and_images_are_trained_on_together(root: Path) -> None:
         root=root, name="ytvis19", joint=joint, augmentation=PLAIN, clip_frames=3, clips_per_video=2, num_workers=0
     )
     data.setup("fit")
-    labels = [batch.targets[0].labels.tolist() for batch in data.train_dataloader()]
+    labels = [batch.targets.labels[0].tolist() for batch in data.train_dataloader()]
     assert len(labels) == 16
     # a video shows a lizard and a sedan, an image a car, which is the sedan, and a train, which these videos lack
     assert sorted(labels) == [[0, 1]] * 4 + [[1]] * 12
@@ -343,7 +343,7 @@ def test_davis_clips_and_streams(shared: Path) -> None:
     batch = next(iter(data.train_dataloader()))
     assert batch.frames.shape[:3] == (2, 4, 3)
     assert max(batch.frames.shape[-2:]) <= 768
-    assert all(len(targets.labels) == 1 for targets in batch.targets)
+    assert batch.targets.labels.shape == (2, 1)
     chunk = next(iter(data.val_dataloader()))
     assert chunk.frames.shape == (1, 6, 3, 360, 640)
     assert chunk.size == (240, 427)

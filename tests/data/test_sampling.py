@@ -10,7 +10,7 @@ import torch
 from tests.data.test_datamodule import split_of
 from torch.utils.data import Dataset
 
-from instanceformer.data.batch import ClipTargets
+from instanceformer.data.batch import DenseTargets
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.data.images import ImageError, ImageSizeError
 from instanceformer.data.sampling import MAX_REPLACEMENTS, ClipKey, ClipSampler, SeededClips
@@ -94,7 +94,7 @@ def test_a_truncated_image_is_named_or_skipped_by_workers(tiny_dataset: Callable
     data.setup("fit")
     batches = list(data.train_dataloader())
     assert len(batches) == 8
-    assert all(isinstance(batch.targets[0], ClipTargets) for batch in batches)
+    assert all(isinstance(batch.targets, DenseTargets) for batch in batches)
     assert data.training_clips is not None
     assert data.training_clips.replaced.value > 0
 

@@ -15,7 +15,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from instanceformer import InstanceFormer
-from instanceformer.data.batch import ClipBatch
+from instanceformer.data.batch import ClipBatch, DenseTargets
 from instanceformer.model.options import CHOICES
 from instanceformer.training.losses import LossWeights
 from instanceformer.training.module import InstanceFormerModule
@@ -45,7 +45,10 @@ def global_batch(step: int, instances: list[int]) -> ClipBatch:
 
 
 def part(batch: ClipBatch, first: int, last: int) -> ClipBatch:
-    return ClipBatch(batch.frames[first:last], None, batch.targets[first:last])
+    targets = batch.targets
+    per_clip = {"labels": targets.labels[first:last], "pixels": targets.pixels[first:last]}
+    per_frame = {name: getattr(targets, name)[:, first:last] for name in ("boxes", "visible", "masks", "entering")}
+    return ClipBatch(batch.frames[first:last], None, DenseTargets(**per_clip, **per_frame))
 
 
 def train(loss_of: Any, network: InstanceFormer, instances: list[int], first: int, last: int) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from tests.conftest import make_targets
 
+from instanceformer.data.batch import DenseTargets, coverage
 from instanceformer.training.contrastive import temporal_contrastive_loss
 from instanceformer.training.losses import ClipOutputs, LossTerms, LossWeights, class_targets, clip_losses, mask_losses
-from instanceformer.training.targets import DenseTargets, coverage
 
 T, D, B, N, K = 4, 2, 2, 6, 5
 
@@ -29,7 +29,7 @@ def make_outputs(targets: DenseTargets) -> ClipOutputs:
 
 @pytest.fixture
 def targets() -> DenseTargets:
-    return DenseTargets.from_clips([make_targets(T, 3, 64, 96), make_targets(T, 2, 64, 96)], (16, 24))
+    return DenseTargets.from_clips([make_targets(T, 3, 64, 96), make_targets(T, 2, 64, 96)], (64, 96))
 
 
 def test_targets_say_when_instances_enter(targets) -> None:
@@ -41,8 +41,7 @@ def test_targets_say_when_instances_enter(targets) -> None:
 def test_coverage_is_the_fraction_of_each_cell() -> None:
     mask = torch.zeros(1, 1, 6, 8, dtype=torch.bool)
     mask[0, 0, 1:6, 2:8] = True
-    expected = torch.tensor([[6 / 16, 12 / 16], [4 / 16, 8 / 16]])
-    torch.testing.assert_close(coverage(mask, (2, 2))[0, 0], expected)
+    assert coverage(mask, (2, 2))[0, 0].tolist() == [[6, 12], [4, 8]]
 
 
 def test_classes_are_asked_for_from_the_first_appearance_on_also_while_hidden(targets) -> None:
@@ -86,13 +85,13 @@ def test_perfect_boxes_and_masks_cost_almost_nothing(targets) -> None:
     perfect = ClipOutputs(
         logits=class_targets(outputs, targets.labels) * 40 - 20,
         boxes=targets.boxes[:, None].expand(-1, D, -1, -1, -1),
-        masks=(targets.masks * 40 - 20)[:, None].expand(-1, D, -1, -1, -1, -1),
+        masks=outputs.masks,
         queries=outputs.queries,
         assigned=outputs.assigned,
         held=outputs.held,
     )
-    sharp = DenseTargets(**{**vars(targets), "masks": targets.masks.round()})
-    perfect = ClipOutputs(**{**vars(perfect), "masks": (sharp.masks * 40 - 20)[:, None].expand(-1, D, -1, -1, -1, -1)})
+    sharp = DenseTargets(**{**vars(targets), "masks": targets.masks.gt(8).byte() * 16})
+    perfect = ClipOutputs(**{**vars(perfect), "masks": (sharp.masks * 2.5 - 20)[:, None].expand(-1, D, -1, -1, -1, -1)})
     terms = clip_losses(perfect, sharp, torch.tensor(1.0), window=3)
     for name in ("classification", "box_l1", "box_giou", "mask_focal"):
         assert getattr(terms, name) < 1e-4, name

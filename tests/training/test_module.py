@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from lightning import Trainer
 from tests.conftest import make_batch, make_targets
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from instanceformer import InstanceFormer
-from instanceformer.data.batch import ClipBatch
+from instanceformer.data.batch import ClipBatch, DenseTargets
 from instanceformer.training.losses import LossWeights
-from instanceformer.training.module import InstanceFormerModule
+from instanceformer.training.module import InstanceFormerModule, cached_autocast
 from instanceformer.training.optim import OptimizerOptions, build_optimizer, build_scheduler
 
 MECHANISMS = {
@@ -94,10 +98,10 @@ def test_a_padded_batch_costs_what_its_clips_cost_alone(tiny) -> None:
     frames[0, :, :, :56, :80], frames[1] = torch.randn(3, 3, 56, 80), torch.randn(3, 3, 64, 96)
     padding[0, 56:], padding[0, :, 80:] = True, True
     module = InstanceFormerModule(network)
-    both = module.compute_losses(ClipBatch(frames, padding, [small, large]))
+    both = module.compute_losses(ClipBatch(frames, padding, DenseTargets.from_clips([small, large], (64, 96))))
     alone = [
-        module.compute_losses(ClipBatch(frames[:1, :, :, :56, :80], None, [small])),
-        module.compute_losses(ClipBatch(frames[1:], None, [large])),
+        module.compute_losses(ClipBatch(frames[:1, :, :, :56, :80], None, DenseTargets.from_clips([small], (56, 80)))),
+        module.compute_losses(ClipBatch(frames[1:], None, DenseTargets.from_clips([large], (64, 96)))),
     ]
     # held instances over all frames: the normaliser of each clip (instance 1 enters in the second frame)
     counts = torch.tensor([2.0 * 3 - 1, 3.0 * 3 - 1])
@@ -120,6 +124,38 @@ def test_mixed_precision_is_close_and_keeps_locations_and_losses_in_float32(tiny
         mixed = module.compute_losses(batch).total(LossWeights())
     assert mixed.dtype == torch.float32
     assert mixed.item() == pytest.approx(full.item(), rel=0.05)
+
+
+class CountCasts(TorchDispatchMode):
+    """How often each of some tensors is copied to another dtype."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.casts = {x.data_ptr(): 0 for x in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.casts:
+            self.casts[args[0].data_ptr()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_a_step_not_once_a_frame(tiny) -> None:
+    network, batch = tiny(dropout=0.0), make_batch([3, 2])
+    module, weights = InstanceFormerModule(network), [head.weight for head in network.decoder.class_heads]
+    gradients = []
+    for cached in (False, True):
+        network.zero_grad()
+        with (
+            torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+            CountCasts(weights) as counter,
+            cached_autocast("cpu") if cached else nullcontext(),
+        ):
+            loss = module.compute_losses(batch).total(LossWeights())
+        loss.backward()
+        assert set(counter.casts.values()) == {1 if cached else 4}
+        gradients.append(torch.cat([weight.grad.flatten() for weight in weights]))
+    assert not torch._C._is_any_autocast_enabled()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0.05, atol=0.01 * float(gradients[0].abs().max()))
 
 
 def test_parameter_groups_cover_everything_that_learns_once() -> None:

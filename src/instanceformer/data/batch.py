@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,13 +27,87 @@ class ClipTargets:
     masks: Tensor
     visible: Tensor
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> ClipTargets:
-        """Move every tensor to ``device``."""
-        return ClipTargets(*(t.to(device, non_blocking=non_blocking) for t in vars(self).values()))
 
-    def pin_memory(self) -> ClipTargets:
+@dataclass(frozen=True)
+class DenseTargets:
+    """Ground truth of B clips of T frames as dense tensors, so that losses need no loop over instances.
+
+    Each clip has at most n instances; n is at least 1, and instances that a clip does not have are never visible.
+
+    Attributes:
+        labels: (B, n) int64 class index.
+        boxes: (T, B, n, 4) float32 cxcywh as fractions of the clip's own size.
+        visible: (T, B, n) bool.
+        masks: (T, B, n, h, w) uint8, pixels in [0, 16] that the mask covers of every 4x4 cell of the mask logits.
+        pixels: (B, h, w) bool, whether a cell belongs to the clip rather than to its padding.
+        entering: (T, B, n) bool, whether this is the first frame in which the instance is visible; stays on the CPU,
+            where instances are matched.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    visible: Tensor
+    masks: Tensor
+    pixels: Tensor
+    entering: Tensor
+
+    def __len__(self) -> int:
+        """Number of clips, B."""
+        return len(self.labels)
+
+    @classmethod
+    def from_clips(cls, clips: Sequence[ClipTargets], size: tuple[int, int]) -> DenseTargets:
+        """Pad and stack the targets of a batch.
+
+        Args:
+            clips: one for each clip of the batch, all with the same number of frames.
+            size: (height, width) in pixels of the padded frames.
+        """
+        n = max(1, *(len(clip.labels) for clip in clips))
+        grid = (-(-size[0] // 4), -(-size[1] // 4))
+
+        def padded(x: Tensor, dim: int) -> Tensor:
+            margin = [0, 0] * (x.ndim - dim - 1) + [0, n - x.shape[dim]]
+            return F.pad(x, margin)
+
+        visible = torch.stack([padded(clip.visible, 1) for clip in clips], dim=1)
+        return cls(
+            labels=torch.stack([padded(clip.labels, 0) for clip in clips]),
+            boxes=torch.stack([padded(clip.boxes, 1) for clip in clips], dim=1),
+            visible=visible,
+            masks=torch.stack([padded(coverage(clip.masks, grid), 1) for clip in clips], dim=1),
+            pixels=torch.stack([_inside(clip, grid) for clip in clips]),
+            entering=visible & (visible.cumsum(dim=0) == 1),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> DenseTargets:
+        """Move every tensor but ``entering`` to ``device``."""
+        return DenseTargets(
+            **{
+                name: x if name == "entering" else x.to(device, non_blocking=non_blocking)
+                for name, x in vars(self).items()
+            }
+        )
+
+    def pin_memory(self) -> DenseTargets:
         """Copy every tensor to page-locked memory, as the DataLoader asks."""
-        return ClipTargets(*(t.pin_memory() for t in vars(self).values()))
+        return DenseTargets(**{name: x.pin_memory() for name, x in vars(self).items()})
+
+
+def coverage(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How many pixels of every 4x4 cell a mask covers: (T, n, H, W) bool gives (T, n, h, w) uint8, zero beyond H, W."""
+    height, width = masks.shape[-2:]
+    x = F.pad(masks.view(torch.uint8), (0, grid[1] * 4 - width, 0, grid[0] * 4 - height))
+    for dim in (-2, -1):
+        x = sum(x.unflatten(dim, (-1, 4)).unbind(dim), start=torch.zeros((), dtype=torch.uint8))
+    return x
+
+
+def _inside(clip: ClipTargets, grid: tuple[int, int]) -> Tensor:
+    height, width = clip.masks.shape[-2:]
+    inside = torch.zeros(grid, dtype=torch.bool)
+    inside[: -(-height // 4), : -(-width // 4)] = True
+    return inside
 
 
 @dataclass(frozen=True)
@@ -40,28 +116,29 @@ class ClipBatch:
 
     Attributes:
         frames: (B, T, 3, H, W) float32, RGB normalised with the ImageNet mean and deviation; zero where padded.
-        padding: (B, H, W) bool, true where padded; None when all clips have the same size.
-        targets: B ClipTargets.
+        padding: (B, H, W) bool, true where padded; None when all clips have the same size. It stays on the CPU, where
+            the network reads the clips' sizes from it.
+        targets: of the B clips.
     """
 
     frames: Tensor
     padding: Tensor | None
-    targets: list[ClipTargets]
+    targets: DenseTargets
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ClipBatch:
-        """Move every tensor to ``device``."""
+        """Move every tensor to ``device`` that is needed there."""
         return ClipBatch(
             frames=self.frames.to(device, non_blocking=non_blocking),
-            padding=None if self.padding is None else self.padding.to(device, non_blocking=non_blocking),
-            targets=[targets.to(device, non_blocking) for targets in self.targets],
+            padding=self.padding,
+            targets=self.targets.to(device, non_blocking),
         )
 
     def pin_memory(self) -> ClipBatch:
         """Copy every tensor to page-locked memory, as the DataLoader asks."""
         return ClipBatch(
             frames=self.frames.pin_memory(),
-            padding=None if self.padding is None else self.padding.pin_memory(),
-            targets=[targets.pin_memory() for targets in self.targets],
+            padding=self.padding,
+            targets=self.targets.pin_memory(),
         )
 
 
@@ -95,3 +172,8 @@ class VideoChunk:
     def pin_memory(self) -> VideoChunk:
         """Copy the frames to page-locked memory, as the DataLoader asks."""
         return replace(self, frames=self.frames.pin_memory())
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a small tensor made on the CPU without waiting for what the device is doing."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

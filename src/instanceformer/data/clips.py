@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, default_collate
 
 from instanceformer.data.annotations import Instance, Video, VideoDataset
 from instanceformer.data.augment import Augmentation, Geometry, normalise
-from instanceformer.data.batch import ClipBatch, ClipTargets
+from instanceformer.data.batch import ClipBatch, ClipTargets, DenseTargets
 from instanceformer.data.images import read_image
 
 MAX_DRAWS = 10
@@ -221,10 +221,10 @@ def mask_boxes(masks: Tensor) -> Tensor:
 
 
 def collate_clips(clips: Sequence[tuple[Tensor, ClipTargets]]) -> ClipBatch:
-    """Put clips into one batch, padded to the largest height and width among them; targets keep their sizes."""
+    """Put clips into one batch, padded to the largest height and width among them."""
     frames = [clip[0] for clip in clips]
-    targets = [clip[1] for clip in clips]
     height, width = (max(f.shape[dim] for f in frames) for dim in (-2, -1))
+    targets = DenseTargets.from_clips([clip[1] for clip in clips], (height, width))
     if all(f.shape[-2:] == (height, width) for f in frames):
         return ClipBatch(frames=default_collate(frames), padding=None, targets=targets)
     padded = frames[0].new_zeros(len(frames), *frames[0].shape[:2], height, width)

@@ -9,11 +9,11 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 
 from instanceformer import checkpoints
 from instanceformer.model.attention import Levels
 from instanceformer.model.backbone import Backbone, Norm
+from instanceformer.model.boxes import box_iou
 from instanceformer.model.decoder import Decoder, FramePrediction, of_queries
 from instanceformer.model.encoder import STRIDES, Encoder, FrameFeatures, Projection
 from instanceformer.model.heads import MaskHead, Upsampling
@@ -395,12 +395,7 @@ def duplicates(boxes: Tensor, confidence: Tensor, candidates: Tensor, carried: T
     Returns:
         (B, N) bool, queries that overlap by more with a candidate that comes before them.
     """
-    corners = box_convert(boxes, "cxcywh", "xyxy")
-    low = torch.maximum(corners[:, :, None, :2], corners[:, None, :, :2])
-    high = torch.minimum(corners[:, :, None, 2:], corners[:, None, :, 2:])
-    shared = (high - low).clamp(min=0).prod(dim=-1)
-    area = boxes[..., 2] * boxes[..., 3]
-    overlap = shared / (area[:, :, None] + area[:, None, :] - shared).clamp(min=1e-9)
+    overlap = box_iou(boxes[:, :, None], boxes[:, None])
     priority = confidence + carried
     before = candidates[:, None, :] & (priority[:, None, :] > priority[:, :, None])
     return (before & (overlap > max_overlap)).any(dim=-1) & ~carried

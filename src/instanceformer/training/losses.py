@@ -6,10 +6,11 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
+from instanceformer.data.batch import DenseTargets
+from instanceformer.model.boxes import generalized_box_iou
 from instanceformer.training.contrastive import temporal_contrastive_loss
-from instanceformer.training.targets import DenseTargets
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,12 @@ def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normaliser: Tensor,
         held = outputs.held.float()
         visible = held * targets.visible[:, None]
         boxes = outputs.boxes.float()
-        target_boxes = targets.boxes[:, None].expand_as(boxes)
-        giou = generalized_box_iou_loss(
-            box_convert(boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy")
-        )
-        focal, dice = mask_losses(outputs.masks.float(), targets.masks[:, None], targets.pixels)
+        target_boxes = targets.boxes[:, None]
+        focal, dice = mask_losses(outputs.masks.float(), targets.masks[:, None] / 16, targets.pixels.float())
         terms = LossTerms(
             classification=sigmoid_focal_loss(outputs.logits.float(), class_targets(outputs, targets.labels)).sum(),
             box_l1=((boxes - target_boxes).abs().sum(dim=-1) * visible).sum(),
-            box_giou=(giou * visible).sum(),
+            box_giou=((1 - generalized_box_iou(boxes, target_boxes)) * visible).sum(),
             mask_focal=(focal * held).sum(),
             mask_dice=(dice * held).sum(),
             contrastive=temporal_contrastive_loss(outputs.queries, outputs.held[:, -1], window),
@@ -106,8 +104,8 @@ def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normaliser: Tensor,
 def class_targets(outputs: ClipOutputs, labels: Tensor) -> Tensor:
     """(T, D, B, N, K) float32, one for the class of the instance that holds a query, from its first appearance on."""
     targets = torch.zeros_like(outputs.logits, dtype=torch.float32)
-    t, layer, clip, instance = outputs.held.nonzero(as_tuple=True)
-    targets[t, layer, clip, outputs.assigned[layer, clip, instance], labels[clip, instance]] = 1
+    places = outputs.assigned.clamp(min=0) * targets.shape[-1] + labels  # no two that are held are the same
+    targets.flatten(3).scatter_add_(3, places.expand_as(outputs.held), outputs.held.float())
     return targets
 
 

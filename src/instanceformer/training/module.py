@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from instanceformer import checkpoints
 from instanceformer.checkpoints.classes import take_over
 from instanceformer.data.annotations import Category
-from instanceformer.data.batch import ClipBatch, VideoChunk
+from instanceformer.data.batch import ClipBatch, VideoChunk, to_device
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.data.sampling import derive_seed
 from instanceformer.evaluation.postprocess import InferenceOptions, VideoInference
@@ -27,9 +27,8 @@ from instanceformer.evaluation.video_ap import VideoAveragePrecision
 from instanceformer.model.decoder import of_queries
 from instanceformer.model.network import InstanceFormer
 from instanceformer.training.losses import ClipOutputs, LossTerms, LossWeights, clip_losses
-from instanceformer.training.matching import MatchCosts, match_each_layer, match_entering
+from instanceformer.training.matching import MatchCosts, match_entering
 from instanceformer.training.optim import OptimizerOptions, apply_options, build_optimizer, build_scheduler
-from instanceformer.training.targets import DenseTargets
 
 
 class VideoOutput(TypedDict):
@@ -42,6 +41,16 @@ class VideoOutput(TypedDict):
 
     tracks: list[Track]
     others: list[Track]
+
+
+def cached_autocast(device_type: str) -> torch.autocast:
+    """The mixed precision of the surroundings, but each weight is cast once, not once for every frame of a clip.
+
+    Lightning turns the cache off, since a weight that is cast first under ``no_grad`` stays without a gradient; a
+    training step has none such. The cache is empty again when the surroundings end.
+    """
+    dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=True)
 
 
 class InstanceFormerModule(LightningModule):
@@ -202,7 +211,8 @@ class InstanceFormerModule(LightningModule):
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         """One step on a batch of clips: the total loss of equation 6."""
-        terms = self.compute_losses(batch)
+        with cached_autocast(self.device.type):
+            terms = self.compute_losses(batch)
         total = terms.total(self.losses)
         size = len(batch.targets)
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=size)
@@ -218,25 +228,25 @@ class InstanceFormerModule(LightningModule):
         The memory takes the queries that hold an instance. State starts anew with every clip. In clips of one frame no
         identity binds the decoder's layers to one another: each is matched by itself.
         """
-        network = self.network
+        network, targets, device = self.network, batch.targets, batch.frames.device
         features = network.encode(batch.frames, batch.padding)
-        targets = DenseTargets.from_clips(batch.targets, features.grid)
-        state = network.initial_state(len(batch.targets), batch.frames.device)
-        assigned = torch.full_like(targets.labels, -1)
-        every_query = torch.arange(network.num_queries, device=assigned.device)
+        state = network.initial_state(len(targets), device)
+        depth, frames = len(network.decoder.layers), batch.frames.shape[1]
+        layers = slice(0 if frames == 1 else depth - 1, depth)  # that are matched by themselves
+        matched = torch.full((depth, *targets.labels.shape), -1)[layers]
+        every_query = torch.arange(network.num_queries, device=device)
         predictions, held = [], []
-        for t in range(batch.frames.shape[1]):
+        for t in range(frames):
             prediction = network.decode(features[t], state)
-            assigned = match_entering(prediction, targets, t, assigned, self.costs)
-            state = network.advance(state, prediction, (assigned[..., None] == every_query).any(dim=1))
+            matched = match_entering(
+                prediction.logits[layers], prediction.boxes[layers], targets, t, matched, self.costs
+            )
+            assigned = to_device(matched, device)
+            state = network.advance(state, prediction, (assigned[-1, ..., None] == every_query).any(dim=1))
             predictions.append(prediction)
             held.append(assigned >= 0)
 
-        layers = predictions[0].logits.shape[0]
-        assigned, holding = assigned.expand(layers, -1, -1), torch.stack(held)[:, None].expand(-1, layers, -1, -1)
-        if len(predictions) == 1:
-            assigned = match_each_layer(predictions[0], targets, self.costs)
-            holding = (assigned >= 0)[None]
+        assigned = assigned.expand(depth, -1, -1)
         chosen = assigned.clamp(min=0)
         outputs = ClipOutputs(
             logits=torch.stack([p.logits for p in predictions]),
@@ -246,9 +256,9 @@ class InstanceFormerModule(LightningModule):
             ),
             queries=torch.stack([of_queries(p.queries[-1:], chosen[-1])[0] for p in predictions]),
             assigned=assigned,
-            held=holding,
+            held=torch.stack(held).expand(-1, depth, -1, -1),
         )
-        return clip_losses(outputs, targets, self._mean_over_ranks(holding[:, -1].sum()), network.memory_frames)
+        return clip_losses(outputs, targets, self._mean_over_ranks(outputs.held[:, -1].sum()), network.memory_frames)
 
     def _mean_over_ranks(self, count: Tensor) -> Tensor:
         """Total over all ranks, at least 1, divided by their number: DDP then averages gradients to the right sum."""

@@ -1,0 +1,28 @@
+"""How much boxes overlap; no step depends on the data, so that a GPU is never waited for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of boxes (..., 4) cxcywh: (...) in [0, 1]."""
+    shared, union, _ = _areas(a, b)
+    return shared / union
+
+
+def generalized_box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU less the share of the smallest box around both that neither covers (Rezatofighi et al.): (...) in [-1, 1]."""
+    shared, union, hull = _areas(a, b)
+    return shared / union - (hull - union) / hull
+
+
+def _areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What both boxes cover, what either does, and the smallest box around both; the last two are never zero."""
+    area = a[..., 2] * a[..., 3] + b[..., 2] * b[..., 3]
+    a, b = (box_convert(x, "cxcywh", "xyxy") for x in (a, b))
+    shared = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(dim=-1)
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(dim=-1)
+    return shared, (area - shared).clamp(min=1e-9), hull.clamp(min=1e-9)
