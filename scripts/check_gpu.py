@@ -107,9 +107,9 @@ def run(stage: Stage, quick: bool, deadline: float) -> Iterator[dict[str, Any]]:
     tail: deque[str] = deque(maxlen=TAIL)
     for line in lines_until(deadline, process):
         found = parse(line)
-        if found is None:
+        if found is None and line.strip():
             tail.append(line.rstrip()[:300])
-        else:
+        if found is not None:
             yield {"stage": stage.name, **found}
     outcome: dict[str, Any] = {"stage": stage.name, "outcome": "ok", "seconds": time.monotonic() - begin}
     if process.returncode != 0:

@@ -47,7 +47,7 @@ def stage(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def emit(what: str, **figures: object) -> None:
-    print(json.dumps({"what": what, **figures}), flush=True)
+    print("\n" + json.dumps({"what": what, **figures}), flush=True)  # which may find itself behind pytest's dots
 
 
 def fail(what: str, error: object) -> None:
@@ -129,7 +129,7 @@ def kernel_tests() -> None:
                     self.counts[report.outcome] += 1
                 if report.failed:
                     fail(report.nodeid.partition("::")[2], str(report.longrepr).strip().splitlines()[-1])
-                if sum(self.counts.values()) % 50 == 0:
+                if sum(self.counts.values()) % (3 if QUICK else 50) == 0:
                     emit("pytest tests/deform_attn, so far", **self.counts)
 
     arguments = ["-q", "-p", "no:cacheprovider", "--tb=short", str(ROOT / "tests" / "deform_attn")]

@@ -36,7 +36,7 @@ class Figures:
 
     Attributes:
         fps: frames a second, the masks of each on the CPU before the next begins.
-        first_s: seconds of the first frame, with what is compiled or captured in it.
+        first_s: seconds of the first frame, with what is compiled in it.
         error: of the mask logits, relative to those of float32 without a compiler, in the Euclidean norm.
         iou: mean IoU of the masks with those of float32, where these have an outline; random weights may give none.
         lowest_iou: of a mask.
