@@ -69,7 +69,7 @@ def test_a_training_says_which_ages_of_the_memory_its_clips_lack(
     data = SimpleNamespace(raw_videos=[], num_classes=network.num_classes, clip_frames=clip_frames)
     monkeypatch.setattr(InstanceFormerModule, "data", data)
     module = InstanceFormerModule(network)
-    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)  # which has a progress bar
     module.setup(stage)
     printed = [line for line in capsys.readouterr().out.splitlines() if "clip_frames" in line]
     assert len(printed) == (ages is not None)

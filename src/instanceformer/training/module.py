@@ -127,6 +127,11 @@ class InstanceFormerModule(LightningModule):
                 "--model.network.backbone_norm batch to train from random weights"
             )
 
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print in process 0. Lightning's own loses what is said before its progress bar has begun."""
+        if self.trainer.is_global_zero:
+            print(*args, **kwargs)
+
     @property
     def data(self) -> VideoDataModule:
         """The data module of the running trainer."""
