@@ -9,6 +9,7 @@ from torch import nn
 
 from instanceformer import InstanceFormer
 from instanceformer.inference.optimise import PackedConv2d, PackedLinear, optimise
+from instanceformer.model.backbone import FrozenBatchNorm
 from instanceformer.model.network import ClipPrediction
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
@@ -21,6 +22,9 @@ def randomise_norms(network: InstanceFormer) -> None:
             buffer.uniform_(0.5, 1.5)
         elif name.endswith(("running_mean", "bias")):
             buffer.normal_(0, 0.2)
+    for module in network.modules():
+        if isinstance(module, FrozenBatchNorm):
+            module.fold()
 
 
 @torch.no_grad()

@@ -399,3 +399,30 @@ def test_mask_logits_of_a_new_network_are_spread() -> None:
     prediction, _ = network(torch.randn(1, 1, 3, 128, 128), segment="all")
     assert prediction.masks is not None
     assert 0.7 < prediction.masks.std() < 3
+
+
+def test_single_images_of_a_training_are_extracted_at_once_and_others_by_size(tiny) -> None:
+    frames, padding = torch.randn(2, 1, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.bool)
+    padding[0, 48:], frames[0, ..., 48:, :] = True, 0
+    for norm, train, clips, expected in (
+        ("frozen", True, frames, [2]),
+        ("frozen", False, frames, [1, 1]),
+        ("batch", True, frames, [1, 1]),
+        ("frozen", True, frames.expand(-1, 2, -1, -1, -1), [2, 2]),
+    ):
+        network = tiny(backbone_norm=norm, backbone="resnet18").train(train)
+        seen: list[int] = []
+        network.backbone.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
+        features = network.encode(clips, padding)
+        assert seen == expected
+        assert features.tokens.isfinite().all()
+
+
+def test_a_network_trains_after_inference_on_frames_of_the_same_size(tiny) -> None:
+    network, frames = tiny(), torch.randn(1, 1, 3, 64, 96)
+    with torch.inference_mode():
+        before = network.encode(frames).tokens.clone()
+    after = network.encode(frames).tokens
+    after.sum().backward()
+    assert torch.equal(before, after)
+    assert network.encoder.level_embedding.grad is not None

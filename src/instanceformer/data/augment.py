@@ -10,6 +10,8 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from instanceformer.constants import constant
+
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 """ImageNet mean of red, green and blue, as fractions of full brightness."""
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -18,11 +20,16 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 def normalise(frames: Tensor) -> Tensor:
     """(..., 3, H, W) uint8 RGB to float32 of zero mean and unit deviation over ImageNet."""
-    mean, std = (
-        255 * torch.tensor(x).view(3, 1, 1).to(frames.device, non_blocking=frames.is_cuda)
-        for x in (IMAGE_MEAN, IMAGE_STD)
-    )
+    mean, std = _statistics(frames.device)
     return frames.float().sub_(mean).div_(std)
+
+
+@constant
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of brightness in [0, 255], (3, 1, 1) each."""
+    mean, std = (255 * torch.tensor(x).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
+    on_gpu = device.type == "cuda"
+    return mean.to(device, non_blocking=on_gpu), std.to(device, non_blocking=on_gpu)
 
 
 def fit_size(height: int, width: int, size: int | None, max_size: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ class Backbone(nn.Module):
 
     Attributes:
         channels: channels of C2, C3, C4, C5.
+        is_frozen: whether norms are fixed, so that no image sees another.
 
     Raises:
         ValueError: torchvision has no such ResNet or Swin.
@@ -40,7 +41,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.name = name
         self._is_swin = name.startswith("swin")
-        norm_layer = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
+        norm_layer = FrozenBatchNorm if norm == "frozen" else nn.BatchNorm2d
         if self._is_swin and name in models.list_models(models):
             self.body = create_feature_extractor(models.get_model(name, weights=None), SWIN_NODES)
         elif name == "small":
@@ -56,6 +57,7 @@ class Backbone(nn.Module):
                 n for n in models.list_models(models) if n.startswith(("resnet", "resnext", "wide_resnet", "swin"))
             ]
             raise ValueError(f"backbone: found {name!r}, expected small or one of {', '.join(known)}")
+        self.is_frozen = norm == "frozen" and not self._is_swin
         self.body.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPUs and on tensor cores
         self.channels = self._count_channels()
 
@@ -102,6 +104,34 @@ class Backbone(nn.Module):
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % 4, 0, -height % 4))  # a Swin drops what its 4x4 patches do not fill
         return [feature.permute(0, 3, 1, 2) for feature in self.body(images).values()]
+
+
+class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision has no types
+    """Batch norm with fixed statistics and weights: x * scale + shift in one step, in the precision of x.
+
+    Scale and shift follow from the buffers, and are worked out when those are loaded.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__(num_features, eps)
+        self.register_buffer("scale", torch.empty(1, num_features, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.empty(1, num_features, 1, 1), persistent=False)
+        self.fold()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Let scale and shift follow from what the buffers hold now."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        self.scale.copy_(scale[:, None, None])
+        self.shift.copy_((self.bias - self.running_mean * scale)[:, None, None])
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.fold()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(X, C, H, W) to the same shape and dtype."""
+        return torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
 
 
 class SmallResNet(nn.Module):

@@ -7,11 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from instanceformer.model.attention import DeformableAttention, Levels, Shapes, xavier_
-from instanceformer.model.position import pixel_position
-
-STRIDES = (8, 16, 32, 64, 128)
-"""Stride in pixels of every feature level, finest first; three come from the backbone, the rest are added to it."""
+from instanceformer.model.attention import DeformableAttention, Levels, xavier_
+from instanceformer.model.pyramid import Pyramid
 
 
 @dataclass(frozen=True)
@@ -119,50 +116,25 @@ class Encoder(nn.Module):
             EncoderLayer(dim, heads, levels, points, feedforward_dim, dropout) for _ in range(layers)
         )
 
-    def forward(self, features: list[Tensor], valid: list[Tensor], levels: Levels, valid_ratios: Tensor) -> Tensor:
+    def forward(self, features: list[Tensor], pyramid: Pyramid) -> Tensor:
         """Encode frames.
 
         Args:
             features: (X, C, H_l, W_l) projected, of X = B T frames, a clip's frames next to each other.
-            valid: (B, H_l, W_l) bool of each level.
-            levels: grids, of B clips.
-            valid_ratios: (B, L, 2) float32.
+            pyramid: of the B clips.
 
         Returns:
             (X, S, C) tokens.
         """
         tokens = torch.cat([feature.flatten(2).transpose(1, 2) for feature in features], dim=1)
-        frames, dim = tokens.shape[0] // valid_ratios.shape[0], tokens.shape[-1]
-        position = torch.cat(
-            [
-                pixel_position(mask, dim).flatten(1, 2) + embedding
-                for mask, embedding in zip(valid, self.level_embedding, strict=True)
-            ],
-            dim=1,
+        frames, levels = tokens.shape[0] // len(pyramid.sizes), pyramid.levels
+        cells = [height * width for height, width in levels.shapes]
+        embedding = torch.cat([e.expand(n, -1) for e, n in zip(self.level_embedding, cells, strict=True)])
+        position, reference = (
+            x.repeat_interleave(frames, dim=0) for x in (pyramid.position + embedding, pyramid.centres)
         )
-        reference = cell_centres(levels.shapes, valid_ratios)
-        position, reference = (x.repeat_interleave(frames, dim=0) for x in (position, reference))
         if levels.padded is not None:
             levels = replace(levels, padded=levels.padded.repeat_interleave(frames, dim=0))
         for layer in self.layers:
             tokens = layer(tokens, position, reference, levels)
         return tokens
-
-
-def cell_centres(shapes: Shapes, valid_ratios: Tensor) -> Tensor:
-    """Centre of every cell of every level, seen from every level.
-
-    Args:
-        shapes: (height, width) of the L levels.
-        valid_ratios: (B, L, 2) float32.
-
-    Returns:
-        (B, S, L, 2) float32, (x, y) as fractions of each padded level; beyond 1 outside the valid part.
-    """
-    centres = []
-    for level, (height, width) in enumerate(shapes):
-        y = (torch.arange(height, dtype=torch.float32, device=valid_ratios.device) + 0.5) / height
-        x = (torch.arange(width, dtype=torch.float32, device=valid_ratios.device) + 0.5) / width
-        grid = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1).flatten(0, 1)
-        centres.append(grid / valid_ratios[:, level, None])
-    return torch.cat(centres, dim=1)[:, :, None] * valid_ratios[:, None]

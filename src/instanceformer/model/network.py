@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final
@@ -11,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from instanceformer import checkpoints
-from instanceformer.model.attention import Levels
 from instanceformer.model.backbone import Backbone, Norm
 from instanceformer.model.boxes import box_iou
 from instanceformer.model.decoder import Decoder, FramePrediction, of_queries
-from instanceformer.model.encoder import STRIDES, Encoder, FrameFeatures, Projection
+from instanceformer.model.encoder import Encoder, FrameFeatures, Projection
 from instanceformer.model.heads import MaskHead, Upsampling
 from instanceformer.model.memory import Memory, TemporalIndex, remember
 from instanceformer.model.options import ClassHistory, FreeQueries, MaskStride, check_options
 from instanceformer.model.propagation import ClassPrior, LocationPropagation, LocationRule, LocationSource
+from instanceformer.model.pyramid import Pyramid, Sizes, build_pyramid, valid_sizes
 from instanceformer.model.state import TrackState, push
 
 
@@ -249,56 +248,47 @@ class InstanceFormer(nn.Module):
             Features of all frames.
         """
         batch, count, _, height, width = frames.shape
-        sizes = [(height, width)] * batch if padding is None else valid_sizes(padding)
-        groups: dict[tuple[int, int], list[int]] = {}
-        for clip, size in enumerate(sizes):
-            groups.setdefault(size, []).append(clip)
-
-        shapes = [
-            (math.ceil(height / stride), math.ceil(width / stride))
-            for stride in (4, *STRIDES[: len(self.projection.levels)])
-        ]
-        if len(groups) == 1 and sizes[0] == (height, width):
-            padding = None
-            levels = self._extract(frames.flatten(0, 1))
-        else:
-            channels = [self.backbone.channels[0], *[self.dim] * (len(shapes) - 1)]
-            levels = [frames.new_zeros(batch, count, c, h, w) for c, (h, w) in zip(channels, shapes, strict=True)]
-            for (h, w), clips in groups.items():
-                for level, extracted in zip(
-                    levels, self._extract(frames[clips, :, :, :h, :w].flatten(0, 1)), strict=True
-                ):
-                    fh, fw = extracted.shape[-2:]
-                    level[clips, :, :, :fh, :fw] = extracted.unflatten(0, (len(clips), count)).to(level.dtype)
-            levels = [level.flatten(0, 1) for level in levels]
-
-        valid, ratios = [], []
-        for stride, (h, w) in zip((4, *STRIDES), shapes, strict=False):
-            extents = torch.tensor([(math.ceil(a / stride), math.ceil(b / stride)) for a, b in sizes])
-            rows, columns = torch.arange(h) < extents[:, :1], torch.arange(w) < extents[:, 1:]
-            valid.append((rows[:, :, None] & columns[:, None, :]).to(frames.device, non_blocking=frames.is_cuda))
-            ratios.append((extents.flip(-1) / torch.tensor((w, h))).to(frames.device, non_blocking=frames.is_cuda))
-        padded = None if padding is None else ~torch.cat([v.flatten(1) for v in valid[1:]], dim=1)
-        valid_ratios = torch.stack(ratios[1:], dim=1)
-
-        pyramid = Levels(shapes=tuple(shapes[1:]), padded=padded)
-        tokens = self.encoder(levels[1:], valid[1:], pyramid, valid_ratios)
+        sizes = ((height, width),) * batch if padding is None else valid_sizes(padding)
+        pyramid = build_pyramid(sizes, (height, width), len(self.projection.levels), self.dim, frames.device)
+        shapes, padded = pyramid.levels.shapes, pyramid.levels.padded is not None
+        levels = self._extract_apart(frames, sizes, pyramid) if padded else self._extract(frames.flatten(0, 1))
+        tokens = self.encoder(levels[1:], pyramid)
         encoded = [
             x.transpose(1, 2).unflatten(2, shape)
-            for x, shape in zip(tokens.split([h * w for h, w in pyramid.shapes], dim=1), pyramid.shapes, strict=True)
+            for x, shape in zip(tokens.split([h * w for h, w in shapes], dim=1), shapes, strict=True)
         ]
-        masks = None
-        if padding is not None:
-            masks = [v[:, None].repeat_interleave(count, dim=0).to(tokens.dtype) for v in valid[:4]]
-        mask_features = self.mask_head.encode(encoded[:3], levels[0], masks)
+        masks = [v[:, None].repeat_interleave(count, dim=0).to(tokens.dtype) for v in pyramid.valid[:4]]
+        mask_features = self.mask_head.encode(encoded[:3], levels[0], masks if padded else None)
         return FrameFeatures(
             tokens=tokens.unflatten(0, (batch, count)),
             mask_features=mask_features.unflatten(0, (batch, count)),
-            levels=pyramid,
-            valid_ratios=valid_ratios,
-            sizes=torch.tensor([(float(w), float(h)) for h, w in sizes]).to(frames.device, non_blocking=frames.is_cuda),
-            grid=shapes[0],
+            levels=pyramid.levels,
+            valid_ratios=pyramid.valid_ratios,
+            sizes=pyramid.sizes,
+            grid=pyramid.grid,
         )
+
+    def _extract_apart(self, frames: Tensor, sizes: Sizes, pyramid: Pyramid) -> list[Tensor]:
+        """As ``_extract`` for (B, T, 3, H, W) frames of different sizes, those of one size together; zero where padded.
+
+        Single images of a training with frozen norms are extracted all at once, padding and all, as in DETR: every
+        image has another size.
+        """
+        batch, count = frames.shape[:2]
+        if self.training and count == 1 and self.backbone.is_frozen:
+            return self._extract(frames.flatten(0, 1))
+        channels = (self.backbone.channels[0], *[self.dim] * len(pyramid.levels.shapes))
+        levels = [
+            frames.new_zeros(batch, count, c, h, w)
+            for c, (h, w) in zip(channels, (pyramid.grid, *pyramid.levels.shapes), strict=True)
+        ]
+        for h, w in dict.fromkeys(sizes):
+            clips = [clip for clip, size in enumerate(sizes) if size == (h, w)]
+            found = self._extract(frames[clips, :, :, :h, :w].flatten(0, 1))
+            for level, extracted in zip(levels, found, strict=True):
+                fh, fw = extracted.shape[-2:]
+                level[clips, :, :, :fh, :fw] = extracted.unflatten(0, (len(clips), count)).to(level.dtype)
+        return [level.flatten(0, 1) for level in levels]
 
     def _extract(self, images: Tensor) -> list[Tensor]:
         """(X, 3, H, W) give C2 and every projected level."""
@@ -399,22 +389,3 @@ def duplicates(boxes: Tensor, confidence: Tensor, candidates: Tensor, carried: T
     priority = confidence + carried
     before = candidates[:, None, :] & (priority[:, None, :] > priority[:, :, None])
     return (before & (overlap > max_overlap)).any(dim=-1) & ~carried
-
-
-def valid_sizes(padding: Tensor) -> list[tuple[int, int]]:
-    """(height, width) in pixels of what is not padding, for each clip of (B, H, W).
-
-    Raises:
-        ValueError: padding is not a margin on the right and at the bottom.
-    """
-    valid = ~padding
-    heights, widths = valid.any(dim=2).sum(dim=1), valid.any(dim=1).sum(dim=1)
-    area = valid.sum(dim=(1, 2))
-    found = torch.stack((heights, widths, area), dim=1).tolist()
-    for clip, (height, width, pixels) in enumerate(found):
-        if pixels == 0 or pixels != height * width or not bool(valid[clip, 0, 0]):
-            raise ValueError(
-                f"padding of clip {clip}: found {pixels} valid pixels in {height} rows and {width} columns, expected a "
-                "rectangle at the top left; pad on the right and at the bottom only"
-            )
-    return [(height, width) for height, width, _ in found]

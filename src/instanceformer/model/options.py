@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from instanceformer.model.backbone import Norm
-from instanceformer.model.encoder import STRIDES
 from instanceformer.model.heads import Upsampling
 from instanceformer.model.memory import TemporalIndex
 from instanceformer.model.propagation import LocationRule, LocationSource
+from instanceformer.model.pyramid import STRIDES
 
 ClassHistory = Literal["all", "held"]
 FreeQueries = Literal["propagate", "renew"]

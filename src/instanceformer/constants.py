@@ -1,0 +1,27 @@
+"""Tensors that depend on sizes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import ParamSpec, TypeVar, cast
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def constant(make: Callable[P, R]) -> Callable[P, R]:
+    """Keep the last few results of a pure function, so that they are not made, and copied to a GPU, for every frame.
+
+    What is made takes part in no gradient, and nobody may write to it. A program that is compiled or exported makes its
+    own, and so does whoever runs on fake tensors.
+    """
+    kept = cast("Callable[P, R]", lru_cache(maxsize=8)(torch.inference_mode(False)(torch.no_grad()(make))))
+
+    def find(*args: P.args, **kwargs: P.kwargs) -> R:
+        traced = torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor
+        return make(*args, **kwargs) if traced else kept(*args, **kwargs)
+
+    return find
