@@ -122,11 +122,11 @@ class VideoDataset:
 
     Attributes:
         categories: in ascending order of id; a category's place is its class index.
-        videos: in the order of the file.
+        videos: in the order of the file; a tuple, or `PackedVideos`, which make each when it is asked for.
     """
 
     categories: tuple[Category, ...]
-    videos: tuple[Video, ...]
+    videos: Sequence[Video]
 
     def __post_init__(self) -> None:
         ids = [category.id for category in self.categories]
