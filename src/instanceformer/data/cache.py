@@ -145,10 +145,10 @@ def _open(copy: Path) -> tuple[str, dict[str, Any], npt.NDArray[np.uint8]]:
 
 
 def _map(copy: Path, checksum: str, head: dict[str, Any], content: npt.NDArray[np.uint8]) -> _MappedArrays:
-    arrays: list[Any] = []
+    arrays: dict[str, Any] = {}
     start = head["start"]
-    for dtype, shape in head["arrays"]:
+    for field, (dtype, shape) in zip(fields(Arrays), head["arrays"], strict=True):
         end = start + np.dtype(dtype).itemsize * math.prod(shape)
-        arrays.append(content[start:end].view(dtype).reshape(shape))
+        arrays[field.name] = content[start:end].view(dtype).reshape(shape)
         start = end
-    return _MappedArrays(*arrays, copy, checksum)
+    return _MappedArrays(**arrays, path=copy, checksum=checksum)

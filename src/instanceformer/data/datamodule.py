@@ -397,5 +397,6 @@ class VideoDataModule(LightningDataModule):
             if not present[0]:
                 raise FileNotFoundError(
                     f"{option}: {split.images / video.file_names[0]}, the first frame of video {video.id} in "
-                    f"{split.annotations}, does not exist; is {option}.images = {split.images} the folder that file_names are relative to?"
+                    f"{split.annotations}, does not exist; is {option}.images = {split.images} the folder that "
+                    "file_names are relative to?"
                 )
