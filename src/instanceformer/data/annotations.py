@@ -32,7 +32,7 @@ class Category:
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Instance:
     """One object followed through one video.
 
@@ -56,7 +56,7 @@ class Instance:
     occlusion: tuple[str | None, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Video:
     """One video and the instances in it.
 

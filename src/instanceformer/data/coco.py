@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from instanceformer.data.annotations import Instance, Video, VideoDataset
-from instanceformer.data.records import Problem, Records
+from instanceformer.data.records import BATCH, Problem, Records
+from instanceformer.data.run_lengths import compress_tracks
 
 
 def parse_coco(content: object, name: str, problems: list[Problem] | None = None) -> VideoDataset:
@@ -37,14 +38,14 @@ class _Coco(Records):
                 with self.tolerate():
                     video = videos[self.known_id(record, "image_id", where, videos, "images")]
                     batch.append((where, record, video, self.segmentation(record, where)))
-            found = self.one_masks([(mask, video.height, video.width) for _, _, video, mask in batch])
+            found = compress_tracks([([mask], video.height, video.width) for _, _, video, mask in batch])
             for (where, record, video, _), mask in zip(batch, found, strict=True):
                 with self.tolerate():
                     instance = Instance(
                         id=self.new_id(record, where, places),
                         category_id=self.known_id(record, "category_id", where, category_ids, "categories"),
                         is_crowd=self.flag(record, "iscrowd", where),
-                        segmentations=(self.one_mask(mask, where),),
+                        segmentations=(self.mask(mask, where),),
                     )
                     instances.setdefault(video.id, []).append(instance)
         self.warn_of_fragments()

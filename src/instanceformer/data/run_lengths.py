@@ -180,7 +180,8 @@ def _fill_polygons(polygons: list[Any], height: int, width: int, where: str) -> 
         ):
             expected = "polygons [x1, y1, x2, y2, ...] of three points or more in or near the frame"
             raise MaskError(where, expected, show(polygon))
-    return _counts(mask_utils.merge(mask_utils.frPyObjects(polygons, height, width)))
+    codes = mask_utils.frPyObjects(polygons, height, width)
+    return _counts(codes[0] if len(codes) == 1 else mask_utils.merge(codes))
 
 
 def _counts(code: dict[str, Any]) -> bytes | None:
