@@ -80,16 +80,17 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
 
 
 @contextmanager
-def locking(path: Path) -> Iterator[None]:
+def locking(path: Path, patience: float = 0.0) -> Iterator[None]:
     """Keep other processes from writing to a path while the block runs; the lock ends with the process at the latest.
 
     Args:
         path: of a file or folder, there or not, in a folder that exists. The lock is a hidden file beside it.
+        patience: seconds to wait for another process that holds the lock.
 
     Raises:
         BlockingIOError: another process holds the lock.
     """
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=patience)
     try:
         lock.acquire()
     except Timeout as error:

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from instanceformer.data.images import ImageError, ImageSizeError, frame_path, read_image
+from instanceformer.data.images import FrameFolder, ImageError, ImageSizeError, frame_path, read_image
 from instanceformer.data.importers.frames import find_frames, read_labels
 from instanceformer.video.reading import open_video
 
@@ -118,6 +118,29 @@ def test_frames_lie_in_the_folder_unless_others_are_asked_for(tmp_path: Path) ->
                 frame_path(folder, name)
             assert not isinstance(error.value, ImageError)  # which a run may pass over
             assert frame_path(folder, name, outside=True) == folder / name
+
+
+def test_many_frames_are_looked_for_by_the_same_rules(tmp_path: Path) -> None:
+    images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    for folder in (images / "v", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "0.jpg").touch()
+    (images / "inside").symlink_to(images / "v")
+    (images / "link").symlink_to(elsewhere)
+    (images / "v" / "link.jpg").symlink_to(elsewhere / "0.jpg")
+    (images / "v" / "alias.jpg").symlink_to("0.jpg")
+    (images / "v" / "folder.jpg").mkdir()
+    strict, free = FrameFolder(images), FrameFolder(images, outside=True)
+    for folder in (strict, free):
+        assert all(map(folder.has, ("v/0.jpg", "v/../v/0.jpg", "inside/0.jpg", "v/alias.jpg", str(images / "v/0.jpg"))))
+        assert not any(map(folder.has, ("v/1.jpg", "none/0.jpg", "v/folder.jpg", "v", "v/0.jpg/0.jpg", "v//")))
+    for name in ("../elsewhere/0.jpg", str(elsewhere / "0.jpg"), "link/0.jpg", "v/link.jpg"):
+        with pytest.raises(ValueError, match="leads out of this folder"):
+            strict.has(name)
+        assert free.has(name)
+    for name in ("a\0b.jpg", "a\0b/0.jpg"):
+        with pytest.raises(ImageError, match="which no file can have"):
+            strict.has(name)
 
 
 @pytest.mark.parametrize("name", ["a\0b.jpg", "\ud800.jpg"])

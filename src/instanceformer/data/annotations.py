@@ -32,7 +32,7 @@ class Category:
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Instance:
     """One object followed through one video.
 
@@ -56,7 +56,7 @@ class Instance:
     occlusion: tuple[str | None, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Video:
     """One video and the instances in it.
 
@@ -122,11 +122,11 @@ class VideoDataset:
 
     Attributes:
         categories: in ascending order of id; a category's place is its class index.
-        videos: in the order of the file.
+        videos: in the order of the file; a tuple, or `PackedVideos`, which make each when it is asked for.
     """
 
     categories: tuple[Category, ...]
-    videos: tuple[Video, ...]
+    videos: Sequence[Video]
 
     def __post_init__(self) -> None:
         ids = [category.id for category in self.categories]

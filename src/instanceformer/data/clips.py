@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -14,6 +15,7 @@ from instanceformer.data.annotations import Instance, Video, VideoDataset
 from instanceformer.data.augment import Augmentation, Geometry, normalise
 from instanceformer.data.batch import ClipBatch, ClipTargets, DenseTargets
 from instanceformer.data.images import read_image
+from instanceformer.data.packed import pack
 
 MAX_DRAWS = 10
 """How often the frames of a clip are drawn before one without any instance is accepted."""
@@ -72,11 +74,10 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         self.far_frames = far_frames
         self.augmentation = UNCHANGED if augmentation is None else augmentation
         self.max_size = max_size
-        self.items: Sequence[tuple[int, int | None]]  # index of the video, and the frame to be in the clip
-        if clips_per_video is None:
-            self.items = populated_frames(dataset)
+        if clips_per_video is None:  # (N, 2), index of the video, and the frame to be in the clip or a negative number
+            self.items = pack(dataset.videos).populated_frames()
         else:
-            self.items = [(index, None) for index in range(len(dataset.videos)) for _ in range(clips_per_video)]
+            self.items = np.repeat([(index, -1) for index in range(len(dataset.videos))], clips_per_video, axis=0)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -90,7 +91,8 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         Raises:
             ValueError: a frame is missing, unreadable or not of its video's size.
         """
-        video_index, reference = self.items[index]
+        video_index, frame = self.items[index].tolist()
+        reference = None if frame < 0 else frame
         video = self.dataset.videos[video_index]
         for _ in range(MAX_DRAWS):
             chosen = draw_frames(video.length, self.clip_frames, self.clip_step, self.far_frames, reference)
@@ -131,16 +133,6 @@ def shown_instances(video: Video, frames: Sequence[int]) -> list[Instance]:
         instance
         for instance in video.instances
         if not instance.is_crowd and any(instance.segmentations[frame] is not None for frame in frames)
-    ]
-
-
-def populated_frames(dataset: VideoDataset) -> list[tuple[int, int]]:
-    """Index of the video and of the frame for every frame that shows an instance which is not a crowd."""
-    return [
-        (index, frame)
-        for index, video in enumerate(dataset.videos)
-        for frame in range(video.length)
-        if shown_instances(video, [frame])
     ]
 
 

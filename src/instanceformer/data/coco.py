@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from instanceformer.data.annotations import Instance, Video, VideoDataset
-from instanceformer.data.records import Problem, Records
+from instanceformer.data.records import BATCH, Problem, Records
+from instanceformer.data.run_lengths import compress_tracks
 
 
 def parse_coco(content: object, name: str, problems: list[Problem] | None = None) -> VideoDataset:
@@ -30,16 +31,23 @@ class _Coco(Records):
                 videos[id_] = Video(id_, height, width, (file_name,), 1)
         instances: dict[int, list[Instance]] = {}
         places = {}
-        for where, record in self.objects(root, "annotations", optional=True):
-            with self.tolerate():
-                video = videos[self.known_id(record, "image_id", where, videos, "images")]
-                instance = Instance(
-                    id=self.new_id(record, where, places),
-                    category_id=self.known_id(record, "category_id", where, category_ids, "categories"),
-                    is_crowd=self.flag(record, "iscrowd", where),
-                    segmentations=(self.mask(record, video.height, video.width, where),),
-                )
-                instances.setdefault(video.id, []).append(instance)
+        records = self.objects(root, "annotations", optional=True)
+        for start in range(0, len(records), BATCH):
+            batch = []
+            for where, record in records[start : start + BATCH]:
+                with self.tolerate():
+                    video = videos[self.known_id(record, "image_id", where, videos, "images")]
+                    batch.append((where, record, video, self.segmentation(record, where)))
+            found = compress_tracks([([mask], video.height, video.width) for _, _, video, mask in batch])
+            for (where, record, video, _), mask in zip(batch, found, strict=True):
+                with self.tolerate():
+                    instance = Instance(
+                        id=self.new_id(record, where, places),
+                        category_id=self.known_id(record, "category_id", where, category_ids, "categories"),
+                        is_crowd=self.flag(record, "iscrowd", where),
+                        segmentations=(self.mask(mask, where),),
+                    )
+                    instances.setdefault(video.id, []).append(instance)
         self.warn_of_fragments()
         return VideoDataset(
             categories=categories,

@@ -17,12 +17,13 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 from instanceformer.data.annotations import Category, VideoDataset
 from instanceformer.data.augment import Augmentation
 from instanceformer.data.batch import ClipTargets, VideoChunk
+from instanceformer.data.cache import open_annotations
 from instanceformer.data.catalog import CATALOG, DatasetName, locate, map_categories
 from instanceformer.data.clips import ClipDataset, collate_clips
-from instanceformer.data.images import frame_path
+from instanceformer.data.images import FrameFolder
+from instanceformer.data.packed import pack
 from instanceformer.data.pseudo_video import PseudoClips
 from instanceformer.data.raw_videos import RawStream, RawVideo, find_videos
-from instanceformer.data.reading import read_annotations
 from instanceformer.data.sampling import ClipSampler, SeededClips, leave_signals_to_the_trainer
 from instanceformer.data.splits import CATALOG_SPLITS, SPLIT_OF_STAGE, JointImages, Split, SplitName
 from instanceformer.data.streaming import StreamingVideos
@@ -352,7 +353,7 @@ class VideoDataModule(LightningDataModule):
 
     def _dataset(self, name: SplitName) -> VideoDataset:
         if name not in self._datasets:
-            self._datasets[name] = read_annotations(self._split(name).annotations)
+            self._datasets[name] = open_annotations(self._split(name).annotations)
         return self._datasets[name]
 
     @property
@@ -366,7 +367,7 @@ class VideoDataModule(LightningDataModule):
     @cached_property
     def _joint_images(self) -> VideoDataset:
         """The images in the categories of the videos."""
-        return map_categories(read_annotations(self._joint_split.annotations), self._dataset("train").categories)
+        return map_categories(open_annotations(self._joint_split.annotations), self._dataset("train").categories)
 
     def _check(self, name: SplitName) -> None:
         split, dataset = self._split(name), self._dataset(name)
@@ -387,15 +388,17 @@ class VideoDataModule(LightningDataModule):
 
     def _check_frames(self, option: str, dataset: VideoDataset, split: Split) -> None:
         """See that frames may be read and that every video's first one is there, before a long run finds out."""
-        for video in dataset.videos:
+        folder = FrameFolder(split.images, self.outside_images)
+        for video in pack(dataset.videos).without_instances():
             if not video.file_names:
                 raise ValueError(
                     f"{option}: video {video.id} of {split.annotations} has no file_names; expected its frames, "
                     f"relative to {option}.images = {split.images}"
                 )
-            paths = [frame_path(split.images, name, self.outside_images) for name in video.file_names]
-            if not paths[0].is_file():
+            present = [folder.has(name) for name in video.file_names]
+            if not present[0]:
                 raise FileNotFoundError(
-                    f"{option}: {paths[0]}, the first frame of video {video.id} in {split.annotations}, does not "
-                    f"exist; is {option}.images = {split.images} the folder that file_names are relative to?"
+                    f"{option}: {split.images / video.file_names[0]}, the first frame of video {video.id} in "
+                    f"{split.annotations}, does not exist; is {option}.images = {split.images} the folder that "
+                    "file_names are relative to?"
                 )

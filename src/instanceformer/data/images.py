@@ -50,13 +50,50 @@ def frame_path(images: Path, name: str, outside: bool = False) -> Path:
         raise ImageError(f"{images}: found the file name {show(name)}, which no file can have ({error})") from error
     folder, last = os.path.split(path)
     target = os.path.realpath(path) if is_link or last == ".." else os.path.join(_real(folder), last)
-    if not os.path.join(target, "").startswith(os.path.join(_real(str(images)), "")):
+    if not _is_inside(target, images):
         raise ValueError(
             f"{images}: found the file name {show(name)}, which leads out of this folder, to {shorten(target)}; "
             "expected frames inside it; correct the file names, or allow it by the option outside_images "
             "(of data, or of check)"
         )
     return path
+
+
+class FrameFolder:
+    """Which of many frames are there, at the price of one look at each of their folders.
+
+    Args:
+        images: as in ``frame_path``.
+        outside: likewise.
+    """
+
+    def __init__(self, images: Path, outside: bool = False) -> None:
+        self.images, self.outside = images, outside
+        self._plain: dict[str, frozenset[str]] = {}  # by folder the names of its files that are no links
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file.
+
+        Raises:
+            ImageError, ValueError: as ``frame_path``.
+        """
+        folder, last = os.path.split(name)
+        if folder not in self._plain:
+            self._plain[folder] = self._list(self.images / folder)
+        return last in self._plain[folder] or frame_path(self.images, name, self.outside).is_file()
+
+    def _list(self, folder: Path) -> frozenset[str]:
+        try:
+            if not self.outside and not _is_inside(_real(str(folder)), self.images):
+                return frozenset()
+            with os.scandir(folder) as entries:
+                return frozenset(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+        except (OSError, ValueError):  # frame_path says why
+            return frozenset()
+
+
+def _is_inside(target: str, images: Path) -> bool:
+    return os.path.join(target, "").startswith(os.path.join(_real(str(images)), ""))
 
 
 @lru_cache(maxsize=2**14)  # what is asked for every frame is to cost microseconds

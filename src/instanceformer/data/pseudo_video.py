@@ -15,7 +15,8 @@ from torchvision.transforms.v2 import functional as F
 from instanceformer.data.annotations import VideoDataset
 from instanceformer.data.augment import Augmentation, normalise
 from instanceformer.data.batch import ClipTargets
-from instanceformer.data.clips import UNCHANGED, clip_targets, populated_frames, read_clip
+from instanceformer.data.clips import UNCHANGED, clip_targets, read_clip
+from instanceformer.data.packed import pack
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,8 @@ class PseudoClips(Dataset[tuple[Tensor, ClipTargets]]):
         self.pseudo_video = pseudo_video
         self.augmentation = UNCHANGED if augmentation is None else augmentation
         self.max_size = max_size
-        self.items = populated_frames(dataset)
-        if not self.items:
+        self.items = pack(dataset.videos).populated_frames()
+        if not len(self.items):
             raise ValueError(
                 f"{self.images}: none of {len(dataset.videos)} images shows an instance to make clips of; expected "
                 "instances that are not crowds, of the categories in use"
@@ -162,7 +163,7 @@ class PseudoClips(Dataset[tuple[Tensor, ClipTargets]]):
         Raises:
             ValueError: an image is missing, unreadable or not of the size that its annotations say.
         """
-        video, frame = self.items[int(torch.randint(len(self.items), ()))]
+        video, frame = self.items[int(torch.randint(len(self.items), ()))].tolist()
         image, masks, labels = read_clip(
             self.dataset, self.dataset.videos[video], [frame], self.images, self.augmentation, self.max_size
         )

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeGuard
 
 from instanceformer.data.annotations import Category
-from instanceformer.data.run_lengths import MaskError, MaskSizeError, compress_tracks, show, without_fragments
+from instanceformer.data.run_lengths import MaskError, MaskSizeError, show, without_fragments
 
 MAX_PIXELS = 2**29 - 1
 """Most pixels of a frame: a run of a mask must fit into pycocotools' compressed counts."""
+
+BATCH = 64
+"""Annotations whose masks are looked into at once."""
 
 ID_BITS = 63
 """Bits of an id without its sign: it becomes an integer of NumPy, and part of file names."""
@@ -198,11 +201,14 @@ class Records:
                 stacklevel=2,
             )
 
-    def mask(self, record: dict[str, Any], height: int, width: int, where: str) -> bytes | None:
-        """Compressed counts of the one mask of a COCO annotation."""
-        segmentation = self.whole(record.get("segmentation"), f"{where}.segmentation")
+    def segmentation(self, record: dict[str, Any], where: str) -> object:
+        """The one mask of a COCO annotation, as the file has it."""
+        return self.whole(record.get("segmentation"), f"{where}.segmentation")
+
+    def mask(self, found: list[bytes | None] | MaskError, where: str) -> bytes | None:
+        """What ``compress_tracks`` found of it."""
         try:
-            return self.masks(compress_tracks([([segmentation], height, width)])[0], where)[0]
+            return self.masks(found, where)[0]
         except AnnotationError as error:
             place = error.problem.where.replace("segmentations[0]", "segmentation")
             raise AnnotationError(replace(error.problem, where=place)) from error

@@ -188,5 +188,5 @@ def _counts(mask: dict[str, Any] | list[Any], height: int, width: int) -> bytes 
 
     code = mask_utils.frPyObjects(mask, height, width)
     if isinstance(mask, list):
-        code = mask_utils.merge(code)
+        code = code[0] if len(code) == 1 else mask_utils.merge(code)
     return bytes(code["counts"]) if mask_utils.area(code) else None

@@ -6,11 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from instanceformer.data.annotations import Instance, Video, VideoDataset
-from instanceformer.data.records import Problem, Records, is_finite
+from instanceformer.data.records import BATCH, Problem, Records, is_finite
 from instanceformer.data.run_lengths import compress_tracks, show
-
-BATCH = 64
-"""Annotations whose masks are looked into at once."""
 
 
 def parse_youtube_vis(content: object, name: str, problems: list[Problem] | None = None) -> VideoDataset:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from instanceformer.data.annotations import Category, VideoDataset
 from instanceformer.data.catalog.datasets import CATALOG
+from instanceformer.data.packed import pack
 
 # The names to look for in place of COCO's own; the first that the target has counts. Names are compared whole: a teddy
 # bear is no bear. What is only similar keeps its own name and is dropped where the target lacks that: a bicycle is no
@@ -50,17 +51,7 @@ def map_categories(source: VideoDataset, target: Sequence[Category]) -> VideoDat
             f"no category can be mapped by its name: found {', '.join(c.name for c in source.categories)}; expected "
             f"names that lead to {', '.join(c.name for c in target)}; add synonyms to KNOWN_AS in {__name__}"
         )
-
-    videos = []
-    for video in source.videos:
-        instances = tuple(
-            replace(instance, category_id=mapping[instance.category_id])
-            for instance in video.instances
-            if instance.category_id in mapping
-        )
-        if instances or not video.instances:
-            videos.append(replace(video, instances=instances))
-    return replace(source, categories=tuple(target), videos=tuple(videos))
+    return replace(source, categories=tuple(target), videos=pack(source.videos).with_categories(mapping))
 
 
 def find_namesakes(ours: Sequence[Category], theirs: Sequence[Category]) -> tuple[int | None, ...]:

@@ -15,7 +15,7 @@ from pycocotools import mask as mask_utils
 from instanceformer.data.annotations import Instance, Video, VideoDataset
 from instanceformer.data.importers.identities import with_unique_ids
 from instanceformer.data.records import Records, load_json
-from instanceformer.data.run_lengths import show
+from instanceformer.data.run_lengths import compress_tracks, show
 from instanceformer.files import natural_order
 
 
@@ -197,7 +197,8 @@ class _CocoVid(Records):
         segmentation, box = record.get("segmentation"), record.get("bbox")
         if not segmentation and isinstance(box, list) and any(box[2:]):
             self.fail(f"{where}.segmentation", "polygons or run lengths", f"{show(segmentation)}, but a box")
-        return self.mask(record, *size, where)
+        (found,) = compress_tracks([([self.segmentation(record, where)], *size)])
+        return self.mask(found, where)
 
 
 def _union(mask: bytes | None, other: bytes | None, size: tuple[int, int]) -> bytes | None:
