@@ -125,8 +125,8 @@ class ClipBatch:
     padding: Tensor | None
     targets: DenseTargets
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> ClipBatch:
-        """Move every tensor to ``device`` that is needed there."""
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> ClipBatch:
+        """Move every tensor to ``device`` that is needed there; Lightning leaves ``non_blocking`` to us."""
         return ClipBatch(
             frames=self.frames.to(device, non_blocking=non_blocking),
             padding=self.padding,
