@@ -19,15 +19,27 @@ from instanceformer.data.synthetic import SyntheticOptions, synthesize
 from scripts import check_gpu, timing
 
 SCRIPTS = Path(check_gpu.__file__).parent
-BLOCKED = ("wandb", "av", "pycocotools", "jsonargparse")
 ON_GPU = torch.cuda.is_available()
 
 
-@pytest.fixture
-def without_packages(tmp_path: Path) -> dict[str, str]:
-    """An environment in whose processes some packages cannot be imported, and nothing is installed that is ours."""
-    (tmp_path / "sitecustomize.py").write_text(f"import sys\nfor name in {BLOCKED}:\n    sys.modules[name] = None\n")
-    sources = [tmp_path, SCRIPTS.parent / "src", SCRIPTS.parent / "kernels"]
+def without(folder: Path, *packages: str) -> dict[str, str]:
+    """An environment in whose processes these packages cannot be imported, and ours is not installed."""
+    (folder / "sitecustomize.py").write_text(f"""
+import sys
+from importlib import metadata
+
+for name in {packages}:
+    sys.modules[name] = None
+known = metadata.version
+
+def version(name):
+    if name == "instanceformer":
+        raise metadata.PackageNotFoundError(name)
+    return known(name)
+
+metadata.version = version
+""")
+    sources = [folder, SCRIPTS.parent / "src", SCRIPTS.parent / "kernels"]
     return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sources))}
 
 
@@ -99,8 +111,9 @@ def test_takes_nine_minutes_at_most() -> None:
     assert sum(stage.seconds for stage in check_gpu.STAGES) < 9 * 60
 
 
-def test_dry_run_of_the_short_stages(without_packages: dict[str, str]) -> None:
-    found = dry_run("machine", "memory", "demo", environment=without_packages)
+def test_dry_run_of_the_short_stages(tmp_path: Path) -> None:
+    environment = without(tmp_path, "wandb", "av", "pycocotools", "jsonargparse")
+    found = dry_run("machine", "memory", "demo", environment=environment)
     assert found["machine"]["versions"]["torch"] == torch.__version__
     assert found["machine"]["copy, read and write"]["tb_s"] > 0
     assert found["machine"]["matrix product, bfloat16"]["tflop_s"] > 0
@@ -112,9 +125,10 @@ def test_dry_run_of_the_short_stages(without_packages: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_dry_run_of_the_long_stages(without_packages: dict[str, str]) -> None:
+def test_dry_run_of_the_long_stages(tmp_path: Path) -> None:
+    environment = without(tmp_path, "wandb", "av", "pycocotools", "jsonargparse")
     stages = ("kernel_tests", "operator", "training", "training_ddp", "streaming")
-    found = dry_run(*stages, "training_compiled", "streaming_compiled", environment=without_packages)
+    found = dry_run(*stages, "training_compiled", "streaming_compiled", environment=environment)
     assert found["kernel_tests"]["pytest tests/deform_attn"]["passed"] > 5
     ours = found["operator"][f"decoder-demo, fused, float32, {'triton' if ON_GPU else 'cpu'}"]
     assert ours["error"] < 1e-4
@@ -136,15 +150,13 @@ def test_dry_run_of_the_long_stages(without_packages: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_dry_run_of_the_demo() -> None:
-    found = dry_run("demo")["demo"]
+def test_dry_run_of_the_demo(tmp_path: Path) -> None:
+    found = dry_run("demo", environment=without(tmp_path, "wandb", "av"))["demo"]
     assert 0 <= found["demo, accuracy"]["ap"] <= 1
     assert found["demo, float32"]["error"] == 0
 
 
-def test_training_and_its_data_need_no_films_no_wandb_and_no_pycocotools(
-    tmp_path: Path, without_packages: dict[str, str]
-) -> None:
+def test_training_and_its_data_need_no_films_no_wandb_and_no_pycocotools(tmp_path: Path) -> None:
     synthesize(tmp_path / "data", SyntheticOptions(train_videos=2, valid_videos=1, length=8))
     program = """
 from pathlib import Path
@@ -153,6 +165,7 @@ from instanceformer import InstanceFormer, VideoInstanceSegmenter, __version__
 from instanceformer.data.datamodule import Split, VideoDataModule
 from instanceformer.training.module import InstanceFormerModule
 
+assert __version__ == "not installed"
 data = VideoDataModule(Split(Path("data/train.json"), Path("data/JPEGImages")), clip_frames=2, num_workers=0)
 data.setup("fit")
 batch = next(iter(data.train_dataloader()))
@@ -160,7 +173,12 @@ network = InstanceFormer(4, backbone="small", dim=32, num_queries=12, num_heads=
 module = InstanceFormerModule(network)
 module.compute_losses(batch).total(module.losses).backward()
 """
-    subprocess.run([sys.executable, "-c", program], env=without_packages, cwd=tmp_path, check=True)
+    subprocess.run(
+        [sys.executable, "-c", program],
+        env=without(tmp_path, "wandb", "av", "pycocotools", "jsonargparse"),
+        cwd=tmp_path,
+        check=True,
+    )
 
 
 class Kernel:
