@@ -49,6 +49,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from instanceformer import InstanceFormer
 from instanceformer.data.batch import ClipBatch
+from instanceformer.inference import segmenter as segmenter_module
 from instanceformer.inference.options import SegmenterOptions
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
 from instanceformer.training.module import InstanceFormerModule, cached_autocast
@@ -124,7 +125,7 @@ class FakeGpu(TorchDispatchMode):
         if crosses:
             self.counts.copies[operator] += 1
             to_host = isinstance(tensors[-1], FakeTensor)
-            if to_host or not kwargs.get("non_blocking", len(args) > 2 and args[2]):
+            if not kwargs.get("non_blocking", len(args) > 2 and args[2]):
                 self.counts.waits[operator] += 1
             if to_host:
                 made_up = torch.ones(tensors[-1].shape, dtype=kwargs.get("dtype") or tensors[-1].dtype)
@@ -146,6 +147,10 @@ class FakeGpu(TorchDispatchMode):
             if name in ("index", "index_put", "index_put_"):
                 args = (args[0], [y for x in args[1] for y in self._made_up_indices(x)], *args[2:])
             return func(*args, **kwargs)
+
+    def synchronize(self) -> None:
+        """The host waits, as for a stream."""
+        self.counts.waits[self._where()] += 1
 
     def _made_up_indices(self, index: Tensor | None) -> list[Tensor | None]:
         """Positions in place of a mask."""
@@ -293,6 +298,7 @@ def a_gpu_that_is_not_there(gpu: FakeGpu) -> Any:
         stack.enter_context(patch("torch.cuda.is_bf16_supported", lambda *_: True))
         stack.enter_context(patch.object(Tensor, "pin_memory", lambda x: x))
         stack.enter_context(patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
+        stack.enter_context(patch("torch.cuda.current_stream", lambda *_: gpu))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
         before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
@@ -372,9 +378,16 @@ def count_frame(
 ) -> Counts:
     """Counts of the third frame of a stream, in which so many instances are shown."""
     gpu = FakeGpu(by)
-    gpu.made_up_rows, network = shown, deepcopy(network)
+    network = deepcopy(network)
     options = SegmenterOptions(size=min(size), precision="bf16" if precision == "bf16" else "float32")
-    with a_gpu_that_is_not_there(gpu):
+    to_host = segmenter_module.to_host
+
+    def shown_to_host(*tensors: Tensor) -> tuple[Tensor, ...]:
+        copies = to_host(*tensors)
+        copies[0][shown:] = 0  # the table's other rows are of queries that are not visible
+        return copies
+
+    with a_gpu_that_is_not_there(gpu), patch.object(segmenter_module, "to_host", shown_to_host):
         segmenter = VideoInstanceSegmenter(on_gpu(network).eval(), options=options)
         for _ in range(3):
             gpu.counts = Counts()

@@ -62,7 +62,7 @@ def test_equation_3_and_the_temporal_index() -> None:
             value = memory.projection(inputs)
             torch.testing.assert_close(tokens.values[0, f * TOKENS + j], value)
             index = position[state.memory_indices[0, f, j]] + sine_position(torch.tensor(f + 1), C)
-            torch.testing.assert_close(tokens.keys[0, f * TOKENS + j], value + index)
+            torch.testing.assert_close(tokens.index[0, f * TOKENS + j], index)
 
 
 def test_places_in_the_queue_count_from_the_oldest_frame_that_left_a_token() -> None:
@@ -75,7 +75,7 @@ def test_places_in_the_queue_count_from_the_oldest_frame_that_left_a_token() -> 
         admitted[1] = seen > 1  # the second video's first frame leaves nothing
         state = remember(state, *frame(), admitted)
         tokens = memory(state, position)
-        codes = (tokens.keys - tokens.values).unflatten(1, (D, TOKENS)) - position[state.memory_indices]
+        codes = tokens.index.unflatten(1, (D, TOKENS)) - position[state.memory_indices]
         for clip, count in ((0, min(seen, D)), (1, min(seen - 1, D))):
             for place in range(count):
                 torch.testing.assert_close(codes[clip, count - 1 - place], column[place].expand(TOKENS, C))

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
+from instanceformer.model.attention import Attention
 from instanceformer.model.heads import MLP
 from instanceformer.model.network import InstanceFormer
 
@@ -119,7 +120,7 @@ def pack_layers(module: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, PackedLinear(child, dtype, relu))
             if relu:
                 setattr(module, children[i + 1][0], nn.Identity())
-        elif not isinstance(child, nn.MultiheadAttention | MLP):
+        elif not isinstance(child, Attention | MLP):
             pack_layers(child, dtype)
 
 

@@ -10,6 +10,7 @@ from typing import final
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision.ops import box_convert
 
 from instanceformer import checkpoints
@@ -20,10 +21,14 @@ from instanceformer.inference.instances import FrameInstances
 from instanceformer.inference.optimise import optimise, packs
 from instanceformer.inference.options import MIN_SIDE, SegmenterOptions
 from instanceformer.inference.tracks import Tracks
+from instanceformer.model.decoder import FramePrediction
 from instanceformer.model.encoder import FrameFeatures
 from instanceformer.model.network import InstanceFormer
 from instanceformer.video.frames import Frame
 from instanceformer.video.reading import Source, open_video
+
+SPARE = 8
+"""On a GPU so many masks are made at least, and their number is a multiple of it."""
 
 
 @final
@@ -115,6 +120,7 @@ class VideoInstanceSegmenter:
         """Forget the video: the next frame is the first of another one."""
         self._state = self.network.initial_state(1)
         self._tracks = Tracks(self.network.num_queries, self.network.num_classes, self.options, self._device)
+        self._room = SPARE  # for masks, on a GPU
         self._size = self._input_size = (0, 0)  # (height, width) of frames, and as the network sees them
         self._video = object()  # which one it is
 
@@ -183,20 +189,38 @@ class VideoInstanceSegmenter:
             boxes = prediction.boxes[-1, 0].float()
             visible, ended = self._tracks.update(prediction.scores[0], boxes, state.held[0])
             self._state = state.release(ended[None])
-            queries = visible.nonzero()[:, 0]  # waits for the device: the number of masks is the size of what follows
-            masks = torch.zeros(len(queries), *self._size, dtype=torch.bool, device=self._device)
-            if len(queries):
-                logits = self.network.segment(features, prediction, queries[None])[0]
-                for index, mask in enumerate(logits):  # one at a time: in float32 and full size all are large
-                    masks[index] = resize_masks(mask[None], self._input_size, self._size)[0] > 0
-        scores, labels = self._tracks.probabilities[queries].max(dim=-1)
+            scores, labels = self._tracks.probabilities.max(dim=-1)
+            columns = (visible[:, None], self._tracks.ids[:, None], labels[:, None], scores[:, None], boxes)
+            table = torch.cat([column.double() for column in columns], dim=-1)
+            order = visible.byte().argsort(descending=True, stable=True)
+            # how many masks to make would have to be waited for: a GPU makes as many as it did before, and a few more
+            room = int(visible.sum()) if self._device.type == "cpu" else self._room
+            found, masks = to_host(table[order], self._masks(features, prediction, order[:room]))
+            count = int(found[:, 0].sum())
+            if count > room:
+                (masks,) = to_host(self._masks(features, prediction, order[:count]))
+            self._room = max(1, -(-count // SPARE)) * SPARE
+        masks, found = masks[:count], found[:count]
         shown = masks.view(torch.uint8).amax(dim=(1, 2)) > 0  # the maximum is ten times as fast as any() of bool
-        found = (x.cpu() for x in (shown, self._tracks.ids[queries], labels, scores, boxes[queries], masks))
-        shown, ids, labels, scores, boxes, masks = found
-        ids, labels, scores, boxes, masks = (x[shown] for x in (ids, labels, scores, boxes, masks))
+        masks, found = masks[shown], found[shown]
         height, width = self._size
-        corners = box_convert(boxes, "cxcywh", "xyxy").clamp(0, 1) * torch.tensor((width, height, width, height))
-        return FrameInstances(ids, labels, scores, corners, masks)
+        corners = box_convert(found[:, 4:].float(), "cxcywh", "xyxy").clamp(0, 1)
+        return FrameInstances(
+            ids=found[:, 1].long(),
+            labels=found[:, 2].long(),
+            scores=found[:, 3].float(),
+            boxes=corners * torch.tensor((width, height, width, height)),
+            masks=masks,
+        )
+
+    def _masks(self, features: FrameFeatures, prediction: FramePrediction, queries: Tensor) -> Tensor:
+        """(n,) queries give (n, H, W) bool in the frame's own size."""
+        masks = torch.zeros(len(queries), *self._size, dtype=torch.bool, device=self._device)
+        if len(queries):
+            logits = self.network.segment(features, prediction, queries[None])[0]
+            for index, mask in enumerate(logits):  # one at a time: in float32 and full size all are large
+                masks[index] = resize_masks(mask[None], self._input_size, self._size)[0] > 0
+        return masks
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocasts)
@@ -235,3 +259,11 @@ def chunks(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
             yield chunk
     if not isinstance(stopped, StopIteration):
         raise stopped
+
+
+def to_host(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Copies on the CPU, for all of which the device is waited for once."""
+    copies = tuple(x.to("cpu", non_blocking=True) for x in tensors)
+    if tensors[0].is_cuda:
+        torch.cuda.current_stream(tensors[0].device).synchronize()
+    return copies

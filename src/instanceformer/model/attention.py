@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention as a layer (equation 7; Zhu et al., Deformable DETR)."""
+"""Attention: multi-head, and multi-scale deformable (equation 7; Zhu et al., Deformable DETR)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deform_attn import Backend, fused_ms_deform_attn
@@ -81,6 +82,7 @@ class DeformableAttention(nn.Module):
             (B, Q, C)
         """
         batch, queries, _ = query.shape
+        query = narrowed(query)
         value = self.value_proj(tokens)
         if levels.padded is not None:
             value = value.masked_fill(levels.padded[..., None], 0.0)
@@ -93,11 +95,55 @@ class DeformableAttention(nn.Module):
         return result
 
 
-def multihead_attention(dim: int, heads: int, dropout: float) -> nn.MultiheadAttention:
-    """Torch's module over (B, n, C), its output projection initialised as its input projections are."""
-    attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
-    xavier_(attention.out_proj)
-    return attention
+class Attention(nn.Module):
+    """Multi-head attention with the parameters of ``nn.MultiheadAttention``.
+
+    What enters is multiplied with the whole of ``in_proj_weight``, and what is not asked for is left: a slice of a
+    weight would be cast anew in every call under autocast, and gradients of slices put together again.
+
+    Args:
+        dim: channels C, divisible by ``heads``.
+        heads: number of attention heads.
+        dropout: probability, of the attention weights.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        xavier_(self.out_proj)
+
+    def project(self, x: Tensor, bias: bool = True) -> tuple[Tensor, ...]:
+        """(..., C) as query, key and value, before their heads part."""
+        return F.linear(x, self.in_proj_weight, self.in_proj_bias if bias else None).chunk(3, dim=-1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Attend with what was projected.
+
+        Args:
+            query: (B, N, C).
+            key: (B, S, C).
+            value: (B, S, C).
+            seen: (B, S) bool, the keys to attend to, at least one; None: all.
+
+        Returns:
+            (B, N, C)
+        """
+        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        mask = None if seen is None else seen[:, None, None].expand(-1, -1, query.shape[2], -1)
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        result: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
+        return result
+
+
+def narrowed(x: Tensor) -> Tensor:
+    """Cast to the precision of autocast, where it is on, what more than one product is going to see."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def xavier_(layer: nn.Linear | nn.Conv2d) -> None:

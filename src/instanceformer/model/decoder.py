@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from instanceformer.model.attention import DeformableAttention, multihead_attention
+from instanceformer.model.attention import Attention, DeformableAttention, narrowed
 from instanceformer.model.encoder import FeedForward, FrameFeatures
 from instanceformer.model.heads import box_head, class_head
 from instanceformer.model.memory import MemoryAttention, MemoryTokens
@@ -56,7 +56,7 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.cross_position = cross_position
-        self.self_attention = multihead_attention(dim, heads, dropout)
+        self.self_attention = Attention(dim, heads, dropout)
         self.norm_self = nn.LayerNorm(dim)
         self.cross_attention = DeformableAttention(dim, heads, levels, points)
         self.norm_cross = nn.LayerNorm(dim)
@@ -74,8 +74,9 @@ class DecoderLayer(nn.Module):
         memory: MemoryTokens | None,
     ) -> Tensor:
         """(B, N, C) queries give (B, N, C); ``reference`` is (B, N, L, 2 or 4), as fractions of each padded level."""
-        located = queries + position
-        attended, _ = self.self_attention(located, located, queries, need_weights=False)
+        query, key, value = self.self_attention.project(queries)
+        query_position, key_position, _ = self.self_attention.project(position, bias=False)
+        attended = self.self_attention.attend(query + query_position, key + key_position, value)
         queries = self.norm_self(queries + self.dropout(attended))
         located = queries + position if self.cross_position else queries
         attended = self.cross_attention(located, reference, features.tokens, features.levels)
@@ -136,13 +137,14 @@ class Decoder(nn.Module):
         for layer, classify, refine in zip(self.layers, self.class_heads, self.box_heads, strict=True):
             scale = ratios if reference.shape[-1] == 2 else torch.cat((ratios, ratios), dim=-1)
             queries = layer(queries, position, reference[:, :, None] * scale, features, memory)
-            change = refine(queries).float()
+            seen = narrowed(queries)
+            change = refine(seen).float()
             located = logit(reference)
             if reference.shape[-1] == 2:
                 boxes = torch.cat((change[..., :2] + located, change[..., 2:]), dim=-1).sigmoid()
             else:
                 boxes = (change + located).sigmoid()
-            all_logits.append(classify(queries).float())
+            all_logits.append(classify(seen).float())
             all_boxes.append(boxes)
             all_queries.append(queries)
             all_centres.append(reference[..., :2])

@@ -101,7 +101,7 @@ class FeedForward(nn.Sequential):
         expand, contract = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         for layer in (expand, contract):
             xavier_(layer)
-        super().__init__(expand, nn.ReLU(inplace=True), nn.Dropout(dropout), contract)
+        super().__init__(expand, nn.ReLU(), nn.Dropout(dropout), contract)
 
 
 class Encoder(nn.Module):

@@ -28,7 +28,7 @@ class MLP(nn.Sequential):
     """Linear layers with ReLU between them: (..., dim) to (..., output)."""
 
     def __init__(self, dim: int, output: int, layers: int = 3) -> None:
-        hidden = [module for _ in range(layers - 1) for module in (nn.Linear(dim, dim), nn.ReLU(inplace=True))]
+        hidden = [module for _ in range(layers - 1) for module in (nn.Linear(dim, dim), nn.ReLU())]
         super().__init__(*hidden, nn.Linear(dim, output))
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from instanceformer.model.attention import multihead_attention, xavier_
+from instanceformer.model.attention import Attention, narrowed, xavier_
 from instanceformer.model.position import pixel_position, sine_position
 from instanceformer.model.state import TrackState, push
 
@@ -17,16 +17,16 @@ TemporalIndex = Literal["age", "place"]
 
 @dataclass(frozen=True)
 class MemoryTokens:
-    """The memory as keys and values for one frame.
+    """The memory for one frame: values are the tokens, keys the tokens plus their temporal index.
 
     Attributes:
-        keys: (B, d k, C) token plus temporal index.
         values: (B, d k, C) token.
+        index: (B, d k, C) temporal index.
         filled: (B, d k) bool.
     """
 
-    keys: Tensor
     values: Tensor
+    index: Tensor
     filled: Tensor
 
 
@@ -58,7 +58,9 @@ class Memory(nn.Module):
         values = self.projection(inputs)
         index = position[state.memory_indices] + self._frame_codes(state.memory_filled, position.shape[-1])[:, :, None]
         return MemoryTokens(
-            keys=(values + index).flatten(1, 2), values=values.flatten(1, 2), filled=state.memory_filled.flatten(1, 2)
+            values=narrowed(values).flatten(1, 2),
+            index=narrowed(index).flatten(1, 2),
+            filled=state.memory_filled.flatten(1, 2),
         )
 
     def _frame_codes(self, filled: Tensor, dim: int) -> Tensor:
@@ -76,18 +78,18 @@ class MemoryAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.attention = multihead_attention(dim, heads, dropout)
+        self.attention = Attention(dim, heads, dropout)
         self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, position: Tensor, memory: MemoryTokens) -> Tensor:
         """(B, N, C) queries and their position embedding give (B, N, C)."""
         anything = memory.filled.any(dim=1, keepdim=True)
-        ignored = ~memory.filled & anything  # with nothing to attend to, softmax over all rather than over none
-        attended, _ = self.attention(
-            queries + position, memory.keys, memory.values, key_padding_mask=ignored, need_weights=False
-        )
-        updated = self.norm(queries + self.dropout(attended))
+        seen = memory.filled | ~anything  # with nothing to attend to, softmax over all rather than over none
+        query, _, _ = self.attention.project(queries + position)
+        _, key, value = self.attention.project(memory.values)
+        _, index, _ = self.attention.project(memory.index, bias=False)
+        updated = self.norm(queries + self.dropout(self.attention.attend(query, key + index, value, seen)))
         return torch.where(anything[..., None], updated, queries)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from instanceformer import checkpoints
+from instanceformer.model.attention import narrowed
 from instanceformer.model.backbone import Backbone, Norm
 from instanceformer.model.boxes import box_iou
 from instanceformer.model.decoder import Decoder, FramePrediction, of_queries
@@ -260,7 +261,7 @@ class InstanceFormer(nn.Module):
         masks = [v[:, None].repeat_interleave(count, dim=0).to(tokens.dtype) for v in pyramid.valid[:4]]
         mask_features = self.mask_head.encode(encoded[:3], levels[0], masks if padded else None)
         return FrameFeatures(
-            tokens=tokens.unflatten(0, (batch, count)),
+            tokens=narrowed(tokens).unflatten(0, (batch, count)),
             mask_features=mask_features.unflatten(0, (batch, count)),
             levels=pyramid.levels,
             valid_ratios=pyramid.valid_ratios,
