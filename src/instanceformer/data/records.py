@@ -79,7 +79,10 @@ def load_json(path: Path) -> object:
     """
     expect_file(path, "a JSON file")
     try:
-        content: object = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        text = data.decode(json.detect_encoding(data), "surrogatepass")
+        del data  # of the hundreds of megabytes of a large file, one copy is enough
+        content: object = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); is the file complete?") from error
     return content

@@ -14,6 +14,7 @@ from instanceformer.data.annotations import VideoDataset
 from instanceformer.data.augment import normalise, resize
 from instanceformer.data.batch import VideoChunk
 from instanceformer.data.clips import read_frames
+from instanceformer.data.packed import pack
 
 NO_CHUNK = VideoChunk(torch.empty(1, 0, 3, 0, 0), video_id=-1, start=0, length=0, size=(0, 0))
 """What a rank without a video yields: Lightning runs no hook of a loop without batches, and the others would wait."""
@@ -61,7 +62,7 @@ class StreamingVideos(IterableDataset[VideoChunk]):
         self.chunk_frames = chunk_frames
         self.size = size
         self.max_size = max_size
-        videos = [video for video in dataset.videos if video.id not in skip]
+        videos = [video for video in pack(dataset.videos).without_instances() if video.id not in skip]
         self.videos = [videos[index] for index in share_of_rank([v.length for v in videos], rank, world_size)]
         self.chunks = [(video, start) for video in self.videos for start in range(0, video.length, chunk_frames)]
 
