@@ -246,7 +246,7 @@ def operator() -> None:
 
 def train(names: tuple[str, ...], compiles: bool = False, ddp: bool = False) -> None:
     from instanceformer import InstanceFormer
-    from measure_training_step import build, compile_network, make_clips, measure
+    from measure_training_step import build, make_clips, measure
     from timing import allow_tf32
 
     for name in names:
@@ -262,7 +262,7 @@ def train(names: tuple[str, ...], compiles: bool = False, ddp: bool = False) -> 
             else:
                 (network, batch), steps = build("paper"), 15
             if compiles:
-                compile_network(network, "aot_eager" if QUICK else "inductor")
+                network.compile_parts(backend="aot_eager" if QUICK else "inductor")
             precision = name if name.endswith("mixed") else "32-true"
             emit(what, **measure(network, batch, steps, precision, ddp).flat())
         if DEVICE.type == "cuda":

@@ -81,8 +81,7 @@ def compiled(network: InstanceFormer, precision: Precision, shown: Tensor, backe
     """The same, with the parts compiled that ``SegmenterOptions.compile`` compiles."""
     torch.compiler.reset()
     network = deepcopy(network)
-    for part in (network.backbone, network.projection, network.encoder, network.decoder):
-        part.compile(backend=backend, dynamic=False)
+    network.compile_parts(backend=backend, dynamic=False)
     return eager(network, precision, shown)
 
 

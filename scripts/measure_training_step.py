@@ -63,12 +63,6 @@ def build(name: str) -> tuple[InstanceFormer, ClipBatch]:
     return InstanceFormer(), make_clips(1, 4, 360, 640, 5, 40)
 
 
-def compile_network(network: InstanceFormer, backend: str = "inductor") -> None:
-    """Put the parts that are the same in every frame through torch.compile."""
-    for part in (network.backbone, network.encoder, network.decoder):
-        part.compile(backend=backend)
-
-
 class MadeUpClips(VideoDataModule):
     """The same batch in every step."""
 
@@ -225,7 +219,7 @@ def main() -> None:
         return
     network, batch = build(options.name)
     if options.compile:
-        compile_network(network)
+        network.compile_parts()
     found = measure(network, batch, options.steps, options.precision)
     print(
         f"{options.name:6} {found.step_s:8.3f} s a step ({found.fastest_s:.3f} to {found.slowest_s:.3f}, "

@@ -96,8 +96,7 @@ class Stream:
             copy = InstanceFormer(**network.options).eval()
             copy.load_state_dict(network.state_dict())
             network = copy
-            for part in (network.backbone, network.projection, network.encoder, network.decoder):
-                part.compile(options={"freezing": True})
+            network.compile_parts(options={"freezing": True})
         elif variant != "plain":
             network = optimise(network, torch.bfloat16 if variant == "bf16" else torch.float32)
         self.network = network

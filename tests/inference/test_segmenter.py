@@ -146,8 +146,9 @@ def test_an_object_hidden_no_longer_than_patience_comes_back_under_its_id(tiny, 
 @pytest.mark.parametrize("location", ["paper", "refined"])
 def test_a_query_whose_track_ended_starts_afresh_under_a_new_id(tiny, location, memory):
     """With one query, the frame after the end is as the first of a video."""
-    network = tiny(num_queries=1, memory_tokens=1, memory=memory, location=location)
-    for seed in range(200):  # two frames of which the second leaves the query less confident
+    for seed in range(200):  # a network and two frames of which the second leaves the query less confident
+        torch.manual_seed(seed)
+        network = tiny(num_queries=1, memory_tokens=1, memory=memory, location=location)
         bright, dark = noise(2, seed=seed)
         clip = normalise(resize(torch.from_numpy(np.stack([bright, dark])).permute(0, 3, 1, 2), 64, 768))[None]
         with torch.no_grad():

@@ -207,3 +207,20 @@ def test_backbone_weights_that_cannot_be_had_say_what_to_do(tiny, monkeypatch) -
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
     with pytest.raises(RuntimeError, match="no route to host"):
         InstanceFormer(4).backbone.load_imagenet_weights()
+
+
+@pytest.mark.slow
+def test_compiled_parts_are_whole_graphs_with_the_same_gradients(tiny) -> None:
+    network, batch = tiny(dropout=0.0), make_batch([3, 2])
+    expected = gradients(network, batch)
+    network.compile_parts(backend="aot_eager", fullgraph=True)
+    names = list(network.state_dict())
+    found = gradients(network, batch)
+    assert names == list(InstanceFormer(**network.options).state_dict())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_module_compiles_when_asked(tiny) -> None:
+    assert InstanceFormerModule(tiny()).network.decoder._compiled_call_impl is None
+    assert InstanceFormerModule(tiny(), compile=True).network.decoder._compiled_call_impl is not None

@@ -71,8 +71,7 @@ class VideoInstanceSegmenter:
         self._autocasts = options.precision == "bf16" and not packed
         if options.compile:
             self.network = network.eval()
-            for part in (network.backbone, network.projection, network.encoder, network.decoder):
-                part.compile()
+            network.compile_parts()
         else:
             narrow = options.precision == "bf16" and packed
             self.network = optimise(network, torch.bfloat16 if narrow else torch.float32)

@@ -180,6 +180,15 @@ class InstanceFormer(nn.Module):
         network.to_empty(device="cpu").load_state_dict(checkpoint.weights)
         return network.eval()
 
+    def compile_parts(self, **options: Any) -> None:
+        """Put the parts that see every frame through ``torch.compile``, in place; the names of weights stay.
+
+        Args:
+            options: of ``torch.compile``.
+        """
+        for part in (self.backbone, self.projection, self.encoder, self.decoder):
+            part.compile(**options)
+
     def forward(
         self,
         frames: Tensor,

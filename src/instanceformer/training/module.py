@@ -67,6 +67,8 @@ class InstanceFormerModule(LightningModule):
         init_from: checkpoint of an earlier training, for instance on COCO, whose weights are taken over before this one
             starts: what belongs to a class by the name of its category or a synonym, the rest as far as shapes agree.
             What it has nothing for is new; a line says what. Without names of its categories all classes are new.
+        compile: put backbone, encoder and decoder through ``torch.compile``, which takes minutes in the beginning, and
+            again for frames of other sizes, and makes steps of few kernels.
     """
 
     def __init__(
@@ -78,12 +80,15 @@ class InstanceFormerModule(LightningModule):
         inference: InferenceOptions | None = None,
         backbone_weights: Literal["imagenet", "none"] = "none",
         init_from: Path | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
         self.losses, self.costs, self.optimizer_options = losses, costs, optimizer
         self.inference, self._gave_inference = inference or InferenceOptions(), inference is not None
         self.backbone_weights, self.init_from = backbone_weights, init_from
+        if compile:
+            network.compile_parts()
         self.metric: VideoAveragePrecision | None = None
         self.other_metric: VideoAveragePrecision | None = None
         self._videos: dict[int, VideoInference] = {}
