@@ -39,9 +39,27 @@ class Recipe:
     images: tuple[str, ...] = ()
 
 
+FOUR = ("--data.clip_frames=4", "--data.clip_step=3", "--trainer.max_steps=1100")
+SLOW = ("--model.optimizer.lr=5e-4", "--model.optimizer.backbone_lr=5e-4")
+PROPAGATE = "--model.network.free_queries=propagate"
+IMAGES = "{annotations: DATA/train.json, images: DATA/JPEGImages}"
+PSEUDO = f"--data.joint={{share: 0.3, split: {IMAGES}, pseudo_video: {{blurred: %s}}}}"
 RECIPES = {
     BASELINE: Recipe(),
+    "half the rate": Recipe(SLOW, SLOW),
+    "half the rate, 4 frames": Recipe((*SLOW, *FOUR), SLOW),
+    "4 frames": Recipe(FOUR),
+    "8 frames, half as many clips": Recipe(("--data.clip_frames=8", "--data.batch_size=1", "--trainer.max_steps=1100")),
+    "consecutive frames": Recipe(("--data.clip_step=1",)),
+    "frames from anywhere": Recipe(("--data.clip_step=null",)),
+    "one far frame": Recipe(("--data.far_frames=1",)),
+    "2 clips a step, twice the steps": Recipe(("--data.batch_size=1", "--trainer.max_steps=1760")),
     "equation 1 to the letter": Recipe(("--model.network.location=paper",)),
+    "free queries propagate": Recipe((PROPAGATE,)),
+    "free queries propagate, history since held": Recipe((PROPAGATE, "--model.network.class_history=held")),
+    "pseudo videos, none blurred": Recipe((PSEUDO % 0.0,)),
+    "pseudo videos, a quarter blurred": Recipe((PSEUDO % 0.25,)),
+    "pseudo videos, most blurred": Recipe((PSEUDO % 0.89,)),
 }
 
 
@@ -76,8 +94,9 @@ def train(recipe: Recipe, seed: int, data: Path, folder: Path, extra: Sequence[s
         run("fit", *common, f"--trainer.default_root_dir={images}", *extra, *recipe.images)
         del common[1]
         common += [f"--trainer.default_root_dir={folder}", f"--model.init_from={images / 'last.ckpt'}"]
-        run("fit", *common, *extra, *recipe.clips)
-        run("test", *common, *extra, *recipe.clips, "--trainer.devices=1", "--trainer.strategy=auto")
+        clips = [flag.replace("DATA", str(data)) for flag in recipe.clips]
+        run("fit", *common, *extra, *clips)
+        run("test", *common, *extra, *clips, "--trainer.devices=1", "--trainer.strategy=auto")
         numbers.write_text(run("evaluate", f"{data / 'valid'}.json", str(folder / "results.json"), "--json"))
     result: dict[str, float] = json.loads(numbers.read_text())
     return result
