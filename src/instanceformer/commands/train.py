@@ -27,7 +27,7 @@ from instanceformer.training.metrics_file import MetricsFile
 from instanceformer.training.module import InstanceFormerModule
 
 CONFIG = "config.yaml"
-FREE = {"ckpt_path", "overwrite", "weights_only", "trainer.default_root_dir", "results.path"}
+FREE = {"ckpt_path", "overwrite", "weights_only", "trainer.default_root_dir", "results.path", "model.compile"}
 """Options that do not make a training another one."""
 
 
