@@ -31,7 +31,10 @@ def test_chunks_do_not_matter(tiny, frames, candidates) -> None:
         parts = run(network, frames, chunk, candidates=candidates, max_tracks=9)
         assert [t.category_id for t in parts] == [t.category_id for t in whole]
         assert [t.score for t in parts] == pytest.approx([t.score for t in whole], abs=1e-5)
-        assert [t.segmentations for t in parts] == [t.segmentations for t in whole]
+        for one, other in zip(parts, whole, strict=True):  # other sums round otherwise, at a logit of zero
+            for mask, same in zip(one.segmentations, other.segmentations, strict=True):
+                assert (mask is None) == (same is None)
+                assert mask is None or (decode_mask(mask) != decode_mask(same)).sum() <= 2
 
 
 def test_first_frames_is_the_papers_protocol(tiny, frames) -> None:
