@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from instanceformer.evaluation.evaluate import compare_tracks, select_candidates
+from instanceformer.evaluation.evaluate import compare_tracks
 from instanceformer.evaluation.ground_truth import read_ground_truth
 from instanceformer.evaluation.results import Track
-from instanceformer.evaluation.summary import Candidates, VideoEvaluation, summarize
+from instanceformer.evaluation.summary import Candidates, VideoEvaluation, select_candidates, summarize
 
 
 class VideoAveragePrecision(Metric):
