@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
 from instanceformer.data.annotations import OCCLUSION_LEVELS, Video
 from instanceformer.data.run_lengths import mask_areas
+from instanceformer.evaluation.matching import BoolArray
 from instanceformer.evaluation.results import Track
 from instanceformer.evaluation.track_iou import FloatArray, IntArray, Masks
 
@@ -56,7 +56,7 @@ class FrameComparison:
     scores: FloatArray
     classes: IntArray
     true_classes: IntArray
-    is_crowd: npt.NDArray[np.bool_]
+    is_crowd: BoolArray
     occlusion: IntArray
     areas: IntArray
     intersections: IntArray

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
+from instanceformer.evaluation.matching import BoolArray
 from instanceformer.evaluation.track_iou import FloatArray
 
 ALPHAS = np.arange(0.05, 0.99, 0.05)
@@ -32,8 +32,8 @@ class Sequence:
     """
 
     similarity: FloatArray
-    true_visible: npt.NDArray[np.bool_]
-    visible: npt.NDArray[np.bool_]
+    true_visible: BoolArray
+    visible: BoolArray
 
     @property
     def lengths(self) -> tuple[FloatArray, FloatArray]:

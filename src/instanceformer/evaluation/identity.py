@@ -14,6 +14,7 @@ from instanceformer.evaluation.frames import LEVELS, FrameComparison, compare_fr
 from instanceformer.evaluation.ground_truth import GroundTruth
 from instanceformer.evaluation.hota import ALPHAS, count_switches, hota, hota_counts, identity_counts
 from instanceformer.evaluation.hota import Sequence as TrackSequence
+from instanceformer.evaluation.matching import BoolArray
 from instanceformer.evaluation.perfect import PERFECTIONS, perfect_candidates
 from instanceformer.evaluation.results import Track
 from instanceformer.evaluation.summary import Candidates, summarize
@@ -149,14 +150,15 @@ def _how_many(scores: FloatArray) -> IntArray:
 def _of_class(video: FrameComparison, category_id: int) -> tuple[TrackSequence, FloatArray]:
     """The tracks of a class and their scores, without masks that cover a crowd and no instance."""
     own = np.flatnonzero(video.classes == category_id)
-    is_true = video.true_classes == category_id
+    is_own = video.true_classes == category_id
     ious = video.ious[:, own]
-    instances, crowds = (ious[:, :, is_true & (video.is_crowd == crowd)] for crowd in (False, True))
-    counts = (instances >= 0.5).any(axis=2) | ~(crowds >= 0.5).any(axis=2)
+    instances, crowds = ious[..., is_own & ~video.is_crowd], ious[..., is_own & video.is_crowd]
+    on_instance, on_crowd = (ious.max(axis=2, initial=0.0) >= 0.5 for ious in (instances, crowds))
+    counts: BoolArray = on_instance | ~on_crowd
     return (
         TrackSequence(
             similarity=np.where(counts[..., None], instances, 0.0).transpose(0, 2, 1),
-            true_visible=video.true_areas[:, is_true & ~video.is_crowd] > 0,
+            true_visible=video.true_areas[:, is_own & ~video.is_crowd] > 0,
             visible=(video.areas[:, own] > 0) & counts,
         ),
         video.scores[own],

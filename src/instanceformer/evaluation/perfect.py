@@ -42,8 +42,9 @@ def perfect_candidates(video: FrameComparison) -> dict[str, dict[int, Candidates
 def link(video: FrameComparison, tracks: Tracks) -> Tracks:
     """Perfect identity: an instance's track has, in each frame, the predicted mask that covers it best.
 
-    It needs an IoU above 0.3. Its class is the one with the highest sum of scores of the tracks that were used, its
-    score the mean of theirs, each as often as it was used. Tracks that were used nowhere stay.
+    It needs an IoU above 0.3. Masks of any score are taken, so that this is what linking could reach at best. Its class
+    is the one with the highest sum of scores of the tracks that were used, its score the mean of theirs, each as often
+    as it was used. Tracks that were used nowhere stay.
     """
     linked, used = [], set()
     if video.num_predicted:
