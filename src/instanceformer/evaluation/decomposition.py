@@ -83,11 +83,10 @@ def _find_owners(ious: FloatArray) -> tuple[IntArray, IntArray]:
     owners, found = np.zeros(instances, dtype=np.int64), np.full(instances, frames)
     free = np.ones(tracks, dtype=np.bool_)
     for t, frame in enumerate(np.where(ious > 0.5, ious, 0.0)):
-        open_tracks, open_instances = np.flatnonzero(free), np.flatnonzero(found == frames)
-        overlaps = frame[np.ix_(open_tracks, open_instances)]
+        overlaps = np.where(free[:, None] & (found == frames), frame, 0.0)
         if overlaps.any():
             rows, columns = linear_sum_assignment(overlaps, maximize=True)
             covered = overlaps[rows, columns] > 0
-            rows, columns = open_tracks[rows[covered]], open_instances[columns[covered]]
+            rows, columns = rows[covered], columns[covered]
             owners[columns], found[columns], free[rows] = rows, t, False
     return owners, found

@@ -41,7 +41,8 @@ class IdentityMetrics:
         hota_score: the lowest score of a track that counts.
         idsw: identity switches, at an IoU of 0.5.
         perfect: by name the AP, of all tracks, if a part were perfect: ``AP_identity``, see ``perfect.link``,
-            ``AP_classes``, see ``classify``, ``AP_masks``, see ``sharpen``, and ``AP_all``, one after the other.
+            ``AP_classes``, see ``classify``, ``AP_masks``, see ``sharpen``, and ``AP_all``, one after the other, which
+            leaves instances that no mask covers, tracks of nothing and duplicates, and the order of the scores.
         overall: what became of the instances, by the tracks that count.
         by_occlusion: the same by the label of the frame; levels without any are left out.
         by_age: the same by frames since an instance was found, which it was then.
