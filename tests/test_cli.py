@@ -247,8 +247,13 @@ def test_evaluation_needs_no_torch_and_reports(data: Path, tmp_path: Path) -> No
     lines = run.stdout.splitlines()
     assert lines[0].split() == ["AP", "1.0000"]
     assert ["AP_L", "1.0000"] in [line.split() for line in lines]
+    assert "HOTA 1.0000  DetA 1.0000  AssA 1.0000  IDF1 1.0000  IDSW 0" in lines
+    assert "AP if a part were perfect: identity 1.0000, classes 1.0000, masks 1.0000, all 1.0000" in lines
+    assert any(line.split()[:2] == ["severe_occlusion", "1.000"] for line in lines)
     assert "report/precision_recall.png" in lines
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
+        "identity.csv",
+        "identity.png",
         "metrics.json",
         "per_category.csv",
         "precision_recall.csv",

@@ -1,11 +1,14 @@
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from instanceformer.evaluation.report import write_report
+from instanceformer.evaluation.decomposition import Decomposition
+from instanceformer.evaluation.identity import IdentityMetrics
+from instanceformer.evaluation.report import plot_identity, write_report
 from instanceformer.evaluation.summary import NAMES, VideoEvaluation
 
 RECALLS = [f"{recall:.2f}" for recall in np.linspace(0, 1, 101)]
@@ -47,6 +50,29 @@ def test_writes_numbers_tables_and_a_picture(tmp_path):
     with Image.open(files[3]) as picture:
         assert min(picture.size) > 400
         assert len(picture.getcolors(maxcolors=2**24)) > 10
+
+
+def test_identity_has_a_table_and_a_picture(tmp_path):
+    groups = [Decomposition(0.5, 0.25, 0.125, 0.0, 0.125, 8), Decomposition(*[-1.0] * 5, pairs=0)]
+    ages = dict(zip(("0-3", "4-7"), groups, strict=True))
+    perfect = {"AP_identity": 0.7}
+    identity = IdentityMetrics(0.5, 0.5, 0.5, 0.6, 0.35, 3, perfect, groups[0], {"no_occlusion": groups[0]}, ages)
+    files = write_report(replace(evaluation([1]), identity=identity), tmp_path, {})
+    assert [path.name for path in files[4:]] == ["identity.csv", "identity.png"]
+    found = json.loads(files[0].read_text())["identity"]
+    assert (found["HOTA"], found["IDSW"], found["captured"], found["AP_identity"]) == (0.5, 3, 0.25, 0.7)
+    assert found["decomposition"]["age 0-3"]["lost"] == 0.125
+    rows = read(files[4])
+    assert [(row["group"], float(row["right"]), int(row["pairs"])) for row in rows] == [
+        ("all", 0.5, 8),
+        ("no_occlusion", 0.5, 8),
+        ("age 0-3", 0.5, 8),
+        ("age 4-7", -1, 0),
+    ]
+    with Image.open(files[5]) as picture:
+        assert len(picture.getcolors(maxcolors=2**24)) > 10
+    nothing = replace(identity, overall=groups[1], by_occlusion={}, by_age={"0-3": groups[1]})
+    plot_identity(nothing).savefig(tmp_path / "nothing.png")
 
 
 @pytest.mark.parametrize("categories", [0, 1, 500])

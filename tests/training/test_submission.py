@@ -161,7 +161,8 @@ def test_a_killed_run_ends_like_one_that_was_not(command, data: Path, tmp_path: 
     with ZipFile(folder / "results.zip") as archive:
         assert archive.namelist() == ["results.json"]
         assert archive.read("results.json") == (folder / "results.json").read_bytes()
-    assert {"test/AP", "test/AP_best_quarter"} <= json.loads((folder / "metrics.json").read_text()).keys()
+    names = json.loads((folder / "metrics.json").read_text()).keys()
+    assert {"test/AP", "test/AP_best_quarter", "test/HOTA", "test/IDSW", "test/captured", "test/AP_identity"} <= names
 
     main(arguments)  # a finished run is not resumed
     assert begun(folder) == VIDEOS

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from instanceformer.commands.parsing import Parser
 from instanceformer.data.reading import read_annotations
+from instanceformer.evaluation.decomposition import STATES
 from instanceformer.evaluation.evaluate import evaluate_files
+from instanceformer.evaluation.identity import IdentityMetrics
 
 
 def run(args: Sequence[str]) -> None:
-    """Compare a results file with ground truth: the official AP and AR."""
+    """Compare a results file with ground truth: the official AP and AR, and how well identities are kept."""
     parser = Parser(prog="instanceformer evaluate", description=run.__doc__)
     parser.add_argument("ground_truth", type=Path, help="annotations in YouTube-VIS format")
     parser.add_argument("results", type=Path, help="results.json in the challenge's format")
@@ -31,13 +33,16 @@ def run(args: Sequence[str]) -> None:
     if found.report is not None:
         found.report.mkdir(parents=True, exist_ok=True)  # before the evaluation, in case that it cannot be made
     evaluation = evaluate_files(
-        found.ground_truth, found.results, long_frames=found.long_frames, long_videos=long_videos
+        found.ground_truth, found.results, long_frames=found.long_frames, long_videos=long_videos, identity=True
     )
+    identity = evaluation.identity
+    assert identity is not None
     numbers = evaluation.summary | evaluation.extras
     if found.json:
-        print(json.dumps({**numbers, "per_category": evaluation.per_category}))
+        print(json.dumps({**numbers, "per_category": evaluation.per_category, "identity": identity.as_json()}))
     else:
         print("\n".join(f"{name:6} {value:7.4f}" for name, value in numbers.items()))
+        print("\n" + describe_identity(identity))
     if found.report is not None:
         from instanceformer.evaluation.report import write_report  # here, since matplotlib takes a second to come
 
@@ -45,3 +50,21 @@ def run(args: Sequence[str]) -> None:
         for path in write_report(evaluation, found.report, names):
             if not found.json:
                 print(path)
+
+
+def describe_identity(identity: IdentityMetrics) -> str:
+    """Numbers of identity as lines of text."""
+    numbers = identity.numbers
+    perfect = (f"{name.removeprefix('AP_')} {value:.4f}" for name, value in identity.perfect.items())
+    lines = [
+        f"Identity, of the tracks with a score of {identity.hota_score:.2f} or more (the best HOTA)",
+        "  ".join(f"{name} {numbers[name]:.4f}" for name in ("HOTA", "DetA", "AssA", "IDF1"))
+        + f"  IDSW {identity.idsw}",
+        f"AP if a part were perfect: {', '.join(perfect)}",
+        "",
+        f"{'Instances in frames':20}{''.join(f'{name:>12}' for name in STATES)}{'pairs':>8}",
+    ]
+    for name, group in identity.groups.items():
+        fractions = "".join(f"{getattr(group, state):12.3f}" for state in STATES)
+        lines.append(f"{name:20}{fractions}{group.pairs:8}")
+    return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -14,27 +14,10 @@ from instanceformer.data.annotations import Video
 from instanceformer.data.records import expect_file
 from instanceformer.data.run_lengths import compress_masks
 from instanceformer.evaluation.ground_truth import GroundTruth, read_ground_truth
-from instanceformer.evaluation.matching import MAX_TRACKS
+from instanceformer.evaluation.identity import VideoIdentity, compare_identity, summarize_identity
 from instanceformer.evaluation.results import Track, iterate_results
-from instanceformer.evaluation.summary import Candidates, VideoEvaluation, summarize
+from instanceformer.evaluation.summary import ComparedTrack, VideoEvaluation, select_candidates, summarize
 from instanceformer.evaluation.track_iou import Masks, mean_visible, track_ious
-
-
-@dataclass(frozen=True)
-class ComparedTrack:
-    """A predicted track beside the true ones of its video and category.
-
-    Attributes:
-        category_id: of the track.
-        score: of the track.
-        area: the mean over the frames where it has pixels, which decides its size range.
-        ious: with each true track.
-    """
-
-    category_id: int
-    score: float
-    area: float
-    ious: list[float]
 
 
 def evaluate_files(
@@ -43,6 +26,7 @@ def evaluate_files(
     *,
     long_frames: int | None = None,
     long_videos: Collection[int] | None = None,
+    identity: bool = False,
 ) -> VideoEvaluation:
     """Evaluate a result file against an annotation file.
 
@@ -51,6 +35,7 @@ def evaluate_files(
         results: a result file; it is read and compared track by track, so that only its text is in memory.
         long_frames: videos with more frames than this are long.
         long_videos: ids of the long videos, instead.
+        identity: whether to measure identity as well, which compares every frame.
 
     Raises:
         FileNotFoundError: if either file does not exist.
@@ -59,11 +44,26 @@ def evaluate_files(
     expect_file(Path(results), "a results file")  # rather now than when the ground truth has been read
     truth = read_ground_truth(ground_truth)
     compared: dict[int, list[ComparedTrack]] = defaultdict(list)
+    identities: dict[int, VideoIdentity] = {}
+    scattered: dict[int, list[Track]] = {}  # of videos whose tracks are not one after the other
     entries = ((f"{results}: entry {index}", track) for index, track in enumerate(iterate_results(results)))
-    for video_id, tracks in groupby(entries, key=lambda entry: entry[1].video_id):
+    for video_id, group in groupby(entries, key=lambda entry: entry[1].video_id):
+        tracks = list(group)
+        if video_id in compared:
+            scattered[video_id] = []
         compared[video_id] += compare_tracks(truth, video_id, tracks)
+        if identity and video_id not in scattered:
+            identities[video_id] = compare_identity(truth.videos[video_id], [track for _, track in tracks])
     predictions = {video_id: select_candidates(found) for video_id, found in compared.items()}
-    return summarize(truth, predictions, truth.videos.keys(), truth.long_videos(long_frames, long_videos))
+    evaluation = summarize(truth, predictions, truth.videos.keys(), truth.long_videos(long_frames, long_videos))
+    if not identity:
+        return evaluation
+    if scattered:
+        for track in iterate_results(results):
+            if track.video_id in scattered:
+                scattered[track.video_id].append(track)
+        identities |= {id_: compare_identity(truth.videos[id_], tracks) for id_, tracks in scattered.items()}
+    return replace(evaluation, identity=summarize_identity(truth, identities, truth.videos.keys()))
 
 
 def compare_tracks(
@@ -107,21 +107,6 @@ def compare_tracks(
         ComparedTrack(track.category_id, track.score, mean_visible(row.tolist()), found[own].tolist())
         for (_, track), row, found, own in zip(tracks, areas, ious, comparable, strict=True)
     ]
-
-
-def select_candidates(compared: Iterable[ComparedTrack]) -> dict[int, Candidates]:
-    """The most confident tracks of a video, by category id."""
-    best: dict[int, list[ComparedTrack]] = defaultdict(list)
-    for track in sorted(compared, key=lambda track: -track.score):
-        best[track.category_id].append(track)
-    return {
-        category_id: Candidates(
-            scores=[float(track.score) for track in tracks[:MAX_TRACKS]],
-            areas=[track.area for track in tracks[:MAX_TRACKS]],
-            ious=[track.ious for track in tracks[:MAX_TRACKS]],
-        )
-        for category_id, tracks in best.items()
-    }
 
 
 def _counts(tracks: Sequence[tuple[str, Track]], video: Video) -> list[Masks]:

@@ -5,17 +5,30 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from instanceformer.evaluation.decomposition import STATES, Decomposition
+from instanceformer.evaluation.identity import IdentityMetrics
 from instanceformer.evaluation.matching import IOU_THRESHOLDS, RECALLS
 from instanceformer.evaluation.summary import NAMES, VideoEvaluation
 
 _MOST_BARS = 80  # that are legible in one picture
+_STATE_COLORS = (
+    ("#009E73", "white"),
+    ("#D55E00", "white"),
+    ("#E69F00", "black"),
+    ("#D9D9D9", "black"),
+    ("#56B4E9", "black"),
+)
+"""Of the bars of each of ``STATES``, and of the text on them."""
 
 
 def write_report(evaluation: VideoEvaluation, folder: str | Path, names: Mapping[int, str]) -> list[Path]:
@@ -30,12 +43,17 @@ def write_report(evaluation: VideoEvaluation, folder: str | Path, names: Mapping
         The files: ``metrics.json``, the object that ``instanceformer evaluate --json`` prints; ``per_category.csv``, a
         row for each category that has ground truth; ``precision_recall.csv``, a row for each category and IoU
         threshold, with the precision at recalls of 0 to 1; ``precision_recall.png``, the curves' means over the
-        categories, and AP by category, of the lowest where there are many.
+        categories, and AP by category, of the lowest where there are many. Where identity was measured also
+        ``identity.csv``, what became of the instances, a row for each level of occlusion and age, and ``identity.png``,
+        the same as stacked bars.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in ("metrics.json", "per_category.csv", "precision_recall.csv")]
-    content = {**evaluation.summary, **evaluation.extras, "per_category": evaluation.per_category}
+    identity = evaluation.identity
+    content: dict[str, Any] = {**evaluation.summary, **evaluation.extras, "per_category": evaluation.per_category}
+    if identity is not None:
+        content["identity"] = identity.as_json()
     files[0].write_text(json.dumps(content, indent=1) + "\n")
     rows = {id_: [id_, names.get(id_, "")] for id_ in evaluation.precision}
     with files[1].open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
@@ -50,6 +68,13 @@ def write_report(evaluation: VideoEvaluation, folder: str | Path, names: Mapping
                 writer.writerow([*row, f"{threshold:.2f}", *(round(float(value), 6) for value in precision)])
     files.append(folder / "precision_recall.png")
     plot(evaluation, names).savefig(files[-1], dpi=120)
+    if identity is not None:
+        files += [folder / "identity.csv", folder / "identity.png"]
+        with files[-2].open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["group", *STATES, "pairs"])
+            writer.writerows([name, *asdict(group).values()] for name, group in identity.groups.items())
+        plot_identity(identity).savefig(files[-1], dpi=120)
     return files
 
 
@@ -80,3 +105,42 @@ def plot(evaluation: VideoEvaluation, names: Mapping[int, str]) -> Figure:
     bars.set(xlabel="AP", xlim=(0, 1.1), ylim=(-0.6, max(len(shown), 1) - 0.4))
     bars.set_title("AP by category" if len(shown) == len(ids) else f"AP of the {len(shown)} lowest categories")
     return figure
+
+
+def plot_identity(identity: IdentityMetrics) -> Figure:
+    """What became of the instances, by level of occlusion and by age of the track, as stacked bars.
+
+    The colors are Okabe and Ito's, which the color-blind tell apart.
+    """
+    occlusion = {"all": identity.overall} | identity.by_occlusion
+    ages = {name: group for name, group in identity.by_age.items() if group.pairs}
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(max(len(occlusion), 2), max(len(ages), 2)))
+    _stack(left, {name.replace("_", " "): group for name, group in occlusion.items()})
+    _stack(right, ages)
+    left.set(ylabel="fraction", ylim=(0, 1), title="by occlusion")
+    left.set_xlabel("occlusion in the frame; number of instances in frames")
+    right.set(xlabel="frames since the instance was found", title="by age of the track")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(STATES), frameon=False)
+    figure.suptitle(
+        f"HOTA {identity.hota:.3f}, DetA {identity.det_a:.3f}, AssA {identity.ass_a:.3f}, IDF1 {identity.idf1:.3f}, "
+        f"{identity.idsw} switches; tracks with a score of {identity.hota_score:.2f} or more"
+    )
+    return figure
+
+
+def _stack(axes: Axes, groups: Mapping[str, Decomposition]) -> None:
+    """A bar for each group; parts that are large enough bear their fraction."""
+    ticks = [f"{name}\n{group.pairs:,}" for name, group in groups.items()]
+    below = np.zeros(len(groups))
+    for state, (color, text) in zip(STATES, _STATE_COLORS, strict=True):
+        values = np.array([max(getattr(group, state), 0.0) for group in groups.values()])
+        label = state.replace("_", " ")
+        bars = axes.bar(range(len(groups)), values, 0.72, bottom=below, color=color, edgecolor="white", label=label)
+        labels = [f"{value:.2f}" if value >= 0.05 else "" for value in values]
+        axes.bar_label(bars, labels, label_type="center", color=text, fontsize=9)
+        below += values
+    axes.set_xticks(range(len(groups)), ticks)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,9 @@ import numpy.typing as npt
 from instanceformer.evaluation.ground_truth import GroundTruth, TrueTrack
 from instanceformer.evaluation.matching import MAX_TRACKS, Cell, Curves, Match, accumulate, match
 from instanceformer.evaluation.track_iou import FloatArray
+
+if TYPE_CHECKING:
+    from instanceformer.evaluation.identity import IdentityMetrics
 
 # The selections of the ground truth, one after the other; both ends of a range belong to it.
 AREA_RANGES = ((0, 1e10), (0, 128**2), (128**2, 256**2), (256**2, 1e10))  # all, small, medium, large
@@ -31,12 +35,14 @@ class VideoEvaluation:
         per_category: the official twelve for every category of the ground-truth file, by category id.
         precision: by id of the categories that have ground truth, (10, 101): the precision at the IoU thresholds 0.50,
             0.55, ..., 0.95 and the recalls 0, 0.01, ..., 1.
+        identity: where it was asked for.
     """
 
     summary: dict[str, float]
     extras: dict[str, float]
     per_category: dict[int, dict[str, float]]
     precision: dict[int, FloatArray] = field(compare=False, repr=False)
+    identity: IdentityMetrics | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,23 @@ class Candidates:
     scores: list[float]
     areas: list[float]
     ious: list[list[float]]
+
+
+@dataclass(frozen=True)
+class ComparedTrack:
+    """A predicted track beside the true ones of its video and category.
+
+    Attributes:
+        category_id: of the track.
+        score: of the track.
+        area: the mean over the frames where it has pixels, which decides its size range.
+        ious: with each true track.
+    """
+
+    category_id: int
+    score: float
+    area: float
+    ious: list[float]
 
 
 _NOTHING = Candidates([], [], [])
@@ -91,6 +114,21 @@ _OFFICIAL = {
 _OCCLUSION = {"APso": _Number(selection=4), "APmo": _Number(selection=5), "APho": _Number(selection=6)}
 _LONG = {f"{name}_L": _OFFICIAL[name] for name in ("AP", "AP50", "AP75", "AR1", "AR10")}
 NAMES = tuple(_OFFICIAL)
+
+
+def select_candidates(compared: Iterable[ComparedTrack]) -> dict[int, Candidates]:
+    """The most confident tracks of a video, by category id."""
+    best: dict[int, list[ComparedTrack]] = defaultdict(list)
+    for track in sorted(compared, key=lambda track: -track.score):
+        best[track.category_id].append(track)
+    return {
+        category_id: Candidates(
+            scores=[float(track.score) for track in tracks[:MAX_TRACKS]],
+            areas=[track.area for track in tracks[:MAX_TRACKS]],
+            ious=[track.ious for track in tracks[:MAX_TRACKS]],
+        )
+        for category_id, tracks in best.items()
+    }
 
 
 def summarize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from instanceformer.evaluation.evaluate import compare_tracks, select_candidates
+from instanceformer.evaluation.evaluate import compare_tracks
 from instanceformer.evaluation.ground_truth import read_ground_truth
+from instanceformer.evaluation.identity import VideoIdentity, compare_identity, summarize_identity
 from instanceformer.evaluation.results import Track
-from instanceformer.evaluation.summary import Candidates, VideoEvaluation, summarize
+from instanceformer.evaluation.summary import Candidates, VideoEvaluation, select_candidates, summarize
 
 
 class VideoAveragePrecision(Metric):
@@ -47,6 +49,7 @@ class VideoAveragePrecision(Metric):
             count, those never updated as having no predictions.
         long_frames: videos with more frames than this are long.
         long_videos: ids of the long videos, instead.
+        identity: measure identity as well, see ``IdentityMetrics``, which compares every frame.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -66,9 +69,10 @@ class VideoAveragePrecision(Metric):
         only_updated: bool = False,
         long_frames: int | None = None,
         long_videos: Collection[int] | None = None,
+        identity: bool = False,
     ) -> None:
         super().__init__()
-        self.only_updated = only_updated
+        self.only_updated, self.identity = only_updated, identity
         self._ground_truth = read_ground_truth(ground_truth)
         self._long_videos = self._ground_truth.long_videos(long_frames, long_videos)
         # One JSON line per video, as bytes: all that matching needs to know of its tracks. Being small and of any
@@ -89,7 +93,10 @@ class VideoAveragePrecision(Metric):
         named = ((f"track {index} of video {video_id}", track) for index, track in enumerate(tracks))
         candidates = select_candidates(compare_tracks(self._ground_truth, video_id, named))
         categories = {category_id: vars(found) for category_id, found in candidates.items()}
-        line = json.dumps({"video_id": video_id, "categories": categories}) + "\n"
+        content: dict[str, Any] = {"video_id": video_id, "categories": categories}
+        if self.identity:
+            content["identity"] = compare_identity(self._ground_truth.videos[video_id], tracks).as_json()
+        line = json.dumps(content) + "\n"
         assert isinstance(self.videos, list)
         self.videos.append(torch.frombuffer(bytearray(line.encode()), dtype=torch.uint8).to(self.device))
 
@@ -106,9 +113,9 @@ class VideoAveragePrecision(Metric):
         super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
 
     def compute(self) -> dict[str, Tensor]:
-        """The summary and the extras of ``evaluate``, as float64 scalars."""
+        """The summary, the extras and the numbers of identity of ``evaluate``, as float64 scalars."""
         found = self._evaluate()
-        numbers = found.summary | found.extras
+        numbers = found.summary | found.extras | (found.identity.numbers if found.identity else {})
         return {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in numbers.items()}
 
     def evaluate(self) -> VideoEvaluation:
@@ -121,9 +128,15 @@ class VideoAveragePrecision(Metric):
     def _evaluate(self) -> VideoEvaluation:
         state = self.videos if isinstance(self.videos, list) else [self.videos]
         updated: dict[int, dict[int, Candidates]] = {}
+        identities: dict[int, VideoIdentity] = {}
         for line in b"".join(tensor.cpu().numpy().tobytes() for tensor in state).splitlines():
             video = json.loads(line)
             categories = {int(id_): Candidates(**found) for id_, found in video["categories"].items()}
             updated.setdefault(video["video_id"], categories)
+            if self.identity:
+                identities.setdefault(video["video_id"], VideoIdentity.from_json(video["identity"]))
         video_ids = updated.keys() if self.only_updated else self._ground_truth.videos.keys()
-        return summarize(self._ground_truth, updated, video_ids, self._long_videos)
+        found = summarize(self._ground_truth, updated, video_ids, self._long_videos)
+        if not self.identity:
+            return found
+        return replace(found, identity=summarize_identity(self._ground_truth, identities, video_ids))

@@ -337,7 +337,7 @@ class InstanceFormerModule(LightningModule):
         self._log_metric("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log AP and AR of the videos seen."""
+        """Log AP and AR of the videos seen, and what shows identity."""
         self._log_metric("test")
 
     def count_tracks(self, video_id: int, tracks: list[Track], others: list[Track]) -> None:
@@ -354,6 +354,7 @@ class InstanceFormerModule(LightningModule):
             self.metric = VideoAveragePrecision(annotations, only_updated=True).to(self.device)
             if stage == "test":
                 self.other_metric = deepcopy(self.metric)
+                self.metric.identity = True
         else:
             self.print(f"{annotations} has no annotations, so that no AP is computed")
 
