@@ -23,16 +23,19 @@ from instanceformer.data.augment import normalise
 from instanceformer.inference.export import (
     FEATURES,
     OUTPUTS,
-    STATE,
     ExportOptions,
     export_files,
     export_programs,
     to_onnx,
 )
+from instanceformer.model.state import TrackState
 
 HEIGHT, WIDTH, SHOWN = 100, 140, 3  # no level is a single cell, whose group norm would divide by next to nothing
 RENEWED = {"location": "refined", "free_queries": "renew", "min_confidence": 0.02, "max_overlap": 0.5}
-variants = pytest.mark.parametrize("options", [pytest.param({}, id="paper"), pytest.param(RENEWED, id="renewed")])
+KNOWN = {**RENEWED, "identity": "recover"}
+variants = pytest.mark.parametrize(
+    "options", [pytest.param(o, id=name) for name, o in (("paper", {}), ("renewed", RENEWED), ("known", KNOWN))]
+)
 
 
 @torch.no_grad()
@@ -45,12 +48,16 @@ def eager(network: InstanceFormer, frames: list[Tensor]) -> Iterator[dict[str, T
         shown = prediction.scores.amax(-1).topk(SHOWN, dim=1).indices
         state = network.advance(state, prediction)
         yield {
-            "logits": prediction.logits[-1],
+            "scores": prediction.scores,
             "boxes": prediction.boxes[-1],
             "shown": shown,
             "masks": network.segment(features, prediction, shown),
-            **{f"next_{name}": getattr(state, name) for name in STATE},
+            **following(state),
         }
+
+
+def following(state: TrackState) -> dict[str, Tensor]:
+    return {f"next_{name}": value for name, value in state.tensors().items()}
 
 
 def make_frames(count: int) -> list[Tensor]:
@@ -83,8 +90,7 @@ def test_saved_and_loaded_programs_equal_the_network_over_ten_frames(
     state, frames = network.initial_state(1), make_frames(10)
     for frame, expected in zip(frames, eager(network, frames), strict=True):
         *outputs, state = step(*encode(frame), state)
-        following = {f"next_{name}": getattr(state, name) for name in STATE}
-        assert_same({**dict(zip(OUTPUTS, outputs, strict=True)), **following}, expected)
+        assert_same({**dict(zip(OUTPUTS, outputs, strict=True)), **following(state)}, expected)
     assert state.memory_filled.any()
 
 
@@ -96,12 +102,15 @@ def test_onnx_equals_the_network_over_ten_frames_beginning_with_zeros(
     runtime = pytest.importorskip("onnxruntime")
     network = tiny(**options)
     programs = export_programs(network, ExportOptions(HEIGHT, WIDTH, SHOWN, "onnx"))
-    encode, step = (runtime.InferenceSession(to_onnx(program)) for program in programs)
+    encode, step = (
+        runtime.InferenceSession(to_onnx(program, tuple(network.initial_state(1).tensors()))) for program in programs
+    )
     types = {"tensor(float)": np.float32, "tensor(bool)": np.bool_, "tensor(int64)": np.int64}
     state = {i.name: np.zeros(i.shape, types[i.type]) for i in step.get_inputs() if i.name not in FEATURES}
     frames = make_frames(10)
     for frame, expected in zip(frames, eager(network, frames), strict=True):
-        features = dict(zip(FEATURES, encode.run(None, {"frame": frame.numpy()}), strict=True))
+        given = [output.name for output in encode.get_outputs()]
+        features = dict(zip(given, encode.run(None, {"frame": frame.numpy()}), strict=True))
         names = [output.name for output in step.get_outputs()]
         outputs = dict(zip(names, step.run(None, {**features, **state}), strict=True))
         assert_same(outputs, expected, tolerance=1e-4)  # the runtime rounds in its own order
@@ -164,9 +173,9 @@ def test_what_is_written_to_run_the_programs_runs_them(
     for video in (images, film):
         monkeypatch.setattr(sys, "argv", ["run.py", str(video)])
         found = runpy.run_path(str(folder / "run.py"))
-        state = found["state"] if form == "onnx" else vars(found["state"])
+        state = found["state"] if form == "onnx" else found["state"].tensors()
         outputs = found["outputs"] if form == "onnx" else {name: found[name] for name in OUTPUTS}
-        results = {**{name: outputs[name] for name in OUTPUTS}, **{f"next_{name}": state[name] for name in STATE}}
+        results = {**{name: outputs[name] for name in OUTPUTS}, **{f"next_{name}": state[name] for name in state}}
         assert_same(results, expected, tolerance=1e-4)
         printed = capsys.readouterr().out.splitlines()
         assert len(printed) == 3 * SHOWN
@@ -176,8 +185,9 @@ def test_what_is_written_to_run_the_programs_runs_them(
 @pytest.mark.slow
 def test_onnx_programs_sample_by_the_names_that_every_runtime_knows(tiny: Callable[..., InstanceFormer]) -> None:
     onnx = pytest.importorskip("onnx")
-    _, step = export_programs(tiny(), ExportOptions(HEIGHT, WIDTH, SHOWN, "onnx"))
-    model = onnx.load_from_string(to_onnx(step))
+    network = tiny()
+    _, step = export_programs(network, ExportOptions(HEIGHT, WIDTH, SHOWN, "onnx"))
+    model = onnx.load_from_string(to_onnx(step, tuple(network.initial_state(1).tensors())))
     assert [entry.version for entry in model.opset_import if not entry.domain] == [18]
     nodes = [node for graph in (model.graph, *model.functions) for node in graph.node if node.op_type == "GridSample"]
     assert nodes

@@ -77,13 +77,13 @@ class VideoInference:
         self.state = network.initial_state(1)
         self.frames = 0
         self.masks: list[dict[int, RLE | None]] = []
+        self._hidden: list[Tensor] = []  # of each frame
         device = self.state.queries.device
         queries = network.num_queries
         self._total = torch.zeros(queries, network.num_classes, device=device)  # of probabilities since the birth
         self._highest = torch.zeros(queries, 0, device=device)  # of them, a quarter as many as the video has frames
         self._highest_labels = torch.zeros(queries, 0, dtype=torch.int64, device=device)
         self._alive = torch.zeros(queries, device=device)  # frames since the birth
-        self._born = torch.zeros(queries, dtype=torch.bool, device=device)
         self._best = torch.zeros(queries, device=device)  # confidence so far
         self._first_pairs: list[tuple[int, int]] = []
         self._waiting: list[tuple[FrameFeatures, FramePrediction, tuple[int, int]]] = []
@@ -103,9 +103,11 @@ class VideoInference:
         features = self.network.encode(chunk.frames)
         for t in range(chunk.frames.shape[1]):
             prediction = self.network.decode(features[t], self.state)
+            held = self.state.held
             self.state = self.network.advance(self.state, prediction)
             self.frames += 1
-            self._count(prediction.scores[0], self.state.held[0], max(1, chunk.length // 4))
+            self._hidden.append(self.state.hidden[0])
+            self._count(prediction.scores[0], (self.state.held & ~held)[0], max(1, chunk.length // 4))
             self._waiting.append((features[t], prediction, (chunk.frames.shape[-2], chunk.frames.shape[-1])))
             first_frames = self.options.candidates == "first_frames"
             if first_frames and self.frames == min(self.options.candidate_frames, chunk.length):
@@ -123,12 +125,16 @@ class VideoInference:
         """
         by_mean = (score or self.options.score) == "mean"
         births = (self.frames - self._alive).long().tolist()
+        hidden = torch.stack(self._hidden).tolist()
         tracks = [
             Track(
                 video_id=video_id,
                 category_id=category_ids[label],
                 score=confidence,
-                segmentations=[masks.get(query) if t >= births[query] else None for t, masks in enumerate(self.masks)],
+                segmentations=[
+                    masks.get(query) if t >= births[query] and not hidden[t][query] else None
+                    for t, masks in enumerate(self.masks)
+                ],
             )
             for query, label, confidence in (self._by_mean() if by_mean else self._by_best_quarter())
             if confidence >= 0
@@ -161,21 +167,19 @@ class VideoInference:
         """Queries that make a track."""
         if self.options.candidates == "first_frames":
             return self._candidates()
-        entered = (self._born | (self._best < self.network.min_confidence)).tolist()  # the others are duplicates
-        return [query for query in self._candidates() if entered[query]]
+        held = self.state.held[0].tolist()
+        return [query for query in self._candidates() if held[query]]
 
-    def _count(self, probabilities: Tensor, held: Tensor, quarter: int) -> None:
+    def _count(self, probabilities: Tensor, entering: Tensor, quarter: int) -> None:
         """Add the (N, K) probabilities of a frame; under ``any_frame`` the count starts anew where a query is born.
 
         Args:
             probabilities: of the frame.
-            held: (N,) bool, whether the network takes the query for an instance from this frame on.
+            entering: (N,) bool, whether the network takes the query for an instance from this frame on.
             quarter: of the frames of the video.
         """
         confidence = probabilities.amax(dim=-1)
         if self.options.candidates == "any_frame":
-            entering = ~self._born & held
-            self._born |= entering
             self._total.masked_fill_(entering[:, None], 0.0)
             self._highest.masked_fill_(entering[:, None], -1.0)
             self._alive.masked_fill_(entering, 0.0)

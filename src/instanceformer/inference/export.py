@@ -4,7 +4,7 @@ A video is two programs in turn. ``encode`` knows nothing of other frames; ``ste
 that the frame before left, and gives the outputs of the frame and the next state. Before the first frame all of the
 state is zero. ``run.py``, which is written beside them, runs them on a video.
 
-In ONNX the state is ten tensors, in by their names and out as ``next_...``. Deformable attention is spelt out as grid
+In ONNX the state is tensors, in by their names and out as ``next_...``. Deformable attention is spelt out as grid
 sampling there, since ONNX has no operator for it. Not every runtime samples as the standard says: TensorRT is known to
 take the nearest value where operator set 20 asks for linear interpolation (NVIDIA/TensorRT#4646), which is why the
 programs are of set 18, and ONNX Runtime's WebGPU provider to give other values than its CPU provider
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -32,17 +33,19 @@ from instanceformer.inference import programs
 from instanceformer.inference.options import MIN_SIDE
 from instanceformer.model.attention import DeformableAttention
 from instanceformer.model.network import InstanceFormer
-from instanceformer.model.state import TrackState
+from instanceformer.model.state import Identities, TrackState
 
+register_dataclass(Identities, serialized_type_name="instanceformer.Identities")
 register_dataclass(TrackState, serialized_type_name="instanceformer.TrackState")
-torch.serialization.add_safe_globals([TrackState])  # a saved program holds an example of its arguments
+torch.serialization.add_safe_globals([TrackState, Identities])  # a saved program holds an example of its arguments
 
 OPERATORS = 18
 """ONNX's operator set; in later ones GridSample has other names for its modes, which not all runtimes know."""
 
-FEATURES = ("tokens", "mask_features")
-OUTPUTS = ("logits", "boxes", "shown", "masks")
-STATE = tuple(field.name for field in fields(TrackState))
+FEATURES = ("tokens", "mask_features", "looks")
+"""What ``encode`` gives; the last of them only for a network that recognizes instances."""
+
+OUTPUTS = ("scores", "boxes", "shown", "masks")
 
 
 class Encode(nn.Module):
@@ -52,10 +55,10 @@ class Encode(nn.Module):
         super().__init__()
         self.network = _without(network, "decoder")
 
-    def forward(self, frame: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, 3, H, W) uint8 RGB gives tokens (1, S, C) and mask features (1, F, h, w), see FrameFeatures."""
+    def forward(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(1, 3, H, W) uint8 RGB gives what depends on it of one frame's FrameFeatures."""
         features = self.network.encode(normalise(frame)[:, None])[0]
-        return features.tokens, features.mask_features
+        return features.tokens, features.mask_features, features.looks
 
 
 class Step(nn.Module):
@@ -71,28 +74,29 @@ class Step(nn.Module):
         super().__init__()
         self.network, self.shown = _without(network, "backbone", "projection", "encoder"), shown
         blank = torch.zeros(1, 1, 3, *size, device=network.query_content.device)
-        self.features = network.encode(blank)[0]  # but for tokens and mask features the same for every frame
+        self.features = network.encode(blank)[0]  # but for what Encode gives the same for every frame
 
     def forward(
-        self, tokens: Tensor, mask_features: Tensor, state: TrackState
+        self, tokens: Tensor, mask_features: Tensor, looks: Tensor | None, state: TrackState
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, TrackState]:
         """One frame.
 
         Args:
             tokens: of Encode.
             mask_features: of Encode.
+            looks: of Encode.
             state: after the frame before.
 
         Returns:
-            (1, N, K) class logits; (1, N, 4) boxes, cxcywh in [0, 1]; (1, n) int64, the n most confident queries, best
-            first; their (1, n, ceil(H / 4), ceil(W / 4)) mask logits; the state for the next frame.
+            (1, N, K) class probabilities; (1, N, 4) boxes, cxcywh in [0, 1]; (1, n) int64, the n most confident
+            queries, best first; their (1, n, ceil(H / 4), ceil(W / 4)) mask logits; the state for the next frame.
         """
-        features = replace(self.features, tokens=tokens, mask_features=mask_features)
+        features = replace(self.features, tokens=tokens, mask_features=mask_features, looks=looks)
         prediction = self.network.decode(features, state)
         shown = prediction.scores.amax(dim=-1).topk(self.shown, dim=1).indices
         masks = self.network.segment(features, prediction, shown)
         state = self.network.advance(state, prediction)
-        return prediction.logits[-1], prediction.boxes[-1], shown, masks, state
+        return prediction.scores, prediction.boxes[-1], shown, masks, state
 
 
 def _without(network: InstanceFormer, *parts: str) -> InstanceFormer:
@@ -181,12 +185,11 @@ def export_files(checkpoint: str | Path, folder: Path, options: ExportOptions) -
             if options.format == "pt2":
                 torch.export.save(program, file)
             else:
-                file.write(to_onnx(program))
-    state = network.initial_state(1)
+                file.write(to_onnx(program, tuple(network.initial_state(1).tensors())))
     categories = source.categories or [Category(k, f"class {k}") for k in range(1, network.num_classes + 1)]
     about = {
         "frame": {"height": options.height, "width": options.width, "type": "uint8", "channels": "RGB"},
-        "state": {name: _describe(getattr(state, name)) for name in STATE},
+        "state": {name: _describe(value) for name, value in network.initial_state(1).tensors().items()},
         "categories": [vars(category) for category in categories],
     }
     files.append(folder / "about.json")
@@ -202,11 +205,18 @@ def _describe(value: Tensor) -> dict[str, Any]:
     return {"shape": list(value.shape), "type": str(value.dtype).removeprefix("torch.")}
 
 
-def to_onnx(program: ExportedProgram) -> bytes:
-    """An ONNX file of a program of ``export_programs``, whose inputs and outputs have the names given above."""
-    encodes = len(program.graph_signature.user_inputs) == 1
-    inputs = ("frame",) if encodes else (*FEATURES, *STATE)
-    outputs = FEATURES if encodes else (*OUTPUTS, *(f"next_{name}" for name in STATE))
+def to_onnx(program: ExportedProgram, state: Sequence[str]) -> bytes:
+    """An ONNX file of a program of ``export_programs``, whose inputs and outputs have the names given above.
+
+    Args:
+        program: ``encode`` or ``step``.
+        state: names of the state's tensors.
+    """
+    count = len(program.graph_signature.user_inputs)
+    encodes = count == 1
+    features = FEATURES[: len(program.graph_signature.user_outputs) if encodes else count - len(state)]
+    inputs = ("frame",) if encodes else (*features, *state)
+    outputs = features if encodes else (*OUTPUTS, *(f"next_{name}" for name in state))
     converted = torch.onnx.export(
         program, input_names=inputs, output_names=outputs, opset_version=OPERATORS, dynamo=True, verbose=False
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -17,6 +18,7 @@ class FrameInstances:
         scores: (n,) float32, confidence in [0, 1].
         boxes: (n, 4) float32, (x1, y1, x2, y2) in pixels, x2 and y2 exclusive.
         masks: (n, H, W) bool.
+        hidden: (m,) int64, ids of those that go on, but are not visible in this frame.
     """
 
     ids: Tensor
@@ -24,6 +26,7 @@ class FrameInstances:
     scores: Tensor
     boxes: Tensor
     masks: Tensor
+    hidden: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -39,7 +39,8 @@ class VideoInstanceSegmenter:
     depend on how many came before.
 
     A track begins when a query becomes confident, keeps its id while it is hidden, and ends when it has been hidden for
-    long (``SegmenterOptions`` has the rules). Ids count from 1 and no id is used twice in a video. A track's label and
+    long (``SegmenterOptions`` has the rules). A network with ``identity`` also says when one is hidden behind another,
+    and finds it again elsewhere. Ids count from 1 and no id is used twice in a video. A track's label and
     score in a frame come from the mean of its class probabilities over the frames in which it was visible so far.
 
     Args:
@@ -186,7 +187,7 @@ class VideoInstanceSegmenter:
             prediction = self.network.decode(features, self._state)
             state = self.network.advance(self._state, prediction)
             boxes = prediction.boxes[-1, 0].float()
-            visible, ended = self._tracks.update(prediction.scores[0], boxes, state.held[0])
+            visible, ended = self._tracks.update(prediction.scores[0], boxes, state.held[0], state.hidden[0])
             self._state = state.release(ended[None])
             scores, labels = self._tracks.probabilities.max(dim=-1)
             columns = (visible[:, None], self._tracks.ids[:, None], labels[:, None], scores[:, None], boxes)
@@ -199,9 +200,11 @@ class VideoInstanceSegmenter:
             if count > room:
                 (masks,) = to_host(self._masks(features, prediction, order[:count]))
             self._room = max(1, -(-count // SPARE)) * SPARE
-        masks, found = masks[:count], found[:count]
-        shown = masks.view(torch.uint8).amax(dim=(1, 2)) > 0  # the maximum is ten times as fast as any() of bool
-        masks, found = masks[shown], found[shown]
+        shown = (
+            masks[:count].view(torch.uint8).amax(dim=(1, 2)) > 0
+        )  # the maximum is ten times as fast as any() of bool
+        unseen = torch.cat((found[:count][~shown], found[count:]))
+        masks, found = masks[:count][shown], found[:count][shown]
         height, width = self._size
         corners = box_convert(found[:, 4:].float(), "cxcywh", "xyxy").clamp(0, 1)
         return FrameInstances(
@@ -210,6 +213,7 @@ class VideoInstanceSegmenter:
             scores=found[:, 3].float(),
             boxes=corners * torch.tensor((width, height, width, height)),
             masks=masks,
+            hidden=unseen[unseen[:, 1] > 0, 1].long(),
         )
 
     def _masks(self, features: FrameFeatures, prediction: FramePrediction, queries: Tensor) -> Tensor:

@@ -37,21 +37,22 @@ class Tracks:
         """(N, K) mean class probabilities of each track over the frames in which it was visible; 0 without a track."""
         return self._total / self._seen.clamp(min=1)[:, None]
 
-    def update(self, scores: Tensor, boxes: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, scores: Tensor, boxes: Tensor, held: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Take in the next frame: begin and end tracks.
 
         Args:
             scores: (N, K) class probabilities.
             boxes: (N, 4) cxcywh.
             held: (N,) bool, queries that the network takes for an instance: only they can hold a track.
+            hidden: (N,) bool, those of them that are not on their instance in this frame, as the network sees it.
 
         Returns:
             (N,) bool, queries whose tracks are visible in this frame; (N,) bool, queries whose tracks end with it.
         """
         options = self.options
         confidence = scores.amax(dim=-1)
-        visible = (self.ids > 0) & (confidence >= options.show)
-        born = (self.ids == 0) & held & (confidence >= options.birth)
+        visible = (self.ids > 0) & ~hidden & (confidence >= options.show)
+        born = (self.ids == 0) & held & ~hidden & (confidence >= options.birth)
         candidates = (born | visible)[None]
         born &= ~duplicates(boxes[None], confidence[None], candidates, visible[None], options.max_overlap)[0]
         rank = confidence.masked_fill(~born, -1.0).argsort(descending=True, stable=True).argsort()

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from instanceformer.model.attention import Attention, DeformableAttention, narrowed
 from instanceformer.model.encoder import FeedForward, FrameFeatures
 from instanceformer.model.heads import box_head, class_head
+from instanceformer.model.identity import Sighting
 from instanceformer.model.memory import MemoryAttention, MemoryTokens
 from instanceformer.model.propagation import logit
+from instanceformer.model.state import of
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class FramePrediction:
         centres: (D, B, N, 2) location that each layer refined, (x, y) in [0, 1]: origin of the mask's coordinates.
         class_logits: (B, N, K) the last layer's before the class prior, which the next frames remember.
         references: (B, N, 2) ref_t of equation 1.
+        sighting: whose instances the queries show; None for a network that does not recognize them.
     """
 
     logits: Tensor
@@ -33,11 +36,23 @@ class FramePrediction:
     centres: Tensor
     class_logits: Tensor
     references: Tensor
+    sighting: Sighting | None = None
 
     @property
     def scores(self) -> Tensor:
-        """(B, N, K) class probabilities of the last layer."""
-        return self.logits[-1].float().sigmoid()
+        """(B, N, K) class probabilities of the last layer; of instances that are known, times that of being seen."""
+        scores = self.logits[-1].float().sigmoid()
+        return scores if self.sighting is None else scores * self.sighting.presence[..., None]
+
+    def permuted(self, order: Tensor) -> FramePrediction:
+        """Row i is what query order[i] found: (B, N) int64 pairs that change places."""
+        layers = {name: of_queries(getattr(self, name), order) for name in ("logits", "boxes", "queries", "centres")}
+        return FramePrediction(
+            **layers,
+            class_logits=of(self.class_logits, order),
+            references=of(self.references, order),
+            sighting=self.sighting and self.sighting.permuted(order),
+        )
 
 
 class DecoderLayer(nn.Module):

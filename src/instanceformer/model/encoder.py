@@ -24,6 +24,8 @@ class FrameFeatures:
         valid_ratios: (B, L, 2) float32, fraction (x, y) of each level that is not padding.
         sizes: (B, 2) float32, (width, height) in pixels of the clips without padding.
         grid: (height, width) of the mask logits: a quarter of the padded frames' size, rounded up.
+        looks: (B, T, channels, h, w) from which the looks of instances are pooled, at the mask head's stride; None for
+            a network that does not recognize them.
     """
 
     tokens: Tensor
@@ -32,6 +34,7 @@ class FrameFeatures:
     valid_ratios: Tensor
     sizes: Tensor
     grid: tuple[int, int]
+    looks: Tensor | None
 
     def __getitem__(self, t: int) -> FrameFeatures:
         return FrameFeatures(
@@ -41,6 +44,7 @@ class FrameFeatures:
             self.valid_ratios,
             self.sizes,
             self.grid,
+            None if self.looks is None else self.looks[:, t],
         )
 
 

@@ -110,8 +110,15 @@ class MaskHead(nn.Module):
         x = F.relu(self.reduce(blank(x, scale)))
         return F.relu(self.output(blank(x, scale)))
 
+    def coarse(self, features: FrameFeatures, queries: Tensor, centres: Tensor) -> Tensor:
+        """As ``forward``, but (B, n, h, w) logits at the stride of the mask features."""
+        parameters = self.controller(queries)
+        with torch.autocast(queries.device.type, enabled=False):
+            pixels = centres.float() * features.sizes[:, None]
+            return dynamic_layers(features.mask_features.float(), parameters.float(), pixels, self.stride)
+
     def forward(self, features: FrameFeatures, queries: Tensor, centres: Tensor) -> Tensor:
-        """The instances' side, in float32.
+        """The instances' side, in float32, at stride 4.
 
         Args:
             features: of one frame.
@@ -119,14 +126,12 @@ class MaskHead(nn.Module):
             centres: (B, n, 2) origin of the relative coordinates, (x, y) as fractions of the clip's own size.
 
         Returns:
-            (B, n, *features.grid) logits, at stride 4.
+            (B, n, *features.grid) logits.
         """
-        parameters = self.controller(queries)
+        masks = self.coarse(features, queries, centres)
+        if self.stride == 4:
+            return masks
         with torch.autocast(queries.device.type, enabled=False):
-            pixels = centres.float() * features.sizes[:, None]
-            masks = dynamic_layers(features.mask_features.float(), parameters.float(), pixels, self.stride)
-            if self.stride == 4:
-                return masks
             if features.levels.padded is not None:
                 masks = repeat_border(masks, features.sizes, self.stride)
             if self.upsampling == "centred":

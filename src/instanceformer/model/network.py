@@ -16,11 +16,12 @@ from instanceformer.model.boxes import box_iou
 from instanceformer.model.decoder import Decoder, FramePrediction, of_queries
 from instanceformer.model.encoder import Encoder, FrameFeatures, Projection
 from instanceformer.model.heads import MaskHead, Upsampling
+from instanceformer.model.identity import CANDIDATES, LOOKS, Identity, IdentityRule, inside, observe, recover
 from instanceformer.model.memory import Memory, TemporalIndex, remember
 from instanceformer.model.options import ClassHistory, FreeQueries, MaskStride, check_options
 from instanceformer.model.propagation import ClassPrior, LocationPropagation, LocationRule, LocationSource
 from instanceformer.model.pyramid import Pyramid, Sizes, build_pyramid, valid_sizes
-from instanceformer.model.state import TrackState, push
+from instanceformer.model.state import TrackState, of, push
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ class InstanceFormer(nn.Module):
         free_queries: what happens at the next frame to a query that has held no instance so far in the video
             (training: unmatched; inference: never reached ``min_confidence``): ``propagate``, the paper, treats it as
             any other; ``renew`` starts it again from its learned content and reference, for what may enter late.
+        identity: past the paper, see ``model.identity``: ``hide`` asks in every frame whether a query is on the
+            instance that it holds, and lets one that is not start afresh, without a trace of that frame in what is
+            known of the instance; ``recover`` also lets a free query that shows such an instance take its place.
 
     Attributes:
         options: every argument by name; ``InstanceFormer(**net.options)`` has the same architecture.
@@ -125,6 +129,7 @@ class InstanceFormer(nn.Module):
         min_confidence: float = 0.0,
         max_overlap: float = 1.0,
         free_queries: FreeQueries = "propagate",
+        identity: IdentityRule = "none",
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
@@ -135,6 +140,7 @@ class InstanceFormer(nn.Module):
         self.memory_frames, self.memory_tokens = memory_frames, memory_tokens
         self.min_confidence, self.max_overlap, self.free_queries = min_confidence, max_overlap, free_queries
         self.propagate_queries, self.class_history = propagate_queries, class_history
+        self.recovers = identity == "recover"
 
         self.backbone = Backbone(backbone, backbone_norm)
         self.projection = Projection(self.backbone.channels[1:], dim, num_levels)
@@ -157,6 +163,7 @@ class InstanceFormer(nn.Module):
         )
         self.class_prior = ClassPrior(num_classes) if class_prior else None
         self.mask_head = MaskHead(dim, mask_stride, self.backbone.channels[0], mask_upsampling)
+        self.identity = Identity(dim, self.backbone.channels[0], mask_stride) if identity != "none" else None
 
     @classmethod
     def from_checkpoint(cls, source: str | Path | checkpoints.Checkpoint) -> InstanceFormer:
@@ -241,6 +248,7 @@ class InstanceFormer(nn.Module):
             num_classes=self.num_classes,
             memory_frames=self.memory_frames,
             memory_tokens=self.memory_tokens,
+            looks=0 if self.identity is None else LOOKS,
             device=self.query_content.device if device is None else device,
         )
 
@@ -269,6 +277,11 @@ class InstanceFormer(nn.Module):
         ]
         masks = [v[:, None].repeat_interleave(count, dim=0).to(tokens.dtype) for v in pyramid.valid[:4]]
         mask_features = self.mask_head.encode(encoded[:3], levels[0], masks if padded else None)
+        looks = None
+        if self.identity is not None:
+            every_size = pyramid.sizes.repeat_interleave(count, dim=0)
+            looks = self.identity.appearance.encode(frames.flatten(0, 1), levels[0], encoded[0], every_size)
+            looks = looks.unflatten(0, (batch, count))
         return FrameFeatures(
             tokens=narrowed(tokens).unflatten(0, (batch, count)),
             mask_features=mask_features.unflatten(0, (batch, count)),
@@ -276,6 +289,7 @@ class InstanceFormer(nn.Module):
             valid_ratios=pyramid.valid_ratios,
             sizes=pyramid.sizes,
             grid=pyramid.grid,
+            looks=looks,
         )
 
     def _extract_apart(self, frames: Tensor, sizes: Sizes, pyramid: Pyramid) -> list[Tensor]:
@@ -308,6 +322,9 @@ class InstanceFormer(nn.Module):
     def decode(self, features: FrameFeatures, state: TrackState) -> FramePrediction:
         """Equations 1, 2 and 4: all queries at one frame, after every decoder layer.
 
+        With ``identity``, each query that holds an instance is asked whether this is what it shows, and where another
+        one speaks for it, by ``recover``, the two have changed places in what is returned.
+
         Args:
             features: of one frame, ``encode(...)[t]``.
             state: after the frame before.
@@ -321,10 +338,31 @@ class InstanceFormer(nn.Module):
         references = self.location(queries, self.query_position, state.references, state.carried)
         memory = None if self.memory is None else self.memory(state, self.query_position)
         prediction: FramePrediction = self.decoder(queries, self.query_position, references, features, memory)
+        if self.identity is not None:
+            prediction = self._recognize(features, prediction, state)
         if self.class_prior is None:
             return prediction
         smoothed = self.class_prior(prediction.class_logits, state.class_logits, state.class_filled)
         return replace(prediction, logits=torch.cat((prediction.logits[:-1], smoothed[None])))
+
+    def _recognize(self, features: FrameFeatures, prediction: FramePrediction, state: TrackState) -> FramePrediction:
+        """The prediction with its sighting, and what a free query found where it speaks for a lost instance."""
+        assert self.identity is not None
+        assert state.identities is not None
+        assert features.looks is not None
+        logits, boxes = prediction.class_logits.detach(), prediction.boxes[-1].detach()
+        priority = logits.amax(dim=-1).sigmoid() + state.held
+        candidates = priority.topk(min(CANDIDATES, self.num_queries), dim=1).indices
+        with torch.no_grad():
+            masks = self.mask_head.coarse(
+                features, of(prediction.queries[-1], candidates), of(prediction.centres[-1], candidates)
+            )
+            if features.levels.padded is not None:
+                within = inside(features.sizes, (masks.shape[-2], masks.shape[-1]), self.mask_head.stride)
+                masks = masks.masked_fill(within == 0, -30.0)
+        sighting = self.identity(features.looks, masks, candidates, state.identities, state.held, logits, boxes)
+        prediction = replace(prediction, sighting=sighting)
+        return prediction.permuted(recover(sighting, state.held)) if self.recovers else prediction
 
     def segment(
         self, features: FrameFeatures, prediction: FramePrediction, queries: Tensor, all_layers: bool = False
@@ -353,17 +391,19 @@ class InstanceFormer(nn.Module):
         masks = masks.view(batch, layers, n, *masks.shape[-2:]).transpose(0, 1)
         return masks if all_layers else masks[0]
 
-    def advance(self, state: TrackState, prediction: FramePrediction, remembered: Tensor | None = None) -> TrackState:
+    def advance(self, state: TrackState, prediction: FramePrediction, held: Tensor | None = None) -> TrackState:
         """The state for the next frame.
 
         Args:
             state: that the prediction was decoded with.
             prediction: of the current frame.
-            remembered: (B, N) bool, queries that hold an instance, as training knows them; None as in inference: those
-                whose score reaches ``min_confidence`` and that are no duplicates. At most k of them, the most
-                confident, enter the memory.
+            held: (B, N) bool, queries that hold an instance, as training knows them; None as in inference: those that
+                did, and those whose score reaches ``min_confidence`` and that are no duplicates. In training all of
+                them can enter the memory, in inference those of them of which the latter is true now; at most k do,
+                the most confident. Hidden ones never do.
         """
         scores, boxes, queries = prediction.scores, prediction.boxes[-1], prediction.queries[-1]
+        remembered = held
         if remembered is None:
             confidence = scores.amax(dim=-1)
             remembered = confidence >= self.min_confidence
@@ -371,31 +411,44 @@ class InstanceFormer(nn.Module):
                 remembered &= ~duplicates(boxes, confidence, remembered, state.held, self.max_overlap)
         held = remembered | state.held
         carried = held if self.free_queries == "renew" else torch.ones_like(held)
+        filled = held if self.class_history == "held" else carried
+        class_logits = push(state.class_logits, prediction.class_logits)
+        class_filled = push(state.class_filled, filled)
+        identities = state.identities
+        if prediction.sighting is not None:
+            hidden = prediction.sighting.hidden
+            carried, remembered = carried & ~hidden, remembered & ~hidden
+            class_logits = torch.where(hidden[:, None, :, None], state.class_logits, class_logits)
+            class_filled = torch.where(hidden[:, None], state.class_filled, class_filled)
+            assert identities is not None
+            identities = observe(identities, prediction.sighting, held, prediction.class_logits, boxes)
         state = replace(
             state,
             queries=queries.float(),
             references=boxes[..., :2].detach() if self.location.rule == "refined" else prediction.references,
             carried=carried,
-            class_logits=push(state.class_logits, prediction.class_logits),
-            class_filled=push(state.class_filled, held if self.class_history == "held" else carried),
+            held=held,
+            class_logits=class_logits,
+            class_filled=class_filled,
+            identities=identities,
         )
         return state if self.memory is None else remember(state, queries, scores, boxes, remembered)
 
 
-def duplicates(boxes: Tensor, confidence: Tensor, candidates: Tensor, carried: Tensor, max_overlap: float) -> Tensor:
+def duplicates(boxes: Tensor, confidence: Tensor, candidates: Tensor, held: Tensor, max_overlap: float) -> Tensor:
     """Candidates that would be a second query for an instance that has one.
 
     Args:
         boxes: (B, N, 4) cxcywh.
         confidence: (B, N) in [0, 1].
         candidates: (B, N) bool, confident queries.
-        carried: (B, N) bool, queries that hold an instance already: they come first, and are never duplicates.
+        held: (B, N) bool, queries that hold an instance already: they come first, and are never duplicates.
         max_overlap: box IoU.
 
     Returns:
         (B, N) bool, queries that overlap by more with a candidate that comes before them.
     """
     overlap = box_iou(boxes[:, :, None], boxes[:, None])
-    priority = confidence + carried
+    priority = confidence + held
     before = candidates[:, None, :] & (priority[:, None, :] > priority[:, :, None])
-    return (before & (overlap > max_overlap)).any(dim=-1) & ~carried
+    return (before & (overlap > max_overlap)).any(dim=-1) & ~held

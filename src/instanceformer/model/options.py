@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from instanceformer.model.backbone import Norm
 from instanceformer.model.heads import Upsampling
+from instanceformer.model.identity import IdentityRule
 from instanceformer.model.memory import TemporalIndex
 from instanceformer.model.propagation import LocationRule, LocationSource
 from instanceformer.model.pyramid import STRIDES
@@ -43,6 +44,7 @@ CHOICES = {
     "class_history": ClassHistory,
     "temporal_index": TemporalIndex,
     "free_queries": FreeQueries,
+    "identity": IdentityRule,
 }
 """The options that have a few values, and these."""
 
@@ -105,7 +107,12 @@ def check_options(options: Mapping[str, Any]) -> None:
     if not 0 < options["max_overlap"] <= 1:
         raise ValueError(f"max_overlap: found {options['max_overlap']}, expected an IoU in (0, 1]")
     if options["min_confidence"] == 0:
-        for name, value in (("free_queries", "renew"), ("class_history", "held")):
+        for name, value in (
+            ("free_queries", "renew"),
+            ("class_history", "held"),
+            ("identity", "hide"),
+            ("identity", "recover"),
+        ):
             if options[name] == value:
                 raise ValueError(
                     f"{name}: found {value} with min_confidence=0, by which every query holds an instance at inference "

@@ -2,10 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Identities:
+    """What is known of the instance that each query holds, see ``model.identity``; nothing of others is ever read.
+
+    Attributes:
+        hidden: (B, N) bool, whether the last frame did not show it where its query was.
+        looks: (B, N, E) running mean of its looks, of unit length.
+        class_logits: (B, N, K) running mean of its class logits.
+        boxes: (B, N, 4) where it was last seen, cxcywh in [0, 1].
+        motion: (B, N, 2) how far its centre moved in a frame, a running mean.
+        sightings: (B, N) float32, frames in the running means, as far as they are counted; 0 where nothing is known.
+        away: (B, N) float32, frames since it was last seen.
+    """
+
+    hidden: Tensor
+    looks: Tensor
+    class_logits: Tensor
+    boxes: Tensor
+    motion: Tensor
+    sightings: Tensor
+    away: Tensor
+
+    @classmethod
+    def empty(
+        cls, batch: int, num_queries: int, num_classes: int, looks: int, device: torch.device | None
+    ) -> Identities:
+        """Nothing is known."""
+        sizes = {"looks": (looks,), "class_logits": (num_classes,), "boxes": (4,), "motion": (2,)}
+        numbers = {
+            field.name: torch.zeros(batch, num_queries, *sizes.get(field.name, ()), device=device)
+            for field in fields(cls)
+        }
+        return cls(**{**numbers, "hidden": numbers["away"].bool()})
+
+    def of(self, queries: Tensor) -> Identities:
+        """Those of the chosen queries: (B, M) int64."""
+        return Identities(**{field.name: of(getattr(self, field.name), queries) for field in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -21,6 +61,8 @@ class TrackState:
             centre of the last box, as the rule of location propagation asks.
         carried: (B, N) bool, whether the query continues from the previous frame; otherwise it starts from its learned
             content. All false after a reset.
+        held: (B, N) bool, whether the query holds an instance. Training knows; at inference it does once its score has
+            reached ``min_confidence`` while it was no duplicate. Everything that asks asks here.
         class_logits: (B, d, N, K) raw class logits of the previous frames (equation 2).
         class_filled: (B, d, N) bool, the frames that the class prior sees of each query, without a gap from the newest.
         memory_queries: (B, d, k, C) final content of the remembered queries (equation 3), without gradient.
@@ -28,11 +70,13 @@ class TrackState:
         memory_boxes: (B, d, k, 4) their boxes, cxcywh in [0, 1].
         memory_indices: (B, d, k) int64, which query each token came from.
         memory_filled: (B, d, k) bool.
+        identities: what is known of the instances; None for a network that does not recognize them, as the paper's.
     """
 
     queries: Tensor
     references: Tensor
     carried: Tensor
+    held: Tensor
     class_logits: Tensor
     class_filled: Tensor
     memory_queries: Tensor
@@ -40,6 +84,7 @@ class TrackState:
     memory_boxes: Tensor
     memory_indices: Tensor
     memory_filled: Tensor
+    identities: Identities | None
 
     @classmethod
     def empty(
@@ -51,14 +96,16 @@ class TrackState:
         num_classes: int,
         memory_frames: int,
         memory_tokens: int,
+        looks: int = 0,
         device: torch.device | None = None,
     ) -> TrackState:
-        """The state before a video's first frame."""
+        """The state before a video's first frame; ``looks`` is the length of their embedding, 0 for no identities."""
         b, n, d, k = batch, num_queries, memory_frames, memory_tokens
         return cls(
             queries=torch.zeros(b, n, dim, device=device),
             references=torch.zeros(b, n, 2, device=device),
             carried=torch.zeros(b, n, dtype=torch.bool, device=device),
+            held=torch.zeros(b, n, dtype=torch.bool, device=device),
             class_logits=torch.zeros(b, d, n, num_classes, device=device),
             class_filled=torch.zeros(b, d, n, dtype=torch.bool, device=device),
             memory_queries=torch.zeros(b, d, k, dim, device=device),
@@ -66,12 +113,13 @@ class TrackState:
             memory_boxes=torch.zeros(b, d, k, 4, device=device),
             memory_indices=torch.zeros(b, d, k, dtype=torch.int64, device=device),
             memory_filled=torch.zeros(b, d, k, dtype=torch.bool, device=device),
+            identities=Identities.empty(b, n, num_classes, looks, device) if looks else None,
         )
 
     @property
-    def held(self) -> Tensor:
-        """(B, N) bool, queries with a history: those that hold an instance, where the options ask for that."""
-        return self.class_filled[:, 0]
+    def hidden(self) -> Tensor:
+        """(B, N) bool, queries that hold an instance which the last frame did not show where they were."""
+        return torch.zeros_like(self.held) if self.identities is None else self.identities.hidden
 
     def release(self, queries: Tensor) -> TrackState:
         """The state in which some queries hold nothing: they start afresh, and what they left in memory is gone.
@@ -82,14 +130,39 @@ class TrackState:
         return replace(
             self,
             carried=self.carried & ~queries,
+            held=self.held & ~queries,
             class_filled=self.class_filled & ~queries[:, None],
             memory_filled=self.memory_filled
             & ~queries[:, None].expand(-1, self.memory_filled.shape[1], -1).gather(2, self.memory_indices),
+            identities=self.identities
+            and replace(
+                self.identities,
+                hidden=self.identities.hidden & ~queries,
+                sightings=self.identities.sightings * ~queries,
+            ),
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, those of ``identities`` as ``identities_...``."""
+        named = {name: value for name, value in vars(self).items() if name != "identities"}
+        known = {} if self.identities is None else vars(self.identities)
+        return named | {f"identities_{name}": value for name, value in known.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TrackState:
+        """The inverse of ``tensors``."""
+        known = {name.removeprefix("identities_"): x for name, x in tensors.items() if name.startswith("identities_")}
+        rest = {name: x for name, x in tensors.items() if not name.startswith("identities_")}
+        return cls(**rest, identities=Identities(**known) if known else None)
 
     def to(self, device: torch.device | str) -> TrackState:
         """The same state on another device."""
-        return TrackState(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return TrackState.from_tensors({name: x.to(device) for name, x in self.tensors().items()})
+
+
+def of(x: Tensor, queries: Tensor) -> Tensor:
+    """Rows of (B, N, ...) at (B, M) int64: (B, M, ...)."""
+    return x.gather(1, queries.view(*queries.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
 
 
 def push(queue: Tensor, newest: Tensor) -> Tensor:

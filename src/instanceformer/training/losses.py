@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -11,11 +12,14 @@ from torchvision.ops import sigmoid_focal_loss
 from instanceformer.data.batch import DenseTargets
 from instanceformer.model.boxes import generalized_box_iou
 from instanceformer.training.contrastive import temporal_contrastive_loss
+from instanceformer.training.recognition import FrameRecognition, identity_losses
 
 
 @dataclass(frozen=True)
 class LossWeights:
     """Weights of equation 6: lambda_1 classification, lambda_2 box_l1, lambda_3 mask_focal, lambda_4 contrastive.
+
+    The last two are past the paper, for a network with ``identity``; others have no such terms.
 
     Attributes:
         classification: of the focal loss of all queries, over all classes.
@@ -24,6 +28,8 @@ class LossWeights:
         mask_focal: of the focal loss of the mask's pixels.
         mask_dice: of the dice loss of the mask.
         contrastive: of the temporal contrastive loss; 0 leaves it out (table 4, without TCL).
+        appearance: of the contrastive loss of the looks of instances.
+        recognition: of the binary cross-entropy of which query shows whose instance.
     """
 
     classification: float = 2.0
@@ -32,11 +38,13 @@ class LossWeights:
     mask_focal: float = 2.0
     mask_dice: float = 5.0
     contrastive: float = 2.0
+    appearance: float = 1.0
+    recognition: float = 2.0
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The unweighted terms, scalars; each but the contrastive one is a sum over the decoder layers."""
+    """The unweighted terms, scalars; each but the last three is a sum over the decoder layers."""
 
     classification: Tensor
     box_l1: Tensor
@@ -44,6 +52,8 @@ class LossTerms:
     mask_focal: Tensor
     mask_dice: Tensor
     contrastive: Tensor
+    appearance: Tensor
+    recognition: Tensor
 
     def total(self, weights: LossWeights) -> Tensor:
         """The weighted sum, equation 6."""
@@ -61,6 +71,7 @@ class ClipOutputs:
         queries: (T, B, n, C) final content.
         assigned: (D, B, n) int64, query of each instance, or -1; the same in all layers if T > 1.
         held: (T, D, B, n) bool, whether the instance holds its query at that frame: from its first appearance on.
+        recognition: of every frame, from a network with ``identity``; of others nothing.
     """
 
     logits: Tensor
@@ -69,6 +80,7 @@ class ClipOutputs:
     queries: Tensor
     assigned: Tensor
     held: Tensor
+    recognition: Sequence[FrameRecognition]
 
 
 def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normaliser: Tensor, window: int) -> LossTerms:
@@ -90,6 +102,9 @@ def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normaliser: Tensor,
         boxes = outputs.boxes.float()
         target_boxes = targets.boxes[:, None]
         focal, dice = mask_losses(outputs.masks.float(), targets.masks[:, None] / 16, targets.pixels.float())
+        appearance = recognition = normaliser.new_zeros(())
+        if outputs.recognition:
+            appearance, recognition = identity_losses(outputs.recognition)
         terms = LossTerms(
             classification=sigmoid_focal_loss(outputs.logits.float(), class_targets(outputs, targets.labels)).sum(),
             box_l1=((boxes - target_boxes).abs().sum(dim=-1) * visible).sum(),
@@ -97,6 +112,8 @@ def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normaliser: Tensor,
             mask_focal=(focal * held).sum(),
             mask_dice=(dice * held).sum(),
             contrastive=temporal_contrastive_loss(outputs.queries, outputs.held[:, -1], window),
+            appearance=appearance,
+            recognition=recognition,
         )
         return LossTerms(**{f.name: getattr(terms, f.name) / normaliser for f in fields(terms)})
 

@@ -29,6 +29,7 @@ from instanceformer.model.network import InstanceFormer
 from instanceformer.training.losses import ClipOutputs, LossTerms, LossWeights, clip_losses
 from instanceformer.training.matching import MatchCosts, match_entering
 from instanceformer.training.optim import OptimizerOptions, apply_options, build_optimizer, build_scheduler
+from instanceformer.training.recognition import recognize_frame
 
 
 class VideoOutput(TypedDict):
@@ -245,13 +246,16 @@ class InstanceFormerModule(LightningModule):
         layers = slice(0 if frames == 1 else depth - 1, depth)  # that are matched by themselves
         matched = torch.full((depth, *targets.labels.shape), -1)[layers]
         every_query = torch.arange(network.num_queries, device=device)
-        predictions, held = [], []
+        predictions, held, recognition = [], [], []
         for t in range(frames):
             prediction = network.decode(features[t], state)
             matched = match_entering(
                 prediction.logits[layers], prediction.boxes[layers], targets, t, matched, self.costs
             )
             assigned = to_device(matched, device)
+            if network.identity is not None and prediction.sighting is not None:
+                appearance, seen = network.identity.appearance, prediction.sighting
+                recognition.append(recognize_frame(appearance, features[t], seen, state.held, assigned[-1], targets, t))
             state = network.advance(state, prediction, (assigned[-1, ..., None] == every_query).any(dim=1))
             predictions.append(prediction)
             held.append(assigned >= 0)
@@ -267,6 +271,7 @@ class InstanceFormerModule(LightningModule):
             queries=torch.stack([of_queries(p.queries[-1:], chosen[-1])[0] for p in predictions]),
             assigned=assigned,
             held=torch.stack(held).expand(-1, depth, -1, -1),
+            recognition=recognition,
         )
         return clip_losses(outputs, targets, self._mean_over_ranks(outputs.held[:, -1].sum()), network.memory_frames)
 

@@ -12,7 +12,7 @@ here, source = Path(__file__).parent, Path(sys.argv[1])
 about = json.loads((here / "about.json").read_text())
 height, width = about["frame"]["height"], about["frame"]["width"]
 encode, step = (onnxruntime.InferenceSession(here / f"{name}.onnx") for name in ("encode", "step"))
-names = [output.name for output in step.get_outputs()]
+names = [[output.name for output in program.get_outputs()] for program in (encode, step)]
 
 # before the first frame of a video all of the state is zero
 state = {name: np.zeros(value["shape"], dtype=value["type"]) for name, value in about["state"].items()}
@@ -20,12 +20,12 @@ count = 0
 for path in sorted(source.iterdir()) if source.is_dir() else [source]:
     for picture in av.open(str(path)).decode(video=0):
         pixels = picture.to_ndarray(width=width, height=height, format="rgb24")  # (H, W, 3) uint8
-        tokens, mask_features = encode.run(None, {"frame": pixels.transpose(2, 0, 1)[None]})  # (1, 3, H, W)
-        inputs = {"tokens": tokens, "mask_features": mask_features, **state}
-        outputs = dict(zip(names, step.run(None, inputs), strict=True))
+        features = encode.run(None, {"frame": pixels.transpose(2, 0, 1)[None]})  # (1, 3, H, W)
+        inputs = dict(zip(names[0], features, strict=True)) | state
+        outputs = dict(zip(names[1], step.run(None, inputs), strict=True))
         state = {name: outputs[f"next_{name}"] for name in state}  # the next frame takes the new state
         for query, mask in zip(outputs["shown"][0], outputs["masks"][0], strict=True):  # a query is an identity
-            scores = 1 / (1 + np.exp(-outputs["logits"][0, query]))
+            scores = outputs["scores"][0, query]
             if scores.max() >= 0.5:
                 name, score = about["categories"][scores.argmax()]["name"], scores.max()
                 box = outputs["boxes"][0, query].tolist()  # centre x, centre y, width and height, as parts

@@ -16,15 +16,16 @@ height, width = about["frame"]["height"], about["frame"]["width"]
 encode, step = (torch.export.load(here / f"{name}.pt2").module() for name in ("encode", "step"))
 
 # before the first frame of a video all of the state is zero
-state = TrackState(**{k: torch.zeros(v["shape"], dtype=getattr(torch, v["type"])) for k, v in about["state"].items()})
+zeros = {name: torch.zeros(v["shape"], dtype=getattr(torch, v["type"])) for name, v in about["state"].items()}
+state = TrackState.from_tensors(zeros)
 count = 0
 for path in sorted(source.iterdir()) if source.is_dir() else [source]:
     for picture in av.open(str(path)).decode(video=0):
         pixels = torch.from_numpy(picture.to_ndarray(width=width, height=height, format="rgb24"))  # (H, W, 3) uint8
-        tokens, mask_features = encode(pixels.permute(2, 0, 1)[None])  # (1, 3, H, W)
-        logits, boxes, shown, masks, state = step(tokens, mask_features, state)  # the next frame takes the new state
+        features = encode(pixels.permute(2, 0, 1)[None])  # (1, 3, H, W)
+        scores, boxes, shown, masks, state = step(*features, state)  # the next frame takes the new state
         for query, mask in zip(shown[0].tolist(), masks[0], strict=True):  # a query is an identity
-            score, label = logits[0, query].sigmoid().max(dim=0)
+            score, label = scores[0, query].max(dim=0)
             if score >= 0.5:
                 name = about["categories"][label]["name"]
                 box = boxes[0, query].tolist()  # centre x, centre y, width and height, as parts of the frame's

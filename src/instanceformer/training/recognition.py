@@ -1,0 +1,102 @@
+"""What teaches a network with ``identity`` to know instances again: past the paper, see ``model.identity``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from instanceformer.data.batch import DenseTargets
+from instanceformer.model.encoder import FrameFeatures
+from instanceformer.model.identity import Appearance, Sighting
+from instanceformer.model.state import of
+from instanceformer.training.contrastive import temporal_contrastive_loss
+
+TEMPERATURE = 0.1
+"""Of the contrastive loss of looks."""
+
+FREE_WRONG, FREE_RIGHT = 0.1, 0.5
+"""Weights of a free query that does not show an instance, and of one that does, where the instance's own has 1."""
+
+SMALLEST = 4
+"""Cells of the mask logits that an instance must cover for its true mask to show what it looks like."""
+
+
+@dataclass(frozen=True)
+class FrameRecognition:
+    """One frame of B clips, with n instances.
+
+    Attributes:
+        looks: (2, B, n, E) under the mask of the query that holds each instance, and under its true one.
+        shown: (2, B, n) bool, whether these are the looks of the instance.
+        loss: scalar, binary cross-entropy of the claims, a sum over instances.
+    """
+
+    looks: Tensor
+    shown: Tensor
+    loss: Tensor
+
+
+def recognize_frame(
+    appearance: Appearance,
+    features: FrameFeatures,
+    sighting: Sighting,
+    held: Tensor,
+    assigned: Tensor,
+    targets: DenseTargets,
+    t: int,
+) -> FrameRecognition:
+    """Compare what a frame shows with the truth.
+
+    Args:
+        appearance: of the network.
+        features: of the frame.
+        sighting: of the frame, by the state that the network's own claims have led to, as in inference.
+        held: (B, N) bool, queries that held an instance before the frame.
+        assigned: (B, n) int64, query of each instance, or -1.
+        targets: of the batch.
+        t: index of the frame.
+    """
+    assert features.looks is not None
+    truth, visible = targets.masks[t].float() / 16, targets.visible[t]
+    has_query, query = assigned >= 0, assigned.clamp(min=0)
+    large = visible & (truth.sum(dim=(-2, -1)) >= SMALLEST)
+    if truth.shape[-2:] != sighting.masks.shape[-2:]:
+        truth = F.avg_pool2d(truth, 2, ceil_mode=True)
+    covering = torch.zeros(*held.shape, len(assigned[0]), dtype=torch.bool, device=held.device)
+    rows = sighting.queries[..., None].expand(-1, -1, covering.shape[2])
+    covering = covering.scatter(1, rows, covers(sighting.masks, truth) & visible[:, None])  # (B, N, n)
+    right = covering.transpose(1, 2)
+
+    claims = of(sighting.claims, query)  # (B, n, N)
+    own = query[..., None] == torch.arange(held.shape[1], device=held.device)
+    weights = own + torch.where(right, FREE_RIGHT, FREE_WRONG) * ~held[:, None]
+    known = of(sighting.known, query) & has_query
+    loss = F.binary_cross_entropy_with_logits(claims, right.float(), reduction="none") * weights * known[..., None]
+    return FrameRecognition(
+        looks=torch.stack((of(sighting.looks, query), appearance(features.looks, 20 * truth - 10))),
+        shown=torch.stack(((right & own).any(dim=-1) & has_query, large)),
+        loss=loss.sum(),
+    )
+
+
+def covers(masks: Tensor, truth: Tensor) -> Tensor:
+    """Whether (B, M, h, w) mask logits have an IoU above 0.5 with (B, n, h, w) true masks in [0, 1]: (B, M, n) bool."""
+    found, true = (x.float().flatten(2) for x in (masks > 0, truth > 0.5))
+    shared = found @ true.transpose(1, 2)
+    return shared > 0.5 * (found.sum(dim=-1)[..., None] + true.sum(dim=-1)[:, None] - shared)
+
+
+def identity_losses(frames: Sequence[FrameRecognition]) -> tuple[Tensor, Tensor]:
+    """Losses of the T frames of a batch of clips, sums over the instances of all frames.
+
+    Returns:
+        The contrastive loss of looks, of an instance at any distance in time against all others; that of the claims.
+    """
+    looks = torch.stack([frame.looks for frame in frames], dim=1).flatten(0, 1)  # (2 T, B, n, E)
+    shown = torch.stack([frame.shown for frame in frames], dim=1).flatten(0, 1)
+    contrast = temporal_contrastive_loss(looks, shown, len(looks), TEMPERATURE) / 2  # each instance is there twice
+    return contrast, torch.stack([frame.loss for frame in frames]).sum()
