@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -110,8 +110,8 @@ def captured(step: Step, frame: Tensor, state: TrackState) -> Step:
 
 
 def overwrite(state: TrackState, by: TrackState) -> None:
-    for field in fields(state):
-        getattr(state, field.name).copy_(getattr(by, field.name))
+    for name, value in state.tensors().items():
+        value.copy_(by.tensors()[name])
 
 
 def stream(step: Step, frames: Sequence[Tensor], state: TrackState) -> list[Tensor]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -103,7 +105,10 @@ def test_the_best_quarter_is_of_the_frames_since_the_birth(tiny, monkeypatch, hi
         probabilities = torch.zeros(12, 5)
         probabilities[7] = torch.tensor(row)
         video.frames = t + 1
-        video._count(probabilities, probabilities.amax(-1) >= 0.5, 3)
+        held = video.state.held | (probabilities.amax(-1) >= 0.5)
+        video._count(probabilities, (held & ~video.state.held)[0], 3)
+        video.state = replace(video.state, held=held)
+        video._hidden.append(video.state.hidden[0])
     video.masks = [{}] * 12
     best = video.tracks(7, IDS)[0]
     assert (best.category_id, best.score) == (IDS[2], pytest.approx(0.8))

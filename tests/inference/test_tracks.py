@@ -17,10 +17,10 @@ class Video:
         settings = {"birth": 0.5, "show": 0.3, "patience": 2, **options}
         self.tracks = Tracks(3, 2, SegmenterOptions(**settings), torch.device("cpu"))
 
-    def see(self, *confidences: float, boxes=APART, carried=(True, True, True)) -> list[int]:
+    def see(self, *confidences: float, boxes=APART, held=(True,) * 3, hidden=(False,) * 3) -> list[int]:
         """The ids that the queries show, 0 where one shows nothing; the second class is the confident one."""
         scores = torch.tensor([[0.1 * confidence, confidence] for confidence in confidences])
-        visible, self.ended = self.tracks.update(scores, boxes, torch.tensor(carried))
+        visible, self.ended = self.tracks.update(scores, boxes, torch.tensor(held), torch.tensor(hidden))
         return (self.tracks.ids * visible).tolist()
 
 
@@ -30,6 +30,16 @@ def test_a_track_is_born_when_confident_and_shows_while_it_is_less_so():
     assert video.see(0.5, 0.1, 0.1) == [1, 0, 0]
     assert video.see(0.4, 0.1, 0.9) == [1, 0, 2]
     assert video.see(0.2, 0.1, 0.3) == [0, 0, 2]
+
+
+def test_what_the_network_hides_is_hidden_however_confident_and_begins_no_track():
+    video = Video()
+    assert video.see(0.9, 0.9, 0.1, hidden=(False, True, False)) == [1, 0, 0]
+    assert video.see(0.9, 0.9, 0.1, hidden=(True, False, False)) == [0, 2, 0]
+    assert video.see(0.9, 0.9, 0.1) == [1, 2, 0]
+    for _ in range(3):
+        video.see(0.9, 0.9, 0.1, hidden=(True, False, False))
+    assert video.ended.tolist() == [True, False, False]
 
 
 def test_a_track_keeps_its_id_through_occlusion_as_long_as_patience_lasts():
@@ -91,7 +101,7 @@ def test_a_hidden_track_keeps_no_other_from_beginning():
 
 def test_only_what_the_network_carries_can_hold_a_track():
     video = Video()
-    assert video.see(0.9, 0.9, 0.1, carried=(False, True, False)) == [0, 1, 0]
+    assert video.see(0.9, 0.9, 0.1, held=(False, True, False)) == [0, 1, 0]
 
 
 def test_the_most_confident_begin_where_there_is_room_for_few():

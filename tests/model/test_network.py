@@ -22,6 +22,8 @@ VARIANTS = {
     "nothing propagated": {"propagate_queries": False, "location": "none", "class_prior": False, "memory": False},
     "refined, renewed, filtered": {"location": "refined", "free_queries": "renew", "min_confidence": 0.02},
     "history of what is held": {"class_history": "held", "min_confidence": 0.02, "max_overlap": 0.5},
+    "identity": {"identity": "recover", "free_queries": "renew", "min_confidence": 0.02, "max_overlap": 0.6},
+    "identity, fine masks": {"identity": "hide", "min_confidence": 0.02, "mask_stride": 4, "num_levels": 3},
     "fine masks": {"mask_stride": 4, "num_levels": 3},
     "five levels": {"num_levels": 5},
     "the authors' release": {
@@ -113,40 +115,43 @@ def test_what_stands_in_the_padding_does_not_matter(tiny) -> None:
     torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("options", [variant("paper"), variant("identity")])
 @torch.no_grad()
-def test_reset_leaves_nothing_of_the_video_before(tiny) -> None:
-    network = tiny()
+def test_reset_leaves_nothing_of_the_video_before(tiny, options) -> None:
+    network = tiny(**options)
     second = torch.randn(1, 4, 3, 64, 96)
     fresh, fresh_state = network(second, segment="all")
     network(torch.randn(1, 6, 3, 64, 96), segment="all")
     again, again_state = network(second, state=network.initial_state(1), segment="all")
     for name in OUTPUTS:
         assert torch.equal(getattr(fresh, name), getattr(again, name))
-    for name, value in vars(fresh_state).items():
-        assert torch.equal(value, getattr(again_state, name))
+    for name, value in fresh_state.tensors().items():
+        assert torch.equal(value, again_state.tensors()[name])
 
 
+@pytest.mark.parametrize("options", [variant("paper"), variant("identity")])
 @torch.no_grad()
-def test_state_matters_and_is_a_value(tiny) -> None:
-    network = tiny()
+def test_state_matters_and_is_a_value(tiny, options) -> None:
+    network = tiny(**options)
     _, state = network(torch.randn(1, 3, 3, 64, 96))
-    copy = TrackState(**{name: value.clone() for name, value in vars(state).items()})
+    copy = TrackState.from_tensors({name: value.clone() for name, value in state.tensors().items()})
     frame = torch.randn(1, 1, 3, 64, 96)
     with_past, _ = network(frame, state=state)
     without, _ = network(frame)
     assert (with_past.logits - without.logits).abs().max() > 1e-3
-    for name, value in vars(state).items():
-        assert torch.equal(value, getattr(copy, name))
+    for name, value in state.tensors().items():
+        assert torch.equal(value, copy.tensors()[name])
 
 
+@pytest.mark.parametrize("options", [variant("paper"), variant("identity")])
 @torch.no_grad()
-def test_state_keeps_its_shapes(tiny) -> None:
-    network = tiny()
+def test_state_keeps_its_shapes(tiny, options) -> None:
+    network = tiny(**options)
     state = network.initial_state(2)
-    shapes = {name: (value.shape, value.dtype) for name, value in vars(state).items()}
+    shapes = {name: (value.shape, value.dtype) for name, value in state.tensors().items()}
     for _ in range(6):
         _, state = network(torch.randn(2, 1, 3, 64, 96), state=state)
-        assert {name: (value.shape, value.dtype) for name, value in vars(state).items()} == shapes
+        assert {name: (value.shape, value.dtype) for name, value in state.tensors().items()} == shapes
 
 
 @pytest.mark.parametrize(
@@ -364,9 +369,9 @@ def test_history_begins_with_the_first_frame_in_which_a_query_is_held(tiny) -> N
     network = tiny(class_history="held", min_confidence=0.3)
     state = network.initial_state(1)
     for t, matched in enumerate([(0,), (), (0, 1), (0, 1)]):
-        remembered = torch.zeros(1, 12, dtype=torch.bool)
-        remembered[0, list(matched)] = True
-        state = network.advance(state, saying(network, torch.full((12, 5), float(t))), remembered)
+        held = torch.zeros(1, 12, dtype=torch.bool)
+        held[0, list(matched)] = True
+        state = network.advance(state, saying(network, torch.full((12, 5), float(t))), held)
         assert state.carried.all()
     assert state.class_filled[0].int().tolist() == [[1, 1] + [0] * 10, [1, 1] + [0] * 10, [1] + [0] * 11]
     assert state.class_logits[0, :, 0, 0].tolist() == [3, 2, 1]

@@ -99,8 +99,9 @@ def test_perfect_boxes_and_masks_cost_almost_nothing(targets) -> None:
 
 
 def test_total_is_equation_6() -> None:
-    values = torch.arange(1.0, 7.0)
-    assert LossTerms(*values).total(LossWeights()) == pytest.approx(2 * 1 + 5 * 2 + 2 * 3 + 2 * 4 + 5 * 5 + 2 * 6)
+    values = torch.arange(1.0, 9.0)
+    paper, identity = 2 * 1 + 5 * 2 + 2 * 3 + 2 * 4 + 5 * 5 + 2 * 6, 1 * 7 + 2 * 8
+    assert LossTerms(*values).total(LossWeights()) == pytest.approx(paper + identity)
 
 
 def test_mask_losses_against_their_definition() -> None:

@@ -80,7 +80,7 @@ class ClipOutputs:
     queries: Tensor
     assigned: Tensor
     held: Tensor
-    recognition: Sequence[FrameRecognition]
+    recognition: Sequence[FrameRecognition] = ()
 
 
 def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normaliser: Tensor, window: int) -> LossTerms:
