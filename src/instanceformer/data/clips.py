@@ -35,6 +35,7 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         clip_step: greatest distance between neighboring frames of a clip; None: anywhere in the video. See
             ``draw_frames``.
         far_frames: how many of a clip's frames lie anywhere in the video even so.
+        cuts: fraction of the clips that are cut to another one and, but for some, back again, see ``with_cut``.
         clips_per_video: items an epoch has of each video, with frames drawn anywhere, and drawn again, a bounded number
             of times, if they show no instance. None: an item for each frame in which an instance is visible; that
             frame is in the clip.
@@ -53,6 +54,7 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         clip_frames: int = 4,
         clip_step: int | None = None,
         far_frames: int = 0,
+        cuts: float = 0.0,
         clips_per_video: int | None = None,
         augmentation: Augmentation | None = None,
         max_size: int = 768,
@@ -65,6 +67,8 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
             raise ValueError(
                 f"far_frames: expected 0 or more, fewer than clip_frames = {clip_frames}, found {far_frames}"
             )
+        if not 0 <= cuts <= 1 or (cuts > 0 and clip_frames < 2):
+            raise ValueError(f"cuts: expected a fraction in [0, 1], and 0 in clips of one frame, found {cuts}")
         if clips_per_video is not None and clips_per_video < 1:
             raise ValueError(f"clips_per_video: expected 1 or more (or none), found {clips_per_video}")
         self.dataset = dataset
@@ -72,6 +76,7 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         self.clip_frames = clip_frames
         self.clip_step = clip_step
         self.far_frames = far_frames
+        self.cuts = cuts
         self.augmentation = UNCHANGED if augmentation is None else augmentation
         self.max_size = max_size
         if clips_per_video is None:  # (N, 2), index of the video, and the frame to be in the clip or a negative number
@@ -91,6 +96,13 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         Raises:
             ValueError: a frame is missing, unreadable or not of its video's size.
         """
+        clip = self._draw(index)
+        if self.cuts > 0 and torch.rand(()) < self.cuts:
+            clip = with_cut(clip, self._draw(int(torch.randint(len(self), ()))))
+        return normalise(clip[0]), clip_targets(*clip[1:])
+
+    def _draw(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A clip of one video: pixels, labels and masks as in ``read_clip``, the latter bool."""
         video_index, frame = self.items[index].tolist()
         reference = None if frame < 0 else frame
         video = self.dataset.videos[video_index]
@@ -99,7 +111,7 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
             if shown_instances(video, chosen):
                 break
         frames, masks, labels = read_clip(self.dataset, video, chosen, self.images, self.augmentation, self.max_size)
-        return normalise(frames), clip_targets(labels, masks.view(torch.bool))
+        return frames, labels, masks.view(torch.bool)
 
 
 def draw_frames(
@@ -125,6 +137,34 @@ def draw_frames(
         candidates = near if near and len(frames) < count - far else unused
         frames.append(candidates[int(torch.randint(len(candidates), ()))])
     return sorted(frames[i % len(frames)] for i in range(count))
+
+
+def with_cut(
+    clip: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace some consecutive frames of a clip, but not the first, by those of another one of the same size.
+
+    All that is known disappears at once and what is seen was never seen before, as where a film is cut; where the clip
+    ends with frames of its own, what was known comes back.
+
+    Args:
+        clip: (T, 3, H, W) pixels, (m,) labels and (T, m, H, W) bool masks.
+        other: likewise; if its frames have another size, nothing is replaced.
+
+    Returns:
+        The same of both, with the instances of both.
+    """
+    frames, labels, masks = clip
+    other_frames, other_labels, other_masks = other
+    if frames.shape != other_frames.shape:
+        return clip
+    first = int(torch.randint(1, len(frames), ()))
+    end = int(torch.randint(first + 1, len(frames) + 1, ()))
+    is_other = torch.zeros(len(frames), dtype=torch.bool)
+    is_other[first:end] = True
+    where = is_other[:, None, None, None]
+    masks = torch.cat((masks & ~where, other_masks & where), dim=1)
+    return torch.where(where, other_frames, frames), torch.cat((labels, other_labels)), masks
 
 
 def shown_instances(video: Video, frames: Sequence[int]) -> list[Instance]:

@@ -58,6 +58,8 @@ class VideoDataModule(LightningDataModule):
         clip_step: greatest distance between neighboring frames of a clip, which 1 makes consecutive; none: anywhere in
             the video.
         far_frames: how many of a clip's frames lie anywhere in the video even so.
+        cuts: fraction of the clips of videos that are cut to another one, as films are, so that identities learn to go
+            and to come back; see ``with_cut``.
         clips_per_video: clips an epoch has of each video; none: one around each frame in which an instance is visible.
         chunk_frames: frames that evaluation and prediction read at once.
         eval_size: shorter side in pixels of the frames in evaluation and prediction; none: that of the checkpoint
@@ -89,6 +91,7 @@ class VideoDataModule(LightningDataModule):
         clip_frames: int = 4,
         clip_step: int | None = None,
         far_frames: int = 0,
+        cuts: float = 0.0,
         clips_per_video: int | None = None,
         chunk_frames: int = 6,
         eval_size: int | None = None,
@@ -119,6 +122,7 @@ class VideoDataModule(LightningDataModule):
         self.clip_frames = clip_frames
         self.clip_step = clip_step
         self.far_frames = far_frames
+        self.cuts = cuts
         self.clips_per_video = clips_per_video
         self.chunk_frames = chunk_frames
         self.given_sizes = (eval_size, max_size)
@@ -294,6 +298,7 @@ class VideoDataModule(LightningDataModule):
             clip_frames=self.clip_frames,
             clip_step=self.clip_step,
             far_frames=self.far_frames,
+            cuts=self.cuts,
             clips_per_video=self.clips_per_video,
             augmentation=self.augmentation,
             max_size=self.max_size,
