@@ -25,6 +25,8 @@ MECHANISMS = {
     "query only": {"location": "none", "class_prior": False, "memory": False},
     "nothing propagated": {"propagate_queries": False, "memory": False},
     "fine masks": {"mask_stride": 4},
+    "identity": {"identity": "recover", "free_queries": "renew", "min_confidence": 0.3},
+    "identity, fine masks": {"identity": "hide", "min_confidence": 0.3, "mask_stride": 4},
 }
 
 
