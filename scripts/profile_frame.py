@@ -1,10 +1,11 @@
 """Time of a frame by module, as it streams, and its distance from what the machine's matrix products alone would take.
 
-    python scripts/profile_frame.py [plain optimised bf16 compiled] [--size 360 640] [--shown 10] [--rounds 9]
+    python scripts/profile_frame.py [plain optimised identity bf16 compiled] [--size 360 640] [--shown 10] [--rounds 9]
 
 One frame at a time: encode, decode, segment the shown queries, advance. ``plain`` is the network as it is,
 ``optimised`` and ``bf16`` are what ``instanceformer.inference.optimise`` makes of it, ``compiled`` is the plain one
-through torch.compile with frozen weights, which takes minutes. They take turns, round by round, on the same frames.
+through torch.compile with frozen weights, which takes minutes; ``identity`` is the optimised one that also recognizes
+instances. They take turns, round by round, on the same frames.
 If ``plain`` is the first, their outputs are compared with its, for the same queries. Without ``--checkpoint`` it is the
 paper's network with random weights; without ``--video`` the frames are noise.
 
@@ -37,7 +38,7 @@ from instanceformer.model.attention import DeformableAttention
 from instanceformer.model.encoder import FeedForward
 from instanceformer.video.reading import open_video
 
-VARIANTS = ("plain", "optimised", "bf16", "compiled")
+VARIANTS = ("plain", "optimised", "identity", "bf16", "compiled")
 ORDER = (
     "frame",
     "encode",
@@ -97,6 +98,11 @@ class Stream:
             copy.load_state_dict(network.state_dict())
             network = copy
             network.compile_parts(options={"freezing": True})
+        elif variant == "identity":
+            added = {"identity": "recover", "min_confidence": network.min_confidence or 1e-3}
+            recognizing = InstanceFormer(**{**network.options, **added}).eval()
+            recognizing.load_state_dict(network.state_dict(), strict=False)
+            network = optimise(recognizing)
         elif variant != "plain":
             network = optimise(network, torch.bfloat16 if variant == "bf16" else torch.float32)
         self.network = network

@@ -22,12 +22,12 @@ def test_parts_of_a_frame_and_equal_outputs(
     weights = {f"network.{name}": value for name, value in network.state_dict().items()}
     torch.save({"state_dict": weights, "network_options": network.options}, tmp_path / "tiny.ckpt")
     options = ["--size", "64", "96", "--shown", "3", "--rounds", "3", "--checkpoint", str(tmp_path / "tiny.ckpt")]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "plain", "optimised", *options])
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "plain", "optimised", "identity", *options])
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
-    head, plain, optimised = capsys.readouterr().out.split("\n\n")
+    head, plain, optimised, identity = capsys.readouterr().out.split("\n\n")
     assert "64x96, 3 masks" in head
-    for table in (plain, optimised):
+    for table in (plain, optimised, identity):
         wall = {name: float(seconds) for name, seconds in re.findall(r"(?m)^ *(\w.*?) +(\d+\.\d+) s", table)}
         assert set(wall) >= {"frame", "encode", "backbone", "encoder, deformable attention", "decode", "advance"}
         assert wall["encode"] <= wall["frame"]
