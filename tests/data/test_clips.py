@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as F
 
 from instanceformer.data.augment import IMAGE_MEAN, IMAGE_STD, Augmentation, Geometry
 from instanceformer.data.batch import ClipBatch
-from instanceformer.data.clips import ClipDataset, clip_targets, collate_clips, draw_frames, mask_boxes
+from instanceformer.data.clips import ClipDataset, clip_targets, collate_clips, draw_frames, mask_boxes, with_cut
 from instanceformer.data.images import read_image
 from instanceformer.data.reading import read_annotations
 from instanceformer.data.sampling import ClipKey, SeededClips
@@ -156,6 +156,53 @@ def test_far_frames_reach_the_clips(tiny_dataset: Callable[..., Any]) -> None:
     gaps = [sorted(np.diff(frame_codes(clips[index][0]))) for index in range(20)]
     assert all(near == 1 for near, _ in gaps)
     assert len({far for _, far in gaps}) > 5
+
+
+def clip_of(value: int, frames: int, instances: int, size: tuple[int, int] = (6, 8)) -> tuple[Tensor, Tensor, Tensor]:
+    """Frames of one gray value, and masks of everything."""
+    pixels = torch.full((frames, 3, *size), value, dtype=torch.uint8)
+    labels = torch.full((instances,), value)
+    return pixels, labels, torch.ones(frames, instances, *size, dtype=torch.bool)
+
+
+def test_a_cut_shows_another_clip_and_its_instances_alone_and_may_come_back() -> None:
+    seen = Counter()
+    for _ in range(300):
+        frames, labels, masks = with_cut(clip_of(1, 5, 2), clip_of(2, 5, 3))
+        values = frames[:, 0, 0, 0].tolist()
+        assert labels.tolist() == [1, 1, 2, 2, 2]
+        for t, value in enumerate(values):
+            assert masks[t].flatten(1).all(1).tolist() == (labels == value).tolist()
+            assert masks[t].flatten(1).any(1).tolist() == (labels == value).tolist()
+        seen[tuple(values)] += 1
+    runs = {(1,) * a + (2,) * b + (1,) * (5 - a - b) for a in range(1, 5) for b in range(1, 6 - a)}
+    assert set(seen) == runs
+
+
+def test_clips_of_another_size_are_not_cut_to() -> None:
+    clip = clip_of(1, 3, 2)
+    assert with_cut(clip, clip_of(2, 3, 1, (6, 9))) is clip
+
+
+def test_so_many_clips_are_cut(tiny_dataset: Callable[..., Any]) -> None:
+    """The seed says which; what they are cut to is another clip of the same data."""
+    tiny = tiny_dataset(lengths=(12, 12))
+    plain, cut = (
+        clips_of(tiny, clip_frames=4, clips_per_video=60),
+        clips_of(tiny, clip_frames=4, clips_per_video=60, cuts=0.5),
+    )
+    changed = 0
+    for index in range(len(plain)):
+        torch.manual_seed(index)
+        (before, _), seed = plain[index], torch.manual_seed(index)
+        after, targets = cut[index]
+        assert seed is torch.default_generator
+        assert torch.equal(after[0], before[0])
+        changed += not torch.equal(after, before)
+        torch.manual_seed(index)
+        assert torch.equal(cut[index][0], after)
+        assert targets.visible.any(0).all()
+    assert 35 <= changed <= 85
 
 
 def test_clips_without_instances_are_drawn_again(tiny_dataset: Callable[..., Any]) -> None:
@@ -348,7 +395,15 @@ def test_missing_unreadable_and_misfit_frames_are_named(tiny_dataset: Callable[.
 
 
 @pytest.mark.parametrize(
-    "options", [{"clip_frames": 0}, {"clip_step": 0}, {"far_frames": -1}, {"far_frames": 4}, {"clips_per_video": 0}]
+    "options",
+    [
+        {"clip_frames": 0},
+        {"clip_step": 0},
+        {"far_frames": -1},
+        {"far_frames": 4},
+        {"clips_per_video": 0},
+        {"cuts": 1.5},
+    ],
 )
 def test_options_out_of_range_are_named(tiny_dataset: Callable[..., Any], options: dict[str, int]) -> None:
     ((name, value),) = options.items()
