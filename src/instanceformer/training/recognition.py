@@ -94,9 +94,10 @@ def identity_losses(frames: Sequence[FrameRecognition]) -> tuple[Tensor, Tensor]
     """Losses of the T frames of a batch of clips, sums over the instances of all frames.
 
     Returns:
-        The contrastive loss of looks, of an instance at any distance in time against all others; that of the claims.
+        The contrastive loss of looks, of an instance at any distance in time against all others of all clips; that of
+        the claims.
     """
-    looks = torch.stack([frame.looks for frame in frames], dim=1).flatten(0, 1)  # (2 T, B, n, E)
-    shown = torch.stack([frame.shown for frame in frames], dim=1).flatten(0, 1)
+    looks, shown = (torch.stack(x, dim=1) for x in zip(*((f.looks, f.shown) for f in frames), strict=True))
+    looks, shown = looks.flatten(0, 1).flatten(1, 2)[:, None], shown.flatten(0, 1).flatten(1)[:, None]  # (2 T, 1, B n)
     contrast = temporal_contrastive_loss(looks, shown, len(looks), TEMPERATURE) / 2  # each instance is there twice
     return contrast, torch.stack([frame.loss for frame in frames]).sum()
