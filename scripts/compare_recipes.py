@@ -39,21 +39,24 @@ class Recipe:
     images: tuple[str, ...] = ()
 
 
-FOUR = ("--data.clip_frames=4", "--data.clip_step=3", "--trainer.max_steps=1100")
+FOUR = ("--data.clip_frames=4", "--data.clip_step=3", "--trainer.max_steps=1500")
 SLOW = ("--model.optimizer.lr=5e-4", "--model.optimizer.backbone_lr=5e-4")
 PROPAGATE = "--model.network.free_queries=propagate"
 IMAGES = "{annotations: DATA/train.json, images: DATA/JPEGImages}"
 PSEUDO = f"--data.joint={{share: 0.3, split: {IMAGES}, pseudo_video: {{blurred: %s}}}}"
 RECIPES = {
     BASELINE: Recipe(),
+    "the paper's identity": Recipe(("--model.network.identity=none", "--trainer.max_steps=1260")),
+    "hidden, not recovered": Recipe(("--model.network.identity=hide",)),
+    "a quarter of the clips cut": Recipe(("--data.cuts=0.25",)),
     "half the rate": Recipe(SLOW, SLOW),
     "half the rate, 4 frames": Recipe((*SLOW, *FOUR), SLOW),
     "4 frames": Recipe(FOUR),
-    "8 frames, half as many clips": Recipe(("--data.clip_frames=8", "--data.batch_size=1", "--trainer.max_steps=1100")),
+    "8 frames, half as many clips": Recipe(("--data.clip_frames=8", "--data.batch_size=1", "--trainer.max_steps=1500")),
     "consecutive frames": Recipe(("--data.clip_step=1",)),
     "frames from anywhere": Recipe(("--data.clip_step=null",)),
     "one far frame": Recipe(("--data.far_frames=1",)),
-    "2 clips a step, twice the steps": Recipe(("--data.batch_size=1", "--trainer.max_steps=1760")),
+    "2 clips a step, twice the steps": Recipe(("--data.batch_size=1", "--trainer.max_steps=2400")),
     "equation 1 to the letter": Recipe(("--model.network.location=paper",)),
     "free queries propagate": Recipe((PROPAGATE,)),
     "free queries propagate, history since held": Recipe((PROPAGATE, "--model.network.class_history=held")),
