@@ -212,9 +212,9 @@ def to_onnx(program: ExportedProgram, state: Sequence[str]) -> bytes:
         program: ``encode`` or ``step``.
         state: names of the state's tensors.
     """
-    count = len(program.graph_signature.user_inputs)
-    encodes = count == 1
-    features = FEATURES[: len(program.graph_signature.user_outputs) if encodes else count - len(state)]
+    encodes = len(program.graph_signature.user_inputs) == 1
+    recognizes = any(name.startswith("identities_") for name in state)
+    features = FEATURES if recognizes else FEATURES[:-1]
     inputs = ("frame",) if encodes else (*features, *state)
     outputs = features if encodes else (*OUTPUTS, *(f"next_{name}" for name in state))
     converted = torch.onnx.export(

@@ -419,7 +419,7 @@ class InstanceFormer(nn.Module):
             hidden = prediction.sighting.hidden
             carried, remembered = carried & ~hidden, remembered & ~hidden
             class_logits = torch.where(hidden[:, None, :, None], state.class_logits, class_logits)
-            class_filled = torch.where(hidden[:, None], state.class_filled, class_filled)
+            class_filled = (state.class_filled & hidden[:, None]) | (class_filled & ~hidden[:, None])
             assert identities is not None
             identities = observe(identities, prediction.sighting, held, prediction.class_logits, boxes)
         state = replace(
