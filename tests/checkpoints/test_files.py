@@ -192,6 +192,7 @@ OTHER: dict[str, object] = {
     "min_confidence": 0.4,
     "max_overlap": 0.5,
     "free_queries": "renew",
+    "identity": "recover",
 }
 
 
@@ -283,7 +284,7 @@ def test_other_values_are_known_for_every_option(tiny) -> None:
 @pytest.mark.parametrize("option", OTHER)
 def test_what_changes_the_weights_is_refused_by_name_and_nothing_else(tiny, option: str) -> None:
     network = tiny()
-    needs = {"min_confidence": 0.3} if option in ("free_queries", "class_history") else {}
+    needs = {"min_confidence": 0.3} if option in ("free_queries", "class_history", "identity") else {}
     other = tiny(**{option: OTHER[option], **needs})
     theirs, ours = ({name: x.shape for name, x in n.state_dict().items()} for n in (network, other))
     checkpoint = Checkpoint(network.options, network.state_dict(), name="x.ckpt")
@@ -294,6 +295,15 @@ def test_what_changes_the_weights_is_refused_by_name_and_nothing_else(tiny, opti
         value = str(network.options[option]).lower() if option in ("memory", "class_prior") else network.options[option]
         with pytest.raises(ValueError, match=rf"^x\.ckpt: made .*--model\.network\.{option}={value}$"):
             checkpoint.check_network(other.options, other.state_dict())
+
+
+def test_a_checkpoint_of_before_identity_says_how_to_go_on(tiny) -> None:
+    old, new = tiny(), tiny(identity="recover", min_confidence=0.3)
+    options = {name: value for name, value in old.options.items() if name != "identity"}
+    checkpoint = Checkpoint(options, old.state_dict(), name="x.ckpt")
+    checkpoint.check_network(old.options, old.state_dict())
+    with pytest.raises(ValueError, match=r"made with identity=none, found recover; .*--model\.network\.identity=none$"):
+        checkpoint.check_network(new.options, new.state_dict())
 
 
 def test_classes_come_first_with_their_names_where_a_network_is_another(tiny) -> None:

@@ -101,7 +101,10 @@ def every_option() -> Iterator[tuple[str, dict[str, Any]]]:
     """Each value that an option of a few values can have, all else as it is by default."""
     for name, choice in CHOICES.items():
         for value in get_args(choice):
-            yield f"{name}={value}", {name: value, "min_confidence": 0.3 if value in ("renew", "held") else 0.0}
+            yield (
+                f"{name}={value}",
+                {name: value, "min_confidence": 0.3 if value in ("renew", "held", "hide", "recover") else 0.0},
+            )
     for name in ("cross_position", "propagate_queries", "class_prior", "memory"):
         yield f"{name}=False", {name: False}
     yield "query only", {"propagate_queries": False, "class_prior": False, "memory": False, "location": "none"}

@@ -35,8 +35,12 @@ SHAPING = (
     "location",
     "class_prior",
     "memory",
+    "identity",
 )
 """The options of InstanceFormer on which the names or shapes of its weights depend."""
+
+BEFORE = {"identity": "none"}
+"""Those of them that older checkpoints do not say, and what they were."""
 
 
 @dataclass(frozen=True)
@@ -126,15 +130,16 @@ class Checkpoint:
             ValueError: names or shapes are others; or as in ``check_weights``.
         """
         shapes = {name: getattr(weight, "shape", None) for name, weight in self.weights.items()}
-        unlike = [name for name in SHAPING if name in self.options and self.options[name] != options[name]]
+        made = {**BEFORE, **self.options}
+        unlike = [name for name in SHAPING if name in made and made[name] != options[name]]
         if unlike and shapes != {name: weight.shape for name, weight in expected.items()}:
             differences = [
                 f"made for {self._classes()}, found {options[name]} in model.network.num_classes"
                 if name == "num_classes"
-                else f"made with {name}={_shown(self.options[name])}, found {_shown(options[name])}"
+                else f"made with {name}={_shown(made[name])}, found {_shown(options[name])}"
                 for name in unlike
             ]
-            flags = " ".join(f"--model.network.{name}={_shown(self.options[name])}" for name in unlike)
+            flags = " ".join(f"--model.network.{name}={_shown(made[name])}" for name in unlike)
             raise ValueError(f"{self.name}: {'; '.join(differences)}; give the options it was trained with: {flags}")
         self.check_weights(expected)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from instanceformer.data.annotations import OCCLUSION_LEVELS, Video
 from instanceformer.data.run_lengths import mask_areas
@@ -119,6 +118,8 @@ def compare_frames(video: Video, tracks: Sequence[Track]) -> FrameComparison:
 
 def _overlaps(masks: Sequence[Masks], truth: Sequence[Masks], size: tuple[int, int]) -> tuple[IntArray, IntArray]:
     """(T, M) areas of M sequences of compressed masks, and (T, M, G) intersections with G true ones."""
+    from pycocotools import mask as coco_mask  # here, so that a training starts without it
+
     frames = list(zip(*masks, strict=True))
     present = np.array([[mask is not None for mask in frame] for frame in frames]).reshape(len(frames), len(masks))
     areas = np.zeros(present.shape, dtype=np.int64)
