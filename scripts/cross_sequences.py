@@ -21,9 +21,8 @@ from PIL import Image
 
 from instanceformer.data.annotations import Instance, Video, VideoDataset
 from instanceformer.data.clips import read_frames
-from instanceformer.data.importers.frames import compress
-from instanceformer.data.reading import read_annotations
-from instanceformer.data.writing import write_youtube_vis
+from instanceformer.data.formats.folders import compress
+from instanceformer.data.formats.youtube_vis import read_annotations, write_youtube_vis
 
 NAME = "crossing"
 

@@ -382,7 +382,7 @@ def stream_demo() -> None:
     from instanceformer import InstanceFormer
     from instanceformer.data.augment import normalise
     from instanceformer.data.clips import read_frames
-    from instanceformer.data.reading import read_annotations
+    from instanceformer.data.formats.youtube_vis import read_annotations
 
     network = InstanceFormer.from_checkpoint("runs/demo/last.ckpt").to(DEVICE).eval()
     video = read_annotations(Path("data/demo/valid.json")).videos[0]

@@ -26,10 +26,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from instanceformer.data.catalog import CATALOG
+from instanceformer.data.catalog import CATALOG, JointImages, Split
 from instanceformer.data.datamodule import VideoDataModule
-from instanceformer.data.pseudo_video import PseudoClips
-from instanceformer.data.splits import JointImages, Split
+from instanceformer.data.pseudo_video import JointImages, PseudoClips
 from instanceformer.data.synthetic import SyntheticOptions, synthesize
 
 SIZES = ((480, 640), (640, 480), (427, 640), (640, 427), (640, 640))

@@ -29,8 +29,8 @@ from instanceformer.data.annotations import Video
 from instanceformer.data.augment import Augmentation, Geometry
 from instanceformer.data.batch import ClipTargets
 from instanceformer.data.clips import ClipDataset, collate_clips
+from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.data.pseudo_video import PseudoClips, PseudoVideo
-from instanceformer.data.reading import read_annotations
 from instanceformer.data.synthetic import SyntheticOptions, synthesize
 
 WARM_UP = 10

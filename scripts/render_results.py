@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from instanceformer.data.reading import read_annotations
+from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.evaluation.results import read_results
 from instanceformer.inference.film import film_results, select_tracks, select_video
 from instanceformer.inference.render import contact_sheet

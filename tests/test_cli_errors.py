@@ -107,7 +107,7 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[obje
         ),
         (
             "fit --config split.yaml",
-            "split.yaml: data.train: instanceformer.data.splits.Split: found imges, expected an argument of it; "
+            "split.yaml: data.train: instanceformer.data.catalog.Split: found imges, expected an argument of it; "
             "did you mean images?",
         ),
         ("fit --config kind.yaml", "kind.yaml: data.train: found 3, expected Split, null;"),

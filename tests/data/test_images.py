@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+from instanceformer.data.formats.folders import find_frames, read_labels
 from instanceformer.data.images import FrameFolder, ImageError, ImageSizeError, frame_path, read_image
-from instanceformer.data.importers.frames import find_frames, read_labels
 from instanceformer.video.reading import open_video
 
 HEIGHT, WIDTH = 24, 40  # as stored

@@ -12,8 +12,8 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from instanceformer.data.augment import Augmentation
 from instanceformer.data.clips import ClipDataset, collate_clips
+from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.data.pseudo_video import PseudoClips, PseudoVideo, motion_blur
-from instanceformer.data.reading import read_annotations
 
 STILL = {"rotation": 0, "shear": 0, "zoom": 1, "translation": 0, "perspective": 0}
 PLAIN = {"brightness": 0, "saturation": 0, "blurred": 0}

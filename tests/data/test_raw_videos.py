@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from instanceformer.data.augment import normalise, resize
 from instanceformer.data.batch import VideoChunk
-from instanceformer.data.raw_videos import RawStream, RawVideo, find_videos
+from instanceformer.data.streaming import RawStream, RawVideo, find_videos
 from instanceformer.video.reading import open_video
 
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from instanceformer.data.augment import IMAGE_MEAN, IMAGE_STD
 from instanceformer.data.batch import VideoChunk
-from instanceformer.data.reading import read_annotations
+from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.data.streaming import StreamingVideos, balance
 
 

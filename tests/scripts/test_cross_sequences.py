@@ -10,8 +10,7 @@ from PIL import Image
 
 from instanceformer.cli import main
 from instanceformer.data.annotations import Instance, Video, VideoDataset
-from instanceformer.data.reading import read_annotations
-from instanceformer.data.writing import write_youtube_vis
+from instanceformer.data.formats.youtube_vis import read_annotations, write_youtube_vis
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "cross_sequences.py"
 

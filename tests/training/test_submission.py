@@ -22,7 +22,7 @@ from tests.inference.films import moving_square, write_film
 from instanceformer import InstanceFormer, checkpoints
 from instanceformer.cli import main
 from instanceformer.data.annotations import Category
-from instanceformer.data.reading import read_annotations
+from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.evaluation.results import decode_mask, read_results
 from instanceformer.training.callbacks import ResultsWriter
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from instanceformer.commands.parsing import Parser
 from instanceformer.data.catalog import CATALOG, CatalogSplit, DatasetName, locate
-from instanceformer.data.check import check_dataset
+from instanceformer.data.formats.validation import check_dataset
 
 
 def run(args: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from instanceformer.commands.parsing import Parser
-from instanceformer.data.reading import read_annotations
+from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.evaluation.decomposition import STATES
 from instanceformer.evaluation.evaluate import evaluate_files
 from instanceformer.evaluation.identity import IdentityMetrics

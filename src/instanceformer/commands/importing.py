@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from instanceformer.commands.parsing import Parser
-from instanceformer.data.importers import import_binary_masks, import_cocovid, import_davis, import_mots
-from instanceformer.data.writing import write_youtube_vis
+from instanceformer.data.formats.cocovid import import_cocovid
+from instanceformer.data.formats.label_images import import_binary_masks, import_davis, import_mots
+from instanceformer.data.formats.youtube_vis import write_youtube_vis
 
 
 def run(args: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from instanceformer.data.runs import decode_runs
+from instanceformer.data.formats.run_lengths import decode_runs
 
 if TYPE_CHECKING:
     from torch import Tensor

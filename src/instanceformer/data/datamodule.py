@@ -17,16 +17,22 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 from instanceformer.data.annotations import Category, VideoDataset
 from instanceformer.data.augment import Augmentation
 from instanceformer.data.batch import ClipTargets, VideoChunk
-from instanceformer.data.cache import open_annotations
-from instanceformer.data.catalog import CATALOG, DatasetName, locate, map_categories
+from instanceformer.data.catalog import (
+    CATALOG,
+    CATALOG_SPLITS,
+    SPLIT_OF_STAGE,
+    DatasetName,
+    Split,
+    SplitName,
+    locate,
+    map_categories,
+)
 from instanceformer.data.clips import ClipDataset, collate_clips
 from instanceformer.data.images import FrameFolder
-from instanceformer.data.packed import pack
-from instanceformer.data.pseudo_video import PseudoClips
-from instanceformer.data.raw_videos import RawStream, RawVideo, find_videos
+from instanceformer.data.packed import open_annotations, pack
+from instanceformer.data.pseudo_video import JointImages, PseudoClips
 from instanceformer.data.sampling import ClipSampler, SeededClips, leave_signals_to_the_trainer
-from instanceformer.data.splits import CATALOG_SPLITS, SPLIT_OF_STAGE, JointImages, Split, SplitName
-from instanceformer.data.streaming import StreamingVideos
+from instanceformer.data.streaming import RawStream, RawVideo, StreamingVideos, find_videos
 
 PAPER_AUGMENTATION = Augmentation()
 SEED = "PL_GLOBAL_SEED"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from instanceformer.data.run_lengths import show
+from instanceformer.data.formats.run_lengths import show
 from instanceformer.orientation import SIDEWAYS, image_orientation, upright
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from instanceformer.data.annotations import VideoDataset
 from instanceformer.data.augment import Augmentation, normalise
 from instanceformer.data.batch import ClipTargets
+from instanceformer.data.catalog import Split
 from instanceformer.data.clips import UNCHANGED, clip_targets, read_clip
 from instanceformer.data.packed import pack
 
@@ -104,6 +105,29 @@ class PseudoVideo:
         affine = math.pow(self.zoom, zoom) * turn.double() @ torch.tensor([[1, shear], [0, 1]], dtype=torch.float64)
         centre = half * (1 + 2 * self.translation * (2 * torch.rand(2) - 1))
         return centre + corners @ affine.T
+
+
+@dataclass(frozen=True)
+class JointImages:
+    """Images to train on together with the videos, as the paper does with COCO.
+
+    Their categories are mapped onto those of the videos by name, see ``map_categories``.
+
+    Attributes:
+        share: fraction of an epoch's clips that are made of images, between 0 and 1; the images are drawn anew in each.
+        split: where they lie; none: COCO's training split under ``data.root``.
+        pseudo_video: how an image becomes a clip.
+        augmentation: random changes of the image before that; none: those of the videos.
+    """
+
+    share: float = 0.5
+    split: Split | None = None
+    pseudo_video: PseudoVideo = PseudoVideo()
+    augmentation: Augmentation | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"data.joint.share: expected a fraction between 0 and 1, found {self.share}")
 
 
 class PseudoClips(Dataset[tuple[Tensor, ClipTargets]]):

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from instanceformer.data.annotations import Video
-from instanceformer.data.records import expect_file
-from instanceformer.data.run_lengths import compress_masks
+from instanceformer.data.formats.records import expect_file
+from instanceformer.data.formats.run_lengths import compress_masks
 from instanceformer.evaluation.ground_truth import GroundTruth, read_ground_truth
 from instanceformer.evaluation.identity import VideoIdentity, compare_identity, summarize_identity
 from instanceformer.evaluation.results import Track, iterate_results

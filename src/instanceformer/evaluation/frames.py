@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from instanceformer.data.annotations import OCCLUSION_LEVELS, Video
-from instanceformer.data.run_lengths import mask_areas
+from instanceformer.data.formats.run_lengths import mask_areas
 from instanceformer.evaluation.matching import BoolArray
 from instanceformer.evaluation.results import Track
 from instanceformer.evaluation.track_iou import FloatArray, IntArray, Masks

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from instanceformer.data.annotations import OCCLUSION_LEVELS, Instance, Video, VideoDataset
-from instanceformer.data.reading import parse_annotations, read_annotations
+from instanceformer.data.formats.youtube_vis import parse_annotations, read_annotations
 from instanceformer.evaluation.track_iou import decode_tracks, mean_visible
 
 

@@ -15,8 +15,8 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 import numpy as np
 import numpy.typing as npt
 
-from instanceformer.data.records import expect_file, whole_number
-from instanceformer.data.run_lengths import compress_masks, show
+from instanceformer.data.formats.records import expect_file, whole_number
+from instanceformer.data.formats.run_lengths import compress_masks, show
 from instanceformer.files import replacing
 
 

@@ -9,8 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from instanceformer.data.run_lengths import BATCH
-from instanceformer.data.runs import decode_runs
+from instanceformer.data.formats.run_lengths import BATCH, decode_runs
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

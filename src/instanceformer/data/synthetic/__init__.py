@@ -1,8 +1,7 @@
 """Synthetic videos in YouTube-VIS format: textured shapes that cross, hide one another, leave, enter and come back."""
 
-from instanceformer.data.synthetic.dataset import synthesize
+from instanceformer.data.synthetic.dataset import SplitStatistics, SyntheticSummary, synthesize
 from instanceformer.data.synthetic.options import DEFAULT_OPTIONS, SPLITS, Shape, SyntheticOptions
-from instanceformer.data.synthetic.statistics import SplitStatistics, SyntheticSummary
 
 __all__ = [
     "DEFAULT_OPTIONS",

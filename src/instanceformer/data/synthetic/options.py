@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 Shape = Literal["circle", "square", "triangle", "star", "ring", "cross"]
 
 
@@ -108,6 +111,11 @@ class SyntheticOptions:
                 f"SyntheticOptions.length is {self.length}, too short to enter or leave the view; expected at least 8, "
                 "or late_entry, absence and leave of 0"
             )
+
+    @property
+    def frame_times(self) -> NDArray[np.float64]:
+        """(length,) the numbers of a video's frames."""
+        return np.arange(self.length, dtype=np.float64)
 
 
 DEFAULT_OPTIONS = SyntheticOptions()

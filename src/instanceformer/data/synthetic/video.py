@@ -1,4 +1,4 @@
-"""One video: its frames, drawn and written, and the annotations of what is visible in them."""
+"""One video: what it shows and how that moves, its frames and the annotations of what is visible in them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as run_length
 
-from instanceformer.data.synthetic.instances import make_distractor, make_instances
-from instanceformer.data.synthetic.motion import frame_times
+from instanceformer.data.formats.youtube_vis import track_fields
 from instanceformer.data.synthetic.options import SPLITS, SyntheticOptions
-from instanceformer.data.synthetic.painting import draw, make_background
-from instanceformer.data.writing import track_fields
+from instanceformer.data.synthetic.shapes import PATTERNS, REACH, Array, Sprite, draw, make_background, rgb
 
 JPEG_QUALITY = 92
 
@@ -45,7 +44,7 @@ def make_video(directory: Path, options: SyntheticOptions, split: str, index: in
     backdrop, shift = make_background(rng, options)
     blobs = [make_distractor(rng, options, shift) for _ in range(options.distractors)]
     gain = 1 + options.brightness_change * np.sin(
-        rng.uniform(0, 2 * np.pi) + frame_times(options) * rng.uniform(0.1, 0.3)
+        rng.uniform(0, 2 * np.pi) + options.frame_times * rng.uniform(0.1, 0.3)
     )
 
     name = f"{split}_{index:04d}"
@@ -102,3 +101,157 @@ def _occlusion_level(visible: int, alone: int) -> str:
     if visible == alone:
         return "no_occlusion"
     return "severe_occlusion" if 2 * visible < alone else "slight_occlusion"
+
+
+def make_instances(rng: Generator, options: SyntheticOptions) -> tuple[list[Sprite], list[int]]:
+    """The instances of a video from back to front, and the number of the look that each of them wears."""
+    count = int(rng.integers(options.min_instances, options.max_instances + 1))
+    groups = _look_alike_groups(rng, count, options.look_alikes)
+    hues = (rng.uniform() + rng.permutation(count) / count) % 1  # spread, so that only look-alikes look alike
+    looks = [_look(rng, hue, options) for hue in hues]
+    sizes = rng.uniform(options.min_size, options.max_size, count)[groups] * rng.uniform(0.92, 1.08, count)
+    crossing = rng.permutation(count - 1) < int(options.occlusion * (count - 1) + rng.uniform())
+    times = options.frame_times
+    sprites: list[Sprite] = []
+    placed: list[tuple[Array, float]] = []
+    for k in range(count):
+        shape, pattern, colours, frequency = looks[groups[k]]
+        mean = sizes[k] * options.height / 2
+        swing = options.scale_change * rng.uniform(0.3, 1)
+        centres = choose_path(rng, options, float(mean * (1 + swing)), placed, k > 0 and bool(crossing[k - 1]))
+        placed.append((centres, float(mean)))
+        sprites.append(
+            Sprite(
+                shape=shape,
+                pattern=pattern,
+                colours=np.clip(colours + rng.uniform(-0.02, 0.02, colours.shape), 0, 1).astype(np.float32),
+                frequency=frequency,
+                phase=rng.uniform(0, 2 * np.pi),
+                centres=centres,
+                radii=mean * (1 + swing * np.sin(rng.uniform(0, 2 * np.pi) + times * rng.uniform(0.1, 0.25))),
+                angles=rng.uniform(0, 2 * np.pi) + times * np.deg2rad(rng.uniform(-1, 1) * options.rotation),
+            )
+        )
+    order = rng.permutation(count)
+    return [sprites[k] for k in order], [groups[k] for k in order]
+
+
+def _look_alike_groups(rng: Generator, count: int, fraction: float) -> list[int]:
+    """A look's number for each instance: pairs, and a triple where odd, share one; ``fraction`` of them on average."""
+    members = int(fraction * count + rng.uniform())
+    if members == 1:  # nothing looks like itself
+        members = 2 * int(count > 1 and rng.uniform() < 0.5)
+    pairs = members // 2
+    return [min(k // 2, pairs - 1) if k < members else k for k in range(count)]
+
+
+def _look(rng: Generator, hue: float, options: SyntheticOptions) -> tuple[str, str, Array, float]:
+    """Shape, pattern, two colours and frequency of the pattern."""
+    colours = np.stack(
+        [
+            rgb(hue, rng.uniform(0.65, 0.9), rng.uniform(0.8, 1)),
+            rgb(hue + rng.uniform(-0.12, 0.12), rng.uniform(0.2, 0.9), rng.choice([rng.uniform(0.2, 0.4), 1.0])),
+        ]
+    )
+    return str(rng.choice(options.shapes)), str(rng.choice(list(PATTERNS))), colours, rng.uniform(6, 9)
+
+
+def make_distractor(rng: Generator, options: SyntheticOptions, shift: Array) -> Sprite:
+    """A dull blob on the background, which moves by ``shift`` (T, 2)."""
+    middle = rng.integers(options.length)
+    point = rng.uniform(0, [options.width, options.height])
+    hue, still = rng.uniform(), np.ones(options.length)
+    return Sprite(
+        shape="blob",
+        pattern="noise",
+        colours=np.stack([rgb(hue, 0.2, value) for value in rng.uniform(0.25, 0.6, 2)]),
+        frequency=rng.uniform(2, 4),
+        phase=rng.uniform(0, 2 * np.pi),
+        centres=point + shift[middle] - shift,
+        radii=still * options.height / 2 * rng.uniform(options.min_size, options.max_size),
+        angles=still * rng.uniform(0, 2 * np.pi),
+    )
+
+
+PATH_CANDIDATES = 12  # paths tried for an instance, of which the one that overlaps the others least is taken
+
+
+def choose_path(
+    rng: Generator, options: SyntheticOptions, radius: float, placed: list[tuple[Array, float]], crossing: bool
+) -> Array:
+    """Choose the path of an instance, as clear of those that are placed as can be, or crossing one of them.
+
+    Args:
+        rng: Where everything random comes from.
+        options: What the videos show.
+        radius: Largest radius of the instance, in pixels.
+        placed: Centres (T, 2) and mean radius of each instance that has its path, in pixels.
+        crossing: Whether the path meets one of ``placed``, which then must not be empty.
+
+    Returns:
+        (T, 2) centres as (x, y) in pixels, outside the frame where the instance is out of view.
+    """
+    frame = np.array([options.width, options.height], dtype=np.float64)
+    low, high = np.minimum(0.8 * radius, 0.5 * frame - 1), np.maximum(frame - 0.8 * radius, 0.5 * frame + 1)
+    outside = None
+    away = _time_away(rng, options)
+    if away is not None:  # stays near the side where it enters and leaves
+        axis, far = int(rng.integers(2)), bool(rng.integers(2))
+        third = (high[axis] - low[axis]) / 3
+        low[axis], high[axis] = (high[axis] - third, high[axis]) if far else (low[axis], low[axis] + third)
+        outside = (axis, frame[axis] + REACH * radius + 1 if far else -REACH * radius - 1)
+
+    def path(point: Array, time: float) -> Array:
+        centres = _wander(rng, low, high, np.clip(point, low, high), time, options)
+        if outside is not None and away is not None:
+            axis, target = outside
+            centres[:, axis] += away * (target - centres[:, axis])
+        return centres
+
+    if crossing:
+        others, size = placed[int(rng.integers(len(placed)))]
+        meeting = int(rng.uniform(0.15, 0.85) * options.length)
+        point = others[meeting] + rng.uniform(-0.25, 0.25, 2) * size
+        candidates = [path(point, meeting) for _ in range(PATH_CANDIDATES)]
+    else:
+        candidates = [path(rng.uniform(low, high), 0) for _ in range(PATH_CANDIDATES)]
+    return min(candidates, key=lambda centres: _crowding(centres, radius, placed))
+
+
+def _wander(rng: Generator, low: Array, high: Array, point: Array, time: float, options: SyntheticOptions) -> Array:
+    """A smooth path (T, 2) within ``low`` and ``high``, a sine in x and in y, that is at ``point`` at ``time``."""
+    heading = rng.uniform(0, 2 * np.pi)
+    velocity = options.speed * options.height * rng.uniform(0.6, 1.4) * np.array([np.cos(heading), np.sin(heading)])
+    reach = (high - low) / 2 * rng.uniform(0.6, 1, 2)
+    middle = np.clip(point + reach * rng.uniform(-0.8, 0.8, 2), low + reach, high - reach)
+    phase = np.arcsin(np.clip((point - middle) / reach, -1, 1))
+    return np.asarray(middle + reach * np.sin(phase + velocity / reach * (options.frame_times[:, None] - time)))
+
+
+def _crowding(centres: Array, radius: float, placed: list[tuple[Array, float]]) -> float:
+    """How much a path overlaps those of ``placed``, summed over frames and instances."""
+    gaps = [np.linalg.norm(centres - others, axis=1) / (radius + size) for others, size in placed]
+    return float(sum(np.clip(1 - gap, 0, 1).sum() for gap in gaps))
+
+
+def _time_away(rng: Generator, options: SyntheticOptions) -> Array | None:
+    """How far, (T,) from 0 to 1, an instance is on its way out of view; None if it stays."""
+    length, ramp, draw = options.length, options.length / 4, rng.uniform()
+    times = options.frame_times
+
+    def passed(start: float) -> Array:
+        return _smooth_step((times - start) / ramp)
+
+    if draw < options.late_entry:
+        return 1 - passed(rng.uniform(1, length / 2))
+    if draw < options.late_entry + options.absence:
+        start = rng.uniform(0.08, 0.22) * length
+        return passed(start) - passed(start + ramp + max(1, rng.uniform(0.08, 0.2) * length))
+    if draw < options.late_entry + options.absence + options.leave:
+        return passed(rng.uniform(length / 2, 0.75 * length - 1))
+    return None
+
+
+def _smooth_step(x: Array) -> Array:
+    x = np.clip(x, 0, 1)
+    return x * x * (3 - 2 * x)

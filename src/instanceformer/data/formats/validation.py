@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from instanceformer.data.annotations import OCCLUSION_LEVELS, Instance, Video, VideoDataset
 from instanceformer.data.catalog import DatasetEntry, SplitEntry
+from instanceformer.data.formats.label_images import MAX_RIMS, are_shades, find_rims
+from instanceformer.data.formats.records import Problem
+from instanceformer.data.formats.run_lengths import show
+from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.data.images import ImageError, ImageSizeError, frame_path, read_image
-from instanceformer.data.reading import read_annotations
-from instanceformer.data.records import Problem
-from instanceformer.data.rims import MAX_RIMS, are_shades, find_rims
-from instanceformer.data.run_lengths import show
 from instanceformer.orientation import image_orientation
 
 MAX_EXAMPLES = 5

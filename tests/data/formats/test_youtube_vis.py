@@ -10,9 +10,8 @@ import pytest
 from pycocotools import mask as mask_utils
 
 from instanceformer.data.annotations import Category, VideoDataset
-from instanceformer.data.reading import read_annotations
-from instanceformer.data.records import Problem
-from instanceformer.data.youtube_vis import parse_youtube_vis
+from instanceformer.data.formats.records import Problem
+from instanceformer.data.formats.youtube_vis import parse_youtube_vis, read_annotations
 
 
 def uncompressed(mask: np.ndarray) -> dict[str, Any]:

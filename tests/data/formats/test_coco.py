@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instanceformer.data.annotations import Category
-from instanceformer.data.reading import read_annotations
+from instanceformer.data.formats.youtube_vis import read_annotations
 
 SQUARE = [10, 5, 20, 5, 20, 15, 10, 15]
 

@@ -14,7 +14,7 @@ from torchvision.io import write_jpeg
 
 from instanceformer.cli import main
 from instanceformer.data.catalog import CATALOG
-from instanceformer.data.check import DatasetReport, check_dataset
+from instanceformer.data.formats.validation import DatasetReport, check_dataset
 from instanceformer.evaluation.ground_truth import read_ground_truth
 
 

@@ -1,18 +1,19 @@
-"""What every annotation file has in common: JSON lists of objects with fields to be checked."""
+"""What all annotation files have in common: JSON lists of objects with fields to be checked."""
 
 from __future__ import annotations
 
 import json
 import math
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeGuard
 
-from instanceformer.data.annotations import Category
-from instanceformer.data.run_lengths import MaskError, MaskSizeError, show, without_fragments
+from instanceformer.data.annotations import Category, Video
+from instanceformer.data.formats.run_lengths import MaskError, MaskSizeError, show, without_fragments
 
 MAX_PIXELS = 2**29 - 1
 """Most pixels of a frame: a run of a mask must fit into pycocotools' compressed counts."""
@@ -268,3 +269,29 @@ def is_finite(value: object) -> TypeGuard[float]:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer beyond what a float can be
         return False
+
+
+def with_unique_ids(videos: Sequence[Video]) -> tuple[Video, ...]:
+    """Make ids of instances, which labelling formats count in each video anew, unique in the whole dataset.
+
+    If no two videos share one, all stay as they are. Otherwise the id of the video is put before each: with 12 the
+    largest, instance 3 of video 7 becomes 703. Where that would be longer than an id may be, they are numbered from 1.
+
+    Args:
+        videos: whose instances have ids that are not negative and unique in their video.
+    """
+    ids = [instance.id for video in videos for instance in video.instances]
+    if len(set(ids)) == len(ids):
+        return tuple(videos)
+    base = 10 ** len(str(max(ids)))
+    fits = all(abs(video.id) * base + max(ids) < 2**ID_BITS for video in videos)
+    numbers = count(1)
+    return tuple(
+        replace(
+            video,
+            instances=tuple(
+                replace(each, id=video.id * base + each.id if fits else next(numbers)) for each in video.instances
+            ),
+        )
+        for video in videos
+    )

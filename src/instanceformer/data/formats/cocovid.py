@@ -13,9 +13,8 @@ from typing import Any
 from pycocotools import mask as mask_utils
 
 from instanceformer.data.annotations import Instance, Video, VideoDataset
-from instanceformer.data.importers.identities import with_unique_ids
-from instanceformer.data.records import Records, load_json
-from instanceformer.data.run_lengths import compress_tracks, show
+from instanceformer.data.formats.records import Records, load_json, with_unique_ids
+from instanceformer.data.formats.run_lengths import compress_tracks, show
 from instanceformer.files import natural_order
 
 

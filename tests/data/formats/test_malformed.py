@@ -16,8 +16,8 @@ from pycocotools import mask as mask_utils
 from tests.broken import broken, broken_text
 
 from instanceformer.data.annotations import VideoDataset
-from instanceformer.data.check import check_dataset
-from instanceformer.data.reading import read_annotations
+from instanceformer.data.formats.validation import check_dataset
+from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.evaluation.evaluate import evaluate_files
 from instanceformer.evaluation.results import read_results
 

@@ -1,4 +1,4 @@
-"""Videos labelled by images whose pixels are the numbers of instances: the formats of DAVIS and MOTS."""
+"""Videos labelled by images: numbers of instances (DAVIS, YouTube-VOS, MOTS) or one binary mask each (SA-V, SAM 2)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from instanceformer.data.annotations import Category, Instance, Video, VideoDataset
-from instanceformer.data.importers.colors import Colors
-from instanceformer.data.importers.frames import Frames, compress, find_frames, find_labels, read_labels, subfolders
-from instanceformer.data.importers.identities import with_unique_ids
-from instanceformer.data.importers.names import InstanceNames
-from instanceformer.data.rims import are_shades, find_rims
+from instanceformer.data.formats.folders import (
+    Frames,
+    InstanceNames,
+    compress,
+    find_frames,
+    find_labels,
+    read_labels,
+    subfolders,
+)
+from instanceformer.data.formats.records import with_unique_ids
 
 DAVIS_IGNORED = 255
 MOTS_IGNORED = 10000
@@ -147,3 +154,141 @@ def _label_videos(source: Path, images: Path, modes: Sequence[str]) -> Iterator[
 
 def _video(number: int, frames: Frames, instances: tuple[Instance, ...]) -> Video:
     return Video(number, frames.height, frames.width, frames.file_names, len(frames), instances)
+
+
+MAX_DIGITS = 18
+"""Of the number of an instance, so that it is one of 64 bits."""
+
+
+def import_binary_masks(
+    source: Path, images: Path, names: Path | None = None, *, other_videos: bool = False
+) -> VideoDataset:
+    """Read binary masks, one PNG for each instance and frame, in the layout of SA-V and of SAM 2's own output.
+
+    ``source/<video>/<instance>/<frame>.png`` is an image of zeros and one other value, ``<instance>`` a number. Masks
+    may overlap. Frames are the images of ``images/<video>`` for which any instance has a mask, in order of the numbers
+    in their names; an instance that has none there, or an empty one, is not visible; one that never is is left out. Ids
+    of instances are their numbers, see ``with_unique_ids`` where videos share them.
+
+    Args:
+        source: folder of the videos' masks.
+        images: folder of the videos' frames.
+        names: JSON file of the instances' categories, see ``InstanceNames``.
+        other_videos: allow it to name videos that are not there.
+
+    Raises:
+        FileNotFoundError: a folder or file is missing.
+        ValueError: a mask cannot be read, is not binary, of another size than its video or without a frame; a folder is
+            not named by a number, or two by the same; an instance has no name.
+    """
+    categories = InstanceNames(names, source, other_videos)
+    videos = []
+    for number, folder in enumerate(subfolders(source, "video"), 1):
+        frames = find_frames(images, folder.name)
+        instances: dict[int, Instance] = {}
+        found: dict[int, Path] = {}
+        labels = {path: find_labels(path, frames) for path in subfolders(folder, "instance")}
+        frames = frames.labelled({name for files in labels.values() for name in files})
+        for path, files in labels.items():
+            if not path.name.isdecimal() or len(path.name) > MAX_DIGITS:
+                raise ValueError(f"{path}: expected a folder for each instance, named by its number")
+            id_ = int(path.name)
+            if id_ in found:
+                raise ValueError(f"{path}: expected a number of its own, found {found[id_].name} too")
+            found[id_] = path
+            masks = _masks(files, frames)
+            if any(masks):
+                instances[id_] = Instance(id_, categories.category_id(folder.name, str(id_)), False, masks)
+        videos.append(
+            Video(number, frames.height, frames.width, frames.file_names, len(frames), tuple(instances.values()))
+        )
+    categories.check()
+    return VideoDataset(categories.categories, with_unique_ids(videos))
+
+
+def _masks(files: dict[str, Path], frames: Frames) -> tuple[bytes | None, ...]:
+    """For each frame the compressed mask, None where there is none."""
+    masks: list[bytes | None] = []
+    for name in frames.names:
+        if name not in files:
+            masks.append(None)
+            continue
+        path = files[name]
+        labels = read_labels(path, frames, ("1", "L", "P"))
+        values = np.flatnonzero(np.bincount(labels.ravel()))
+        if len(values[values > 0]) > 1:
+            raise ValueError(
+                f"{path}: expected zeros and one other value, found {len(values)} values up to {values[-1]}; if they "
+                "come of anti-aliasing or blur, threshold the masks, in Pillow by "
+                "mask.point(lambda value: 255 * (value > 127))"
+            )
+        masks.append(compress(labels != 0))
+    return tuple(masks)
+
+
+MAX_COLORS = 254
+"""Most colors of a video that are taken for instances."""
+
+
+class Colors:
+    """Numbers the colors of a video's label images in order of first appearance, in one image by ascending value."""
+
+    def __init__(self) -> None:
+        self.names: dict[int, str] = {}
+        """By number the color, such as ``#ff0000``."""
+        self._numbers = {0: 0}
+
+    def number(self, image: NDArray[np.uint8], path: Path) -> NDArray[np.int64]:
+        """Turn (height, width, 3) colors into (height, width) numbers of instances; black is background, 0.
+
+        Raises:
+            ValueError: the video has too many colors.
+        """
+        packed = image.astype(np.int64) @ np.array([2**16, 2**8, 1])
+        found, places = np.unique(packed, return_inverse=True)
+        for value in found.tolist():
+            if value not in self._numbers:
+                self._numbers[value] = len(self._numbers)
+                self.names[self._numbers[value]] = f"#{value:06x}"
+        if len(self.names) > MAX_COLORS:
+            raise ValueError(
+                f"{path}: expected one color for each instance, {MAX_COLORS} at most in a video, found "
+                f"{len(self.names)}; are the colors blended at edges, or is this a photograph? Export the labels "
+                "without anti-aliasing, as lossless PNGs"
+            )
+        return np.array([self._numbers[value] for value in found.tolist()])[places].reshape(packed.shape)
+
+
+MAX_RIMS = 8
+"""As many labels without an inside, and more than half of an image's, are no objects but shades of an edge."""
+MAX_INSIDE = 0.1
+"""Most of a rim's pixels that have its label on all sides; of a square of 4 x 4 pixels it is a quarter."""
+MIN_TOUCHING = 0.5
+"""Least of a rim's pixels beside which there is another label that is not background."""
+
+
+def find_rims(labels: NDArray[Any]) -> list[int]:
+    """The labels that have hardly an inside and lie along others, as the shades of a blurred edge do.
+
+    Small and thin objects have no inside either, but more of background than of others beside them.
+
+    Args:
+        labels: (height, width) integers, zero for background.
+    """
+    around = np.pad(labels, 1, mode="edge")  # what the frame cuts off goes on
+    sides = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
+    is_inside, touches = labels > 0, np.zeros(labels.shape, dtype=np.bool_)
+    for side in sides:
+        differs = side != labels
+        is_inside &= ~differs
+        touches |= differs & (side > 0)
+    count = np.bincount(labels.ravel())
+    inside = np.bincount(labels[is_inside], minlength=len(count))
+    touching = np.bincount(labels[touches], minlength=len(count))
+    is_rim = (count > 0) & (inside < MAX_INSIDE * count) & (touching > MIN_TOUCHING * count)
+    return [label for label in np.flatnonzero(is_rim).tolist() if label > 0]
+
+
+def are_shades(rims: int, labels: int) -> bool:
+    """Whether so many rims among so many labels of an image are no objects."""
+    return rims >= MAX_RIMS and 2 * rims > labels

@@ -1,0 +1,261 @@
+"""Annotation files: YouTube-VIS and OVIS, read and written, and COCO, whose images are read as videos of one frame."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from instanceformer.data.annotations import Instance, Video, VideoDataset
+from instanceformer.data.formats.records import BATCH, Problem, Records, is_finite, load_json
+from instanceformer.data.formats.run_lengths import compress_tracks, show
+from instanceformer.files import replacing
+
+
+def read_annotations(path: Path | str, problems: list[Problem] | None = None) -> VideoDataset:
+    """Read an annotation file in the format of YouTube-VIS and OVIS, or of COCO, whose images are videos of one frame.
+
+    Args:
+        path: of the JSON file.
+        problems: takes what is wrong with single objects, which are then left out; None: the first problem is raised.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not in the format; the message says where, what was expected and what was found.
+    """
+    return parse_annotations(load_json(Path(path)), str(path), problems)
+
+
+def parse_annotations(content: object, name: str, problems: list[Problem] | None = None) -> VideoDataset:
+    """Turn the content of an annotation file into dataclasses; see ``read_annotations``."""
+    is_coco = isinstance(content, dict) and "images" in content and "videos" not in content
+    return (parse_coco if is_coco else parse_youtube_vis)(content, name, problems)
+
+
+def parse_youtube_vis(content: object, name: str, problems: list[Problem] | None = None) -> VideoDataset:
+    """Turn the content of a YouTube-VIS file into dataclasses.
+
+    A video has as many frames as ``file_names``, or ``length`` where it has none; the ``length`` of an annotation is
+    ignored, since OVIS writes 1 on each. Where a segmentation is null, has no counts or no pixel, the instance is not
+    visible. Masks may be compressed or uncompressed run lengths or lists of polygons; sizes may be integral floats.
+    A missing ``iscrowd`` is 0; files for evaluation servers have no ``annotations``, and then there are no instances.
+
+    Args:
+        content: the parsed JSON.
+        name: of the file, for messages.
+        problems: takes what is wrong with single objects, which are then left out; None: the first problem is raised.
+
+    Raises:
+        ValueError: the file is not in the format; the message says where, what was expected and what was found.
+    """
+    return _YouTubeVis(name, problems).dataset(content)
+
+
+class _YouTubeVis(Records):
+    def dataset(self, root: object) -> VideoDataset:
+        categories = self.categories(root)
+        category_ids = {category.id for category in categories}
+        videos: dict[int, Video] = {}
+        places: dict[int, str] = {}
+        for where, record in self.objects(root, "videos"):
+            with self.tolerate():
+                video = self.video(record, where, places)
+                videos[video.id] = video
+        instances: dict[int, list[Instance]] = {}
+        places = {}
+        records = self.objects(root, "annotations", optional=True)
+        for start in range(0, len(records), BATCH):
+            batch = []
+            for where, record in records[start : start + BATCH]:
+                with self.tolerate():
+                    video = videos[self.known_id(record, "video_id", where, videos, "videos")]
+                    batch.append((where, record, video, self.segmentations(record, video, where)))
+            found = compress_tracks([(masks, video.height, video.width) for _, _, video, masks in batch])
+            for (where, record, video, _), masks in zip(batch, found, strict=True):
+                with self.tolerate():
+                    category_id = self.known_id(record, "category_id", where, category_ids, "categories")
+                    instance = self.instance(record, video, category_id, self.masks(masks, where), where, places)
+                    instances.setdefault(video.id, []).append(instance)
+        self.warn_of_fragments()
+        return VideoDataset(
+            categories=categories,
+            videos=tuple(replace(video, instances=tuple(instances.get(video.id, ()))) for video in videos.values()),
+        )
+
+    def video(self, record: dict[str, Any], where: str, places: dict[int, str]) -> Video:
+        file_names = record.get("file_names")
+        if file_names is None and "length" in record:
+            length = self.integer(record, "length", where)
+            if length < 1:
+                self.fail(f"{where}.length", "one frame or more", str(length))
+            file_names = []
+        elif isinstance(file_names, list) and file_names and all(isinstance(name, str) for name in file_names):
+            length = len(file_names)
+        else:
+            expected = "a list of the video's frames (a file with a list of `images` instead must be imported first)"
+            self.fail(f"{where}.file_names", expected, show(file_names))
+        height, width = self.size(record, where)
+        return Video(self.new_id(record, where, places), height, width, tuple(file_names), length)
+
+    def segmentations(self, record: dict[str, Any], video: Video, where: str) -> list[Any]:
+        segmentations = self.per_frame(record, "segmentations", where, video.length)
+        if segmentations is None:
+            self.fail(f"{where}.segmentations", "a list with one entry for each frame", "nothing")
+        return [self.whole(mask, f"{where}.segmentations[{frame}]") for frame, mask in enumerate(segmentations)]
+
+    def instance(
+        self,
+        record: dict[str, Any],
+        video: Video,
+        category_id: int,
+        masks: tuple[bytes | None, ...],
+        where: str,
+        places: dict[int, str],
+    ) -> Instance:
+        areas = self.per_frame(record, "areas", where, video.length)
+        if areas is not None and not all(area is None or (is_finite(area) and area >= 0) for area in areas):
+            self.fail(f"{where}.areas", "an area in pixels or null for each frame", show(areas))
+        boxes = self.per_frame(record, "bboxes", where, video.length)
+        occlusion = self.per_frame(record, "occlusion", where, video.length)
+        if occlusion is not None and not all(level is None or isinstance(level, str) for level in occlusion):
+            self.fail(f"{where}.occlusion", "a string or null for each frame", show(occlusion))
+        return Instance(
+            id=self.new_id(record, where, places),
+            category_id=category_id,
+            is_crowd=self.flag(record, "iscrowd", where),
+            segmentations=masks,
+            areas=None if areas is None else tuple(float(area or 0) for area in areas),
+            has_box_areas=areas is not None and boxes is not None and all(map(_is_area_of, areas, boxes)),
+            occlusion=None if occlusion is None else tuple(occlusion),
+        )
+
+
+def _is_area_of(area: float | None, box: object) -> bool:
+    """Whether an area is that of its box [x, y, width, height]; so it is where both are missing."""
+    match box:
+        case None | []:
+            return not area
+        case [_, _, width, height] if is_finite(width) and is_finite(height):
+            return abs((area or 0) - float(width) * float(height)) < 0.5
+        case _:
+            return False
+
+
+def parse_coco(content: object, name: str, problems: list[Problem] | None = None) -> VideoDataset:
+    """Turn the content of a COCO instances file into dataclasses; see ``parse_youtube_vis`` for arguments and errors.
+
+    Polygons and run lengths are brought to the compressed counts of their image's size. A video's id is its image's.
+    """
+    return _Coco(name, problems).dataset(content)
+
+
+class _Coco(Records):
+    def dataset(self, root: object) -> VideoDataset:
+        categories = self.categories(root)
+        category_ids = {category.id for category in categories}
+        videos: dict[int, Video] = {}
+        places: dict[int, str] = {}
+        for where, record in self.objects(root, "images"):
+            with self.tolerate():
+                height, width = self.size(record, where)
+                file_name = self.text(record, "file_name", where)
+                id_ = self.new_id(record, where, places)
+                videos[id_] = Video(id_, height, width, (file_name,), 1)
+        instances: dict[int, list[Instance]] = {}
+        places = {}
+        records = self.objects(root, "annotations", optional=True)
+        for start in range(0, len(records), BATCH):
+            batch = []
+            for where, record in records[start : start + BATCH]:
+                with self.tolerate():
+                    video = videos[self.known_id(record, "image_id", where, videos, "images")]
+                    batch.append((where, record, video, self.segmentation(record, where)))
+            found = compress_tracks([([mask], video.height, video.width) for _, _, video, mask in batch])
+            for (where, record, video, _), mask in zip(batch, found, strict=True):
+                with self.tolerate():
+                    instance = Instance(
+                        id=self.new_id(record, where, places),
+                        category_id=self.known_id(record, "category_id", where, category_ids, "categories"),
+                        is_crowd=self.flag(record, "iscrowd", where),
+                        segmentations=(self.mask(mask, where),),
+                    )
+                    instances.setdefault(video.id, []).append(instance)
+        self.warn_of_fragments()
+        return VideoDataset(
+            categories=categories,
+            videos=tuple(replace(video, instances=tuple(instances.get(video.id, ()))) for video in videos.values()),
+        )
+
+
+def track_fields(segmentations: Sequence[bytes | None], height: int, width: int) -> dict[str, list[Any]]:
+    """What an annotation says of every frame; null in all three lists where the instance is not visible.
+
+    Args:
+        segmentations: for each frame the compressed counts of a mask with at least one pixel, or None.
+        height: of the video, in pixels.
+        width: of the video, in pixels.
+
+    Returns:
+        segmentations: ``{size: [height, width], counts: text}``; bboxes: [x, y, width, height] in pixels; areas: in
+        pixels, of the mask.
+    """
+    from pycocotools import mask as mask_utils  # here, so that a training starts without it
+
+    visible = [frame for frame, counts in enumerate(segmentations) if counts is not None]
+    codes: list[dict[str, Any]] = [{"size": [height, width], "counts": segmentations[frame]} for frame in visible]
+    fields: dict[str, list[Any]] = {key: [None] * len(segmentations) for key in ("segmentations", "bboxes", "areas")}
+    for frame, code, box, area in zip(visible, codes, mask_utils.toBbox(codes), mask_utils.area(codes), strict=True):
+        fields["segmentations"][frame] = {**code, "counts": code["counts"].decode("ascii")}
+        fields["bboxes"][frame] = box.astype(int).tolist()
+        fields["areas"][frame] = int(area)
+    return fields
+
+
+def write_youtube_vis(path: Path, dataset: VideoDataset) -> None:
+    """Write an annotation file in YouTube-VIS format.
+
+    Areas and boxes are those of the masks. The file appears under its name only when it is complete.
+
+    Args:
+        path: of the file; its folder is made if there is none.
+        dataset: what to write; its videos have file names.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("w") as file:
+        file.write('{"categories": [')
+        _write_items(file, (vars(category) for category in dataset.categories))
+        file.write('], "videos": [')
+        _write_items(file, _videos(dataset))
+        file.write('], "annotations": [')
+        _write_items(file, _annotations(dataset))
+        file.write("]}\n")
+
+
+def _write_items(file: TextIO, items: Iterable[dict[str, Any]]) -> None:
+    for index, item in enumerate(items):
+        file.write((",\n" if index else "\n") + json.dumps(item))
+
+
+def _videos(dataset: VideoDataset) -> Iterable[dict[str, Any]]:
+    for video in dataset.videos:
+        size = {"height": video.height, "width": video.width, "length": video.length}
+        yield {"id": video.id, **size, "file_names": video.file_names}
+
+
+def _annotations(dataset: VideoDataset) -> Iterable[dict[str, Any]]:
+    for video in dataset.videos:
+        size = {"height": video.height, "width": video.width, "length": video.length}
+        for instance in video.instances:
+            record = {
+                "id": instance.id,
+                "video_id": video.id,
+                "category_id": instance.category_id,
+                "iscrowd": int(instance.is_crowd),
+                **size,
+                **track_fields(instance.segmentations, video.height, video.width),
+            }
+            if instance.occlusion is not None:
+                record["occlusion"] = instance.occlusion
+            yield record
