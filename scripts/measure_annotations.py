@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from instanceformer.data.catalog import CATALOG, JointImages, Split
+from instanceformer.data.catalog import CATALOG, Split
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.data.pseudo_video import JointImages, PseudoClips
 from instanceformer.data.synthetic import SyntheticOptions, synthesize
