@@ -11,7 +11,7 @@ from pycocotools import mask as mask_utils
 
 from instanceformer.data.annotations import Category, VideoDataset
 from instanceformer.data.formats.records import Problem
-from instanceformer.data.formats.youtube_vis import parse_youtube_vis, read_annotations
+from instanceformer.data.formats.youtube_vis import parse_annotations, read_annotations
 
 
 def uncompressed(mask: np.ndarray) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def many_annotations() -> dict[str, Any]:
 
 def test_many_annotations_are_all_read_in_their_order() -> None:
     content = many_annotations()
-    for video in parse_youtube_vis(content, "many").videos:
+    for video in parse_annotations(content, "many").videos:
         assert [(instance.id, instance.segmentations) for instance in video.instances] == [
             (record["id"], tuple(segmentation["counts"].encode() for segmentation in record["segmentations"]))
             for record in content["annotations"]
@@ -279,11 +279,11 @@ def test_of_many_annotations_the_damaged_one_is_named_and_left_out(index: int) -
     segmentations = content["annotations"][index]["segmentations"]
     segmentations[-1] = {**segmentations[-1], "counts": "1"}
     problems: list[Problem] = []
-    dataset = parse_youtube_vis(content, "many", problems)
+    dataset = parse_annotations(content, "many", problems)
     ids = sorted(instance.id for video in dataset.videos for instance in video.instances)
     assert ids == [id_ for id_ in range(1, 201) if id_ != index + 1]
     frame = len(segmentations) - 1
-    assert [problem.where for problem in problems] == [f"annotations[{index}].segmentations[{frame}].counts"]
+    assert [problem.location for problem in problems] == [f"annotations[{index}].segmentations[{frame}].counts"]
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

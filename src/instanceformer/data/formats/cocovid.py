@@ -50,7 +50,7 @@ def import_cocovid(source: Path, *, merge_parts: bool = False) -> VideoDataset:
 
 @dataclass(frozen=True)
 class _Image:
-    where: str
+    location: str
     id: int
     file_name: str
     size: tuple[int, int]
@@ -59,7 +59,7 @@ class _Image:
 
 @dataclass(frozen=True)
 class _Track:
-    where: str  # of its first annotation
+    location: str  # of its first annotation
     category_id: int
     is_crowd: bool
     frames: dict[int, tuple[str, bytes | None]]  # of each annotated frame the place and the mask
@@ -72,62 +72,58 @@ class _CocoVid(Records):
 
     def dataset(self, root: object) -> VideoDataset:
         categories = self.categories(root)
-        category_ids = {category.id for category in categories}
         has_videos = isinstance(root, dict) and "videos" in root
         images = dict(self.images_of_videos(root) if has_videos else self.images_of_folders(root))
-        frame_of = {image.id: (video, t) for video, found in images.items() for t, image in enumerate(found)}
+        frame_of = {image.id: (video, t) for video, frames in images.items() for t, image in enumerate(frames)}
         tracks: dict[int, dict[int, _Track]] = {video: {} for video in images}
-        for where, record in self.objects(root, "annotations", optional=True):
-            video, t = frame_of[self.known_id(record, "image_id", where, frame_of, "images")]
-            if has_videos and "video_id" in record and self.integer(record, "video_id", where) != video:
-                self.fail(f"{where}.video_id", f"{video}, the video of its image", show(record["video_id"]))
-            identity, is_crowd = self.identity(record, where)
-            category_id = self.known_id(record, "category_id", where, category_ids, "categories")
-            track = tracks[video].setdefault(identity, _Track(where, category_id, is_crowd, {}))
+        for location, record in self.objects(root, "annotations", optional=True):
+            video, t = frame_of[self.known_id(record, "image_id", location, "images")]
+            if has_videos and "video_id" in record and self.integer(record, "video_id", location) != video:
+                self.fail(f"{location}.video_id", f"{video}, the video of its image", show(record["video_id"]))
+            identity, is_crowd = self.identity(record, location)
+            category_id = self.known_id(record, "category_id", location, "categories")
+            track = tracks[video].setdefault(identity, _Track(location, category_id, is_crowd, {}))
             if (category_id, is_crowd) != (track.category_id, track.is_crowd):
                 expected = f"category {track.category_id} and iscrowd {track.is_crowd:d} of instance {identity}"
                 found = f"category {category_id} and iscrowd {is_crowd:d}"
-                self.fail(where, f"{expected}, as in {track.where}", found)
-            mask = self.mask_of_size(record, images[video][t].size, where)
+                self.fail(location, f"{expected}, as in {track.location}", found)
+            mask = self.mask_of_size(record, images[video][t].size, location)
             if t in track.frames:
                 first, other = track.frames[t]
                 if not self.merge_parts:
                     expected = f"one annotation of instance {identity} in image {record['image_id']}"
                     remedy = "if they are parts of one object, give --merge_parts to take the union of their masks"
-                    self.fail(where, expected, f"{first} too; {remedy}", "duplicate id")
+                    self.fail(location, expected, f"{first} too; {remedy}", "duplicate id")
                 track.frames[t] = (first, _union(mask, other, images[video][t].size))
             else:
-                track.frames[t] = (where, mask)
+                track.frames[t] = (location, mask)
         self.warn_of_fragments()
         self.warn_of_shared_names(images)
         return VideoDataset(categories, with_unique_ids([_video(v, images[v], tracks[v]) for v in images]))
 
     def images_of_videos(self, root: object) -> Iterator[tuple[int, list[_Image]]]:
         """Each video's id and images in order, by the file's own ``videos``."""
-        places: dict[int, str] = {}
-        videos = {self.new_id(record, where, places): record for where, record in self.objects(root, "videos")}
+        videos = {self.new_id(record, location): record for location, record in self.objects(root, "videos")}
         images: dict[int, list[_Image]] = {id_: [] for id_ in videos}
-        image_places: dict[int, str] = {}
-        for where, record in self.objects(root, "images"):
-            id_ = self.known_id(record, "video_id", where, videos, "videos")
-            frame = self.integer(record, "frame_id", where)
-            size = self.size(record if "height" in record else videos[id_], where)
-            images[id_].append(self.image(record, where, image_places, size, frame))
-        for id_, found in images.items():
-            if not found:
-                self.fail(places[id_], "an image or more of this video_id", "none")
-            yield id_, self.in_order(found)
+        for location, record in self.objects(root, "images"):
+            id_ = self.known_id(record, "video_id", location, "videos")
+            frame = self.integer(record, "frame_id", location)
+            size = self.size(record if "height" in record else videos[id_], location)
+            images[id_].append(self.image(record, location, size, frame))
+        for id_, frames in images.items():
+            if not frames:
+                self.fail(self.location_of("videos", id_), "an image or more of this video_id", "none")
+            yield id_, self.in_order(frames)
 
     def images_of_folders(self, root: object) -> Iterator[tuple[int, list[_Image]]]:
         """Each video's number and images in order, a folder a video."""
         folders: dict[str, list[_Image]] = {}
-        places: dict[int, str] = {}
         names: dict[str, str] = {}
-        for where, record in self.objects(root, "images"):
-            name = self.text(record, "file_name", where)
-            if names.setdefault(name, where) != where:
+        for location, record in self.objects(root, "images"):
+            name = self.text(record, "file_name", location)
+            if names.setdefault(name, location) != location:
                 self.fail(
-                    f"{where}.file_name",
+                    f"{location}.file_name",
                     "a name of its own (without `videos` in the file, folders in the names tell videos apart)",
                     f"{show(name)}, the name of {names[name]} too; if several videos have frames under the same names, "
                     "as in the export of a CVAT project, export each video by itself, or put a folder for each video "
@@ -135,7 +131,7 @@ class _CocoVid(Records):
                     "duplicate id",
                 )
             path = PurePosixPath(name)
-            image = self.image(record, where, places, self.size(record, where), natural_order(path.name))
+            image = self.image(record, location, self.size(record, location), natural_order(path.name))
             folders.setdefault(str(path.parent), []).append(image)
         for number, folder in enumerate(sorted(folders, key=natural_order), 1):
             yield number, self.in_order(folders[folder])
@@ -155,49 +151,50 @@ class _CocoVid(Records):
     def image(
         self,
         record: dict[str, Any],
-        where: str,
-        places: dict[int, str],
+        location: str,
         size: tuple[int, int],
         position: int | tuple[Any, ...],
     ) -> _Image:
-        return _Image(where, self.new_id(record, where, places), self.text(record, "file_name", where), size, position)
+        return _Image(location, self.new_id(record, location), self.text(record, "file_name", location), size, position)
 
     def in_order(self, images: list[_Image]) -> list[_Image]:
-        """One video's images in order, with places of their own and the size of the first."""
+        """One video's images in order; fails where two have the same position or their sizes differ."""
         images = sorted(images, key=lambda image: image.position)
         for before, image in pairwise(images):
             if image.position == before.position:
-                self.fail(image.where, "a frame of its own in its video", f"that of {before.where} too", "duplicate id")
+                self.fail(
+                    image.location, "a frame of its own in its video", f"that of {before.location} too", "duplicate id"
+                )
             if image.size != before.size:
                 (height, width), (other_height, other_width) = before.size, image.size
-                expected = f"{height}x{width} pixels, as {before.where} of the same video"
-                self.fail(image.where, expected, f"{other_height}x{other_width}")
+                expected = f"{height}x{width} pixels, as {before.location} of the same video"
+                self.fail(image.location, expected, f"{other_height}x{other_width}")
         return images
 
-    def identity(self, record: dict[str, Any], where: str) -> tuple[int, bool]:
+    def identity(self, record: dict[str, Any], location: str) -> tuple[int, bool]:
         """Which instance of its video an annotation shows, and whether that is a crowd."""
         attributes = record.get("attributes")
         if isinstance(attributes, dict) and "track_id" in attributes:
-            owner, key, place = attributes, "track_id", f"{where}.attributes"
+            owner, key, location = attributes, "track_id", f"{location}.attributes"
             is_crowd = False
         else:
-            owner, key, place = record, "instance_id" if "instance_id" in record else "track_id", where
-            is_crowd = self.flag(record, "iscrowd", where)
+            owner, key = record, "instance_id" if "instance_id" in record else "track_id"
+            is_crowd = self.flag(record, "iscrowd", location)
         if key not in owner:
             expected = "instance_id, track_id or attributes.track_id, the same in all frames of one object"
-            self.fail(where, expected, "none of them (label tracks, not single shapes)")
-        identity = self.integer(owner, key, place)
+            self.fail(location, expected, "none of them (label tracks, not single shapes)")
+        identity = self.integer(owner, key, location)
         if identity < 0:
-            self.fail(f"{place}.{key}", "zero or more", str(identity))
+            self.fail(f"{location}.{key}", "zero or more", str(identity))
         return identity, is_crowd
 
-    def mask_of_size(self, record: dict[str, Any], size: tuple[int, int], where: str) -> bytes | None:
+    def mask_of_size(self, record: dict[str, Any], size: tuple[int, int], location: str) -> bytes | None:
         """The compressed mask of an annotation, None if it has no pixel."""
         segmentation, box = record.get("segmentation"), record.get("bbox")
         if not segmentation and isinstance(box, list) and any(box[2:]):
-            self.fail(f"{where}.segmentation", "polygons or run lengths", f"{show(segmentation)}, but a box")
-        (found,) = compress_tracks([([self.segmentation(record, where)], *size)])
-        return self.mask(found, where)
+            self.fail(f"{location}.segmentation", "polygons or run lengths", f"{show(segmentation)}, but a box")
+        (track,) = compress_tracks([([self.segmentation(record, location)], *size)])
+        return self.mask(track, location)
 
 
 def _union(mask: bytes | None, other: bytes | None, size: tuple[int, int]) -> bytes | None:

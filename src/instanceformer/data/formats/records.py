@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -40,20 +40,20 @@ class Problem:
 
     Attributes:
         kind: what it is about.
-        where: place in the file, such as ``annotations[3].segmentations[1].counts``.
+        location: JSON path, such as ``annotations[3].segmentations[1].counts``.
         message: what was expected and what was found.
     """
 
     kind: ProblemKind
-    where: str
+    location: str
     message: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.message}"
+        return f"{self.location}: {self.message}"
 
 
 class AnnotationError(ValueError):
-    """A problem on its way to whoever decides about it."""
+    """A problem with one object, which ``Records.tolerate`` raises or collects."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(str(problem))
@@ -90,9 +90,9 @@ def load_json(path: Path) -> object:
 
 
 class Records:
-    """Reads and checks the fields of one file's objects; ``where`` is a place in the file, such as ``videos[3]``.
+    """Reads and checks the fields of one file's objects; ``location`` is an object's JSON path, such as ``videos[3]``.
 
-    Polygons of fewer than three points are left out where their mask has others; ``warn_of_fragments`` says so.
+    Polygons of fewer than three points are left out of masks that have others; ``warn_of_fragments`` reports them.
 
     Args:
         name: of the file, for messages.
@@ -101,7 +101,8 @@ class Records:
 
     def __init__(self, name: str, problems: list[Problem] | None = None) -> None:
         self.name, self.problems = name, problems
-        self._fragments: list[str] = []  # places of masks with polygons that are left out
+        self._ids: dict[str, dict[int, str]] = {}  # by list of the file the location of each id
+        self._fragments: list[str] = []  # locations of masks with polygons that are left out
 
     @contextmanager
     def tolerate(self) -> Iterator[None]:
@@ -114,7 +115,7 @@ class Records:
             self.problems.append(error.problem)
 
     def objects(self, root: object, key: str, optional: bool = False) -> list[tuple[str, dict[str, Any]]]:
-        """The objects of one of the file's lists, each with its place.
+        """The objects of one of the file's lists, each with its location.
 
         Args:
             root: the file's content.
@@ -129,15 +130,15 @@ class Records:
                 f"{self.name}: expected an object with categories, videos and annotations, found {show(root)} (is it a "
                 "result file?)"
             )
-        found = root.get(key)
-        if optional and found in (None, []):
+        entries = root.get(key)
+        if optional and entries in (None, []):
             return []
-        if not isinstance(found, list) or not found:
+        if not isinstance(entries, list) or not entries:
             raise ValueError(
-                f"{self.name}: {key}: expected a list of objects with at least one entry, found {show(found)}"
+                f"{self.name}: {key}: expected a list of objects with at least one entry, found {show(entries)}"
             )
         records = []
-        for index, record in enumerate(found):
+        for index, record in enumerate(entries):
             with self.tolerate():
                 if not isinstance(record, dict):
                     self.fail(f"{key}[{index}]", "an object", show(record))
@@ -146,49 +147,53 @@ class Records:
 
     def categories(self, root: object) -> tuple[Category, ...]:
         """The categories in ascending order of id."""
-        categories: dict[int, Category] = {}
-        places: dict[int, str] = {}
-        for where, record in self.objects(root, "categories"):
+        categories = []
+        for location, record in self.objects(root, "categories"):
             with self.tolerate():
-                category = Category(id=self.new_id(record, where, places), name=self.text(record, "name", where))
-                categories[category.id] = category
-        return tuple(categories[id_] for id_ in sorted(categories))
+                name = self.text(record, "name", location)
+                categories.append(Category(self.new_id(record, location), name))
+        return tuple(sorted(categories, key=lambda category: category.id))
 
-    def new_id(self, record: dict[str, Any], where: str, places: dict[int, str]) -> int:
-        """The object's id, which no other has; ``places`` remembers where each id was found."""
-        id_ = self.integer(record, "id", where)
-        if id_ in places:
-            self.fail(f"{where}.id", "an id of its own", f"{id_}, the id of {places[id_]} too", "duplicate id")
-        places[id_] = where
+    def new_id(self, record: dict[str, Any], location: str) -> int:
+        """The object's id, which no other object of its list has. Read it last: other objects may refer to it."""
+        id_ = self.integer(record, "id", location)
+        locations = self._ids.setdefault(location.partition("[")[0], {})
+        if id_ in locations:
+            self.fail(f"{location}.id", "an id of its own", f"{id_}, the id of {locations[id_]} too", "duplicate id")
+        locations[id_] = location
         return id_
 
-    def known_id(self, record: dict[str, Any], key: str, where: str, known: Container[int], kind: str) -> int:
-        """An id that is among the ``known`` ones; ``kind`` is the key of their list in the file."""
-        id_ = self.integer(record, key, where)
-        if id_ not in known:
-            self.fail(f"{where}.{key}", f"the id of one of the file's {kind}", str(id_), "unknown id")
+    def known_id(self, record: dict[str, Any], key: str, location: str, kind: str) -> int:
+        """An id that ``new_id`` has read before in the file's list ``kind``."""
+        id_ = self.integer(record, key, location)
+        if id_ not in self._ids.get(kind, {}):
+            self.fail(f"{location}.{key}", f"the id of one of the file's {kind}", str(id_), "unknown id")
         return id_
 
-    def size(self, record: dict[str, Any], where: str) -> tuple[int, int]:
+    def location_of(self, kind: str, id_: int) -> str:
+        """Location of the object of the list ``kind`` that has this id."""
+        return self._ids[kind][id_]
+
+    def size(self, record: dict[str, Any], location: str) -> tuple[int, int]:
         """Height and width in pixels."""
-        height, width = self.integer(record, "height", where), self.integer(record, "width", where)
+        height, width = self.integer(record, "height", location), self.integer(record, "width", location)
         if height <= 0 or width <= 0 or height * width > MAX_PIXELS:
             found = f"height {height} and width {width}"
-            self.fail(where, f"positive sizes in pixels, {MAX_PIXELS} pixels at most", found)
+            self.fail(location, f"positive sizes in pixels, {MAX_PIXELS} pixels at most", found)
         return height, width
 
-    def masks(self, found: list[bytes | None] | MaskError, where: str) -> tuple[bytes | None, ...]:
-        """What ``compress_tracks`` found of a track."""
-        if isinstance(found, MaskError):
-            kind: ProblemKind = "mask of wrong size" if isinstance(found, MaskSizeError) else "damaged mask"
-            raise AnnotationError(Problem(kind, f"{where}.{found.where}", found.message))
-        return tuple(found)
+    def masks(self, track: list[bytes | None] | MaskError, location: str) -> tuple[bytes | None, ...]:
+        """The masks of a track, from the result of ``compress_tracks``."""
+        if isinstance(track, MaskError):
+            kind: ProblemKind = "mask of wrong size" if isinstance(track, MaskSizeError) else "damaged mask"
+            raise AnnotationError(Problem(kind, f"{location}.{track.location}", track.message))
+        return tuple(track)
 
-    def whole(self, segmentation: object, where: str) -> object:
+    def whole(self, segmentation: object, location: str) -> object:
         """A mask as the file has it, without polygons of fewer than three points."""
         whole = without_fragments(segmentation)
         if whole is not segmentation:
-            self._fragments.append(where)
+            self._fragments.append(location)
         return whole
 
     def warn_of_fragments(self) -> None:
@@ -196,7 +201,7 @@ class Records:
         if self.problems is not None:
             message = "expected three points or more, found fewer; left out, the mask has other polygons"
             self.problems += [
-                Problem("polygon of fewer than three points", where, message) for where in self._fragments
+                Problem("polygon of fewer than three points", location, message) for location in self._fragments
             ]
         elif self._fragments:
             warnings.warn(
@@ -205,57 +210,55 @@ class Records:
                 stacklevel=2,
             )
 
-    def segmentation(self, record: dict[str, Any], where: str) -> object:
+    def segmentation(self, record: dict[str, Any], location: str) -> object:
         """The one mask of a COCO annotation, as the file has it."""
-        return self.whole(record.get("segmentation"), f"{where}.segmentation")
+        return self.whole(record.get("segmentation"), f"{location}.segmentation")
 
-    def mask(self, found: list[bytes | None] | MaskError, where: str) -> bytes | None:
-        """What ``compress_tracks`` found of it."""
-        try:
-            return self.masks(found, where)[0]
-        except AnnotationError as error:
-            place = error.problem.where.replace("segmentations[0]", "segmentation")
-            raise AnnotationError(replace(error.problem, where=place)) from error
+    def mask(self, track: list[bytes | None] | MaskError, location: str) -> bytes | None:
+        """That mask, from the result of ``compress_tracks``."""
+        if isinstance(track, MaskError):
+            track.location = track.location.replace("segmentations[0]", "segmentation")
+        return self.masks(track, location)[0]
 
-    def integer(self, record: dict[str, Any], key: str, where: str) -> int:
+    def integer(self, record: dict[str, Any], key: str, location: str) -> int:
         """A whole number of at most 64 bits, which may be written as a float."""
         value = whole_number(record.get(key))
         if value is None:
-            self.fail(f"{where}.{key}", "a whole number of at most 64 bits", show(record.get(key)))
+            self.fail(f"{location}.{key}", "a whole number of at most 64 bits", show(record.get(key)))
         return value
 
-    def text(self, record: dict[str, Any], key: str, where: str) -> str:
+    def text(self, record: dict[str, Any], key: str, location: str) -> str:
         """A string."""
         value = record.get(key)
         if not isinstance(value, str):
-            self.fail(f"{where}.{key}", "a string", show(value))
+            self.fail(f"{location}.{key}", "a string", show(value))
         return value
 
-    def flag(self, record: dict[str, Any], key: str, where: str) -> bool:
+    def flag(self, record: dict[str, Any], key: str, location: str) -> bool:
         """0 or 1, or a boolean; false where it is missing."""
         value = record.get(key, 0)
         if value not in (0, 1):
-            self.fail(f"{where}.{key}", "0 or 1", show(value))
+            self.fail(f"{location}.{key}", "0 or 1", show(value))
         return bool(value)
 
-    def per_frame(self, record: dict[str, Any], key: str, where: str, length: int) -> list[Any] | None:
+    def per_frame(self, record: dict[str, Any], key: str, location: str, length: int) -> list[Any] | None:
         """A list with one entry for each of ``length`` frames; None where the field is missing."""
         values = record.get(key)
         if values is None:
             return None
         if not isinstance(values, list):
-            self.fail(f"{where}.{key}", "a list with one entry for each frame", show(values))
+            self.fail(f"{location}.{key}", "a list with one entry for each frame", show(values))
         if len(values) != length:
-            self.fail(f"{where}.{key}", f"{length} entries, one for each of the video's frames", f"{len(values)}")
+            self.fail(f"{location}.{key}", f"{length} entries, one for each of the video's frames", f"{len(values)}")
         return values
 
-    def fail(self, where: str, expected: str, found: str, kind: ProblemKind = "malformed") -> NoReturn:
+    def fail(self, location: str, expected: str, found: str, kind: ProblemKind = "malformed") -> NoReturn:
         """Report a problem."""
-        raise AnnotationError(Problem(kind, where, f"expected {expected}, found {found}"))
+        raise AnnotationError(Problem(kind, location, f"expected {expected}, found {found}"))
 
 
 def whole_number(value: object) -> int | None:
-    """A number found in a JSON file as an integer; None if it is none or needs more than 64 bits."""
+    """A JSON value as an integer; None if it is no whole number or needs more than 64 bits."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not -(2**ID_BITS) <= value < 2**ID_BITS:
@@ -264,7 +267,7 @@ def whole_number(value: object) -> int | None:
 
 
 def is_finite(value: object) -> TypeGuard[float]:
-    """Whether a value found in a JSON file is a finite number."""
+    """Whether a JSON value is a finite number."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer beyond what a float can be

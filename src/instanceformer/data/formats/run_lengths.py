@@ -23,13 +23,13 @@ class MaskError(ValueError):
     """A mask that is of no known form or damaged.
 
     Attributes:
-        where: its place in the track, ``segmentations[frame]`` and on.
+        location: JSON path in the track, ``segmentations[frame]`` or in it.
         message: what was expected and what was found.
     """
 
-    def __init__(self, where: str, expected: str, found: str) -> None:
-        self.where, self.message = where, f"expected {expected}, found {found}"
-        super().__init__(f"{where}: {self.message}")
+    def __init__(self, location: str, expected: str, found: str) -> None:
+        self.location, self.message = location, f"expected {expected}, found {found}"
+        super().__init__(f"{location}: {self.message}")
 
 
 class MaskSizeError(MaskError):
@@ -140,32 +140,32 @@ def _beginning(value: object, depth: int = 3) -> object:
     return value
 
 
-def _compress(segmentation: object, height: int, width: int, where: str) -> bytes | str | None:
+def _compress(segmentation: object, height: int, width: int, location: str) -> bytes | str | None:
     """Compressed counts of one mask, as a string where the file has them; None where there is no mask."""
     if not segmentation and isinstance(segmentation, (list, dict, type(None))):
         return None
     if isinstance(segmentation, list):
-        return _fill_polygons(segmentation, height, width, where)
+        return _fill_polygons(segmentation, height, width, location)
     if not isinstance(segmentation, dict):
-        raise MaskError(where, "a run-length mask, a list of polygons or null", show(segmentation))
+        raise MaskError(location, "a run-length mask, a list of polygons or null", show(segmentation))
     counts = segmentation.get("counts")
     if counts in ("", []):
         return None
     size = segmentation.get("size")
     if size != [height, width]:
         expected = f"[{height}, {width}], one [height, width] for a whole video"
-        raise MaskSizeError(f"{where}.size", expected, show(size))
+        raise MaskSizeError(f"{location}.size", expected, show(size))
     if isinstance(counts, str) and counts.isascii():
         return counts
     if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
-        raise MaskError(f"{where}.counts", "a compressed string of ASCII or a list of run lengths", show(counts))
+        raise MaskError(f"{location}.counts", "a compressed string of ASCII or a list of run lengths", show(counts))
     if sum(counts) != height * width:
         expected = f"{height} * {width} = {height * width}"
-        raise MaskError(f"{where}.counts", expected, f"runs of {sum(counts)} pixels in all")
+        raise MaskError(f"{location}.counts", expected, f"runs of {sum(counts)} pixels in all")
     return _counts({"size": [height, width], "counts": counts}, height, width)
 
 
-def _fill_polygons(polygons: list[Any], height: int, width: int, where: str) -> bytes | None:
+def _fill_polygons(polygons: list[Any], height: int, width: int, location: str) -> bytes | None:
     """Compressed counts of the union of polygons; None where they have no pixel."""
     margin = max(height, width)  # pycocotools walks along every edge: one to a far away place would take for ever
     for polygon in polygons:
@@ -177,7 +177,7 @@ def _fill_polygons(polygons: list[Any], height: int, width: int, where: str) -> 
             or not (min(polygon) >= -margin and max(polygon) <= 2 * margin and math.isfinite(sum(polygon)))
         ):
             expected = "polygons [x1, y1, x2, y2, ...] of three points or more in or near the frame"
-            raise MaskError(where, expected, show(polygon))
+            raise MaskError(location, expected, show(polygon))
     return _counts(polygons, height, width)
 
 

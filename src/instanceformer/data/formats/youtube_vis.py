@@ -10,12 +10,12 @@ from typing import Any, TextIO
 
 from instanceformer.data.annotations import Instance, Video, VideoDataset
 from instanceformer.data.formats.records import BATCH, Problem, Records, is_finite, load_json
-from instanceformer.data.formats.run_lengths import compress_tracks, show
+from instanceformer.data.formats.run_lengths import MaskError, compress_tracks, show
 from instanceformer.files import replacing
 
 
 def read_annotations(path: Path | str, problems: list[Problem] | None = None) -> VideoDataset:
-    """Read an annotation file in the format of YouTube-VIS and OVIS, or of COCO, whose images are videos of one frame.
+    """Read an annotation file in the format of YouTube-VIS and OVIS, or of COCO; see ``parse_annotations``.
 
     Args:
         path: of the JSON file.
@@ -29,13 +29,9 @@ def read_annotations(path: Path | str, problems: list[Problem] | None = None) ->
 
 
 def parse_annotations(content: object, name: str, problems: list[Problem] | None = None) -> VideoDataset:
-    """Turn the content of an annotation file into dataclasses; see ``read_annotations``."""
-    is_coco = isinstance(content, dict) and "images" in content and "videos" not in content
-    return (parse_coco if is_coco else parse_youtube_vis)(content, name, problems)
+    """Turn the content of an annotation file into dataclasses.
 
-
-def parse_youtube_vis(content: object, name: str, problems: list[Problem] | None = None) -> VideoDataset:
-    """Turn the content of a YouTube-VIS file into dataclasses.
+    A file with ``images`` and without ``videos`` is COCO's: each image is a video of one frame with the image's id.
 
     A video has as many frames as ``file_names``, or ``length`` where it has none; the ``length`` of an annotation is
     ignored, since OVIS writes 1 on each. Where a segmentation is null, has no counts or no pixel, the instance is not
@@ -45,86 +41,80 @@ def parse_youtube_vis(content: object, name: str, problems: list[Problem] | None
     Args:
         content: the parsed JSON.
         name: of the file, for messages.
-        problems: takes what is wrong with single objects, which are then left out; None: the first problem is raised.
+        problems: as in ``read_annotations``.
 
     Raises:
-        ValueError: the file is not in the format; the message says where, what was expected and what was found.
+        ValueError: as ``read_annotations``.
     """
-    return _YouTubeVis(name, problems).dataset(content)
+    is_coco = isinstance(content, dict) and "images" in content and "videos" not in content
+    return (_Coco if is_coco else _YouTubeVis)(name, problems).dataset(content)
 
 
 class _YouTubeVis(Records):
+    videos_key, video_id_key = "videos", "video_id"
+
     def dataset(self, root: object) -> VideoDataset:
         categories = self.categories(root)
-        category_ids = {category.id for category in categories}
         videos: dict[int, Video] = {}
-        places: dict[int, str] = {}
-        for where, record in self.objects(root, "videos"):
+        for location, record in self.objects(root, self.videos_key):
             with self.tolerate():
-                video = self.video(record, where, places)
+                video = self.video(record, location)
                 videos[video.id] = video
         instances: dict[int, list[Instance]] = {}
-        places = {}
         records = self.objects(root, "annotations", optional=True)
         for start in range(0, len(records), BATCH):
             batch = []
-            for where, record in records[start : start + BATCH]:
+            for location, record in records[start : start + BATCH]:
                 with self.tolerate():
-                    video = videos[self.known_id(record, "video_id", where, videos, "videos")]
-                    batch.append((where, record, video, self.segmentations(record, video, where)))
-            found = compress_tracks([(masks, video.height, video.width) for _, _, video, masks in batch])
-            for (where, record, video, _), masks in zip(batch, found, strict=True):
+                    video = videos[self.known_id(record, self.video_id_key, location, self.videos_key)]
+                    batch.append((location, record, video, self.segmentations(record, video, location)))
+            tracks = compress_tracks([(masks, video.height, video.width) for _, _, video, masks in batch])
+            for (location, record, video, _), track in zip(batch, tracks, strict=True):
                 with self.tolerate():
-                    category_id = self.known_id(record, "category_id", where, category_ids, "categories")
-                    instance = self.instance(record, video, category_id, self.masks(masks, where), where, places)
-                    instances.setdefault(video.id, []).append(instance)
+                    instances.setdefault(video.id, []).append(self.instance(record, video, track, location))
         self.warn_of_fragments()
         return VideoDataset(
             categories=categories,
             videos=tuple(replace(video, instances=tuple(instances.get(video.id, ()))) for video in videos.values()),
         )
 
-    def video(self, record: dict[str, Any], where: str, places: dict[int, str]) -> Video:
+    def video(self, record: dict[str, Any], location: str) -> Video:
         file_names = record.get("file_names")
         if file_names is None and "length" in record:
-            length = self.integer(record, "length", where)
+            length = self.integer(record, "length", location)
             if length < 1:
-                self.fail(f"{where}.length", "one frame or more", str(length))
+                self.fail(f"{location}.length", "one frame or more", str(length))
             file_names = []
         elif isinstance(file_names, list) and file_names and all(isinstance(name, str) for name in file_names):
             length = len(file_names)
         else:
             expected = "a list of the video's frames (a file with a list of `images` instead must be imported first)"
-            self.fail(f"{where}.file_names", expected, show(file_names))
-        height, width = self.size(record, where)
-        return Video(self.new_id(record, where, places), height, width, tuple(file_names), length)
+            self.fail(f"{location}.file_names", expected, show(file_names))
+        height, width = self.size(record, location)
+        return Video(self.new_id(record, location), height, width, tuple(file_names), length)
 
-    def segmentations(self, record: dict[str, Any], video: Video, where: str) -> list[Any]:
-        segmentations = self.per_frame(record, "segmentations", where, video.length)
+    def segmentations(self, record: dict[str, Any], video: Video, location: str) -> list[Any]:
+        segmentations = self.per_frame(record, "segmentations", location, video.length)
         if segmentations is None:
-            self.fail(f"{where}.segmentations", "a list with one entry for each frame", "nothing")
-        return [self.whole(mask, f"{where}.segmentations[{frame}]") for frame, mask in enumerate(segmentations)]
+            self.fail(f"{location}.segmentations", "a list with one entry for each frame", "nothing")
+        return [self.whole(mask, f"{location}.segmentations[{frame}]") for frame, mask in enumerate(segmentations)]
 
     def instance(
-        self,
-        record: dict[str, Any],
-        video: Video,
-        category_id: int,
-        masks: tuple[bytes | None, ...],
-        where: str,
-        places: dict[int, str],
+        self, record: dict[str, Any], video: Video, track: list[bytes | None] | MaskError, location: str
     ) -> Instance:
-        areas = self.per_frame(record, "areas", where, video.length)
+        category_id = self.known_id(record, "category_id", location, "categories")
+        masks = self.masks(track, location)
+        areas = self.per_frame(record, "areas", location, video.length)
         if areas is not None and not all(area is None or (is_finite(area) and area >= 0) for area in areas):
-            self.fail(f"{where}.areas", "an area in pixels or null for each frame", show(areas))
-        boxes = self.per_frame(record, "bboxes", where, video.length)
-        occlusion = self.per_frame(record, "occlusion", where, video.length)
+            self.fail(f"{location}.areas", "an area in pixels or null for each frame", show(areas))
+        boxes = self.per_frame(record, "bboxes", location, video.length)
+        occlusion = self.per_frame(record, "occlusion", location, video.length)
         if occlusion is not None and not all(level is None or isinstance(level, str) for level in occlusion):
-            self.fail(f"{where}.occlusion", "a string or null for each frame", show(occlusion))
+            self.fail(f"{location}.occlusion", "a string or null for each frame", show(occlusion))
         return Instance(
-            id=self.new_id(record, where, places),
+            id=self.new_id(record, location),
             category_id=category_id,
-            is_crowd=self.flag(record, "iscrowd", where),
+            is_crowd=self.flag(record, "iscrowd", location),
             segmentations=masks,
             areas=None if areas is None else tuple(float(area or 0) for area in areas),
             has_box_areas=areas is not None and boxes is not None and all(map(_is_area_of, areas, boxes)),
@@ -133,7 +123,7 @@ class _YouTubeVis(Records):
 
 
 def _is_area_of(area: float | None, box: object) -> bool:
-    """Whether an area is that of its box [x, y, width, height]; so it is where both are missing."""
+    """Whether an area is that of its box [x, y, width, height]; true if both are missing."""
     match box:
         case None | []:
             return not area
@@ -143,54 +133,30 @@ def _is_area_of(area: float | None, box: object) -> bool:
             return False
 
 
-def parse_coco(content: object, name: str, problems: list[Problem] | None = None) -> VideoDataset:
-    """Turn the content of a COCO instances file into dataclasses; see ``parse_youtube_vis`` for arguments and errors.
+class _Coco(_YouTubeVis):
+    videos_key, video_id_key = "images", "image_id"
 
-    Polygons and run lengths are brought to the compressed counts of their image's size. A video's id is its image's.
-    """
-    return _Coco(name, problems).dataset(content)
+    def video(self, record: dict[str, Any], location: str) -> Video:
+        height, width = self.size(record, location)
+        file_name = self.text(record, "file_name", location)
+        return Video(self.new_id(record, location), height, width, (file_name,), 1)
 
+    def segmentations(self, record: dict[str, Any], video: Video, location: str) -> list[Any]:
+        return [self.segmentation(record, location)]
 
-class _Coco(Records):
-    def dataset(self, root: object) -> VideoDataset:
-        categories = self.categories(root)
-        category_ids = {category.id for category in categories}
-        videos: dict[int, Video] = {}
-        places: dict[int, str] = {}
-        for where, record in self.objects(root, "images"):
-            with self.tolerate():
-                height, width = self.size(record, where)
-                file_name = self.text(record, "file_name", where)
-                id_ = self.new_id(record, where, places)
-                videos[id_] = Video(id_, height, width, (file_name,), 1)
-        instances: dict[int, list[Instance]] = {}
-        places = {}
-        records = self.objects(root, "annotations", optional=True)
-        for start in range(0, len(records), BATCH):
-            batch = []
-            for where, record in records[start : start + BATCH]:
-                with self.tolerate():
-                    video = videos[self.known_id(record, "image_id", where, videos, "images")]
-                    batch.append((where, record, video, self.segmentation(record, where)))
-            found = compress_tracks([([mask], video.height, video.width) for _, _, video, mask in batch])
-            for (where, record, video, _), mask in zip(batch, found, strict=True):
-                with self.tolerate():
-                    instance = Instance(
-                        id=self.new_id(record, where, places),
-                        category_id=self.known_id(record, "category_id", where, category_ids, "categories"),
-                        is_crowd=self.flag(record, "iscrowd", where),
-                        segmentations=(self.mask(mask, where),),
-                    )
-                    instances.setdefault(video.id, []).append(instance)
-        self.warn_of_fragments()
-        return VideoDataset(
-            categories=categories,
-            videos=tuple(replace(video, instances=tuple(instances.get(video.id, ()))) for video in videos.values()),
+    def instance(
+        self, record: dict[str, Any], video: Video, track: list[bytes | None] | MaskError, location: str
+    ) -> Instance:
+        return Instance(
+            id=self.new_id(record, location),
+            category_id=self.known_id(record, "category_id", location, "categories"),
+            is_crowd=self.flag(record, "iscrowd", location),
+            segmentations=(self.mask(track, location),),
         )
 
 
 def track_fields(segmentations: Sequence[bytes | None], height: int, width: int) -> dict[str, list[Any]]:
-    """What an annotation says of every frame; null in all three lists where the instance is not visible.
+    """The fields of an annotation that list every frame; None in all three where the instance is not visible.
 
     Args:
         segmentations: for each frame the compressed counts of a mask with at least one pixel, or None.
@@ -238,22 +204,24 @@ def _write_items(file: TextIO, items: Iterable[dict[str, Any]]) -> None:
         file.write((",\n" if index else "\n") + json.dumps(item))
 
 
+def _size(video: Video) -> dict[str, int]:
+    return {"height": video.height, "width": video.width, "length": video.length}
+
+
 def _videos(dataset: VideoDataset) -> Iterable[dict[str, Any]]:
     for video in dataset.videos:
-        size = {"height": video.height, "width": video.width, "length": video.length}
-        yield {"id": video.id, **size, "file_names": video.file_names}
+        yield {"id": video.id, **_size(video), "file_names": video.file_names}
 
 
 def _annotations(dataset: VideoDataset) -> Iterable[dict[str, Any]]:
     for video in dataset.videos:
-        size = {"height": video.height, "width": video.width, "length": video.length}
         for instance in video.instances:
             record = {
                 "id": instance.id,
                 "video_id": video.id,
                 "category_id": instance.category_id,
                 "iscrowd": int(instance.is_crowd),
-                **size,
+                **_size(video),
                 **track_fields(instance.segmentations, video.height, video.width),
             }
             if instance.occlusion is not None:
