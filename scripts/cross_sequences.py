@@ -21,7 +21,7 @@ from PIL import Image
 
 from instanceformer.data.annotations import Instance, Video, VideoDataset
 from instanceformer.data.clips import read_frames
-from instanceformer.data.formats.folders import compress
+from instanceformer.data.formats.run_lengths import compress_array
 from instanceformer.data.formats.youtube_vis import read_annotations, write_youtube_vis
 
 NAME = "crossing"
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Image.fromarray(frame).save(folder / name)
         instances = []
         for id_, (video, masks) in enumerate(zip((behind, front), visible, strict=True), start=1):
-            segmentations = tuple(compress(mask) for mask in masks)
+            segmentations = tuple(compress_array(mask) for mask in masks)
             instances.append(Instance(id_, video.instances[0].category_id, False, segmentations))
         film = Video(1, behind.height, behind.width, tuple(names), len(names), tuple(instances))
         write_youtube_vis(options.output / f"{NAME}.json", VideoDataset(dataset.categories, (film,)))

@@ -19,17 +19,17 @@ from instanceformer.files import natural_order
 
 
 def import_cocovid(source: Path, *, merge_parts: bool = False) -> VideoDataset:
-    """Read a COCO file whose images are the frames of videos and whose annotations say which instance they show.
+    """Read a COCO file whose images are frames of videos and whose annotations name the instance that they show.
 
     Videos are the file's ``videos``, to which its images belong by ``video_id`` in order of ``frame_id``. In a file
     without ``videos`` they are the folders of the images' file names, numbered from 1, in order of the numbers in
     these names. Sizes are those of the images, or of their video where they have none.
 
-    An instance is what has one ``instance_id``, ``track_id`` or ``attributes.track_id`` (CVAT) in one video; this is
-    its id, see ``with_unique_ids`` where videos share them. Masks are polygons or run lengths, compressed or not.
-    Frames without annotation of it, and annotations without a pixel, are frames in which it is not visible; an
-    instance that never is is left out. ``iscrowd`` is read except where the identity is ``attributes.track_id``: CVAT
-    sets it on all that was drawn with a brush.
+    The annotations of one video with the same ``instance_id``, ``track_id`` or ``attributes.track_id`` (CVAT) are one
+    instance with this id, see ``with_unique_ids`` where videos share ids. Masks are polygons or run lengths, compressed
+    or not. An instance is not visible in frames without an annotation of it or with one that has no pixel; one that is
+    never visible is left out. ``iscrowd`` is read except where the identity is ``attributes.track_id``: CVAT sets it on
+    everything drawn with a brush.
 
     Args:
         source: the JSON file.
@@ -62,7 +62,7 @@ class _Track:
     location: str  # of its first annotation
     category_id: int
     is_crowd: bool
-    frames: dict[int, tuple[str, bytes | None]]  # of each annotated frame the place and the mask
+    frames: dict[int, tuple[str, bytes | None]]  # location and mask of each annotated frame
 
 
 class _CocoVid(Records):
@@ -137,7 +137,7 @@ class _CocoVid(Records):
             yield number, self.in_order(folders[folder])
 
     def warn_of_shared_names(self, videos: dict[int, list[_Image]]) -> None:
-        """Say which images would be read from one file; clips of one film may well share frames."""
+        """Warn of images that would be read from one file; that is right only for clips that share frames."""
         counts = Counter(image.file_name for images in videos.values() for image in images)
         shared = [name for name, count in counts.items() if count > 1]
         if shared:
@@ -189,7 +189,7 @@ class _CocoVid(Records):
         return identity, is_crowd
 
     def mask_of_size(self, record: dict[str, Any], size: tuple[int, int], location: str) -> bytes | None:
-        """The compressed mask of an annotation, None if it has no pixel."""
+        """The compressed mask of an annotation; None if it has no pixel."""
         segmentation, box = record.get("segmentation"), record.get("bbox")
         if not segmentation and isinstance(box, list) and any(box[2:]):
             self.fail(f"{location}.segmentation", "polygons or run lengths", f"{show(segmentation)}, but a box")

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as mask_utils
 
 from instanceformer.data.annotations import Category
 from instanceformer.data.formats.records import load_json
@@ -21,6 +20,8 @@ from instanceformer.data.formats.run_lengths import show
 from instanceformer.files import natural_order
 from instanceformer.orientation import upright, upright_size
 
+MAX_SHOWN = 10
+"""Most videos that a message names."""
 _FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -44,9 +45,9 @@ class Frames:
         return len(self.names)
 
     def labelled(self, names: Collection[str]) -> Frames:
-        """The frames of these names alone, with a warning where others are left out.
+        """The frames of these names, with a warning if others are left out.
 
-        Nothing is known of what they show: many datasets label every fifth frame of a video.
+        What those show is unknown: many datasets label every fifth frame of a video.
         """
         kept = [index for index, name in enumerate(self.names) if name in names]
         if len(kept) == len(self):
@@ -59,11 +60,11 @@ class Frames:
 
 
 def subfolders(folder: Path, meaning: str) -> list[Path]:
-    """The folders in a folder, in natural order; hidden ones are passed over.
+    """The folders in a folder, in natural order, without hidden ones.
 
     Args:
         folder: to look in.
-        meaning: what each of them stands for, for messages.
+        meaning: what each of them holds, for messages.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -71,10 +72,10 @@ def subfolders(folder: Path, meaning: str) -> list[Path]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected one with a folder for each {meaning}")
-    found = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    if not found:
+    folders = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    if not folders:
         raise ValueError(f"{folder}: expected a folder for each {meaning}, found none")
-    return sorted(found, key=lambda path: natural_order(path.name))
+    return sorted(folders, key=lambda path: natural_order(path.name))
 
 
 def find_frames(images: Path, video: str) -> Frames:
@@ -89,13 +90,11 @@ def find_frames(images: Path, video: str) -> Frames:
         ValueError: there is no image in it, one cannot be read, or their sizes differ.
     """
     files = _files(images / video, _FRAME_SUFFIXES)
-    first, size = next(iter(files.values())), None
+    first = next(iter(files.values()))
+    size = _size(first)
     for path in files.values():
-        found = _size(path)
-        if size is not None and found != size:
-            raise ValueError(f"{path}: expected {_show(size)} pixels, the size of {first.name}, found {_show(found)}")
-        size = found
-    assert size is not None  # _files() finds one or more
+        if (other := _size(path)) != size:
+            raise ValueError(f"{path}: expected {_show(size)} pixels, the size of {first.name}, found {_show(other)}")
     return Frames(tuple(files), tuple(f"{video}/{path.name}" for path in files.values()), *size)
 
 
@@ -144,20 +143,15 @@ def read_labels(path: Path, frames: Frames, modes: Sequence[str]) -> NDArray[Any
     return labels
 
 
-def compress(mask: NDArray[np.bool_]) -> bytes | None:
-    """Compressed run-length counts of a (height, width) mask; None if it is empty."""
-    return bytes(mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"]) if mask.any() else None
-
-
 def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """The folder's files of these kinds by name without suffix, in natural order; hidden ones are passed over."""
+    """The folder's files with these suffixes by name without suffix, in natural order, without hidden ones."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected the {' or '.join(suffixes)} files of a video")
-    found = [path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")]
-    if not found:
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+    if not paths:
         raise ValueError(f"{folder}: expected {' or '.join(suffixes)} files, one for each frame, found none")
     files: dict[str, Path] = {}
-    for path in sorted(found, key=lambda path: natural_order(path.name)):
+    for path in sorted(paths, key=lambda path: natural_order(path.name)):
         if path.stem in files:
             raise ValueError(f"{path}: expected one file for each frame, found {files[path.stem].name} too")
         files[path.stem] = path
@@ -165,7 +159,7 @@ def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Height and width of an upright image, of which only the head is read."""
+    """Height and width of an image once it is upright, from its header."""
     try:
         with Image.open(path) as image:
             return upright_size(image)
@@ -177,17 +171,13 @@ def _show(size: tuple[int, ...]) -> str:
     return "x".join(map(str, size))
 
 
-MAX_SHOWN = 10
-"""Most videos that a message names."""
-
-
 class InstanceNames:
     """The categories of numbered or colored instances, for formats that have none.
 
     Args:
         path: of a JSON object ``{video: {instance: name}}``, as DAVIS has it in ``davis_semantics.json``, such as
             ``{"street": {"1": "car", "2": "person"}}``; an instance is its number, or its color as ``#ff0000``. The
-            names in alphabetical order are the categories 1, 2, ... None: everything is an "object", the only category.
+            names in alphabetical order are the categories 1, 2, ... None: "object" is the only category.
         source: folder of the videos' labels.
         other_videos: allow names of videos that are not there: the splits of a dataset get the same categories by
             having the same names.
@@ -212,7 +202,7 @@ class InstanceNames:
             )
 
     def category_id(self, video: str, instance: str) -> int:
-        """Category of an instance; 0 if the file does not name it, which ``check`` says."""
+        """Category of an instance; 0 if the file does not name it, which ``check`` reports."""
         self._asked.setdefault(video, set()).add(instance)
         if self._path is None:
             return self.categories[0].id
@@ -220,10 +210,10 @@ class InstanceNames:
         return 0 if name is None else self._ids[name]
 
     def check(self) -> None:
-        """Compare the names with all instances that were asked for; a warning tells of names without an instance.
+        """Compare the names with all instances of ``category_id``; names without an instance are a warning.
 
         Raises:
-            ValueError: an instance has no name; the message says which, of which videos.
+            ValueError: instances have no name; the message lists them.
         """
         if self._path is None:
             return
@@ -238,17 +228,17 @@ class InstanceNames:
 
 
 def _differences(videos: dict[str, set[str]], others: dict[str, dict[str, str]] | dict[str, set[str]]) -> list[str]:
-    """For each video what the other has not, in words."""
-    found = []
-    for video, instances in videos.items():
-        if left := sorted(instances - set(others.get(video, ()))):
-            found.append(f"instance {', '.join(left)} of video {video}")
-    return found
+    """Phrases that name the instances of each video that the others lack."""
+    return [
+        f"instance {', '.join(lacking)} of video {video}"
+        for video, instances in videos.items()
+        if (lacking := sorted(instances - set(others.get(video, ()))))
+    ]
 
 
-def _listed(found: list[str], separator: str) -> str:
-    more = f"{separator}and {len(found) - MAX_SHOWN} more" if len(found) > MAX_SHOWN else ""
-    return separator.join(found[:MAX_SHOWN]) + more
+def _listed(phrases: list[str], separator: str) -> str:
+    more = f"{separator}and {len(phrases) - MAX_SHOWN} more" if len(phrases) > MAX_SHOWN else ""
+    return separator.join(phrases[:MAX_SHOWN]) + more
 
 
 def _read(path: Path) -> dict[str, dict[str, str]]:
@@ -256,11 +246,12 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: expected an object {{video: {{instance: name}}}}, found {show(content)}")
     names: dict[str, dict[str, str]] = {}
-    for video, found in content.items():
-        if not isinstance(found, dict) or not all(
-            re.fullmatch(r"[0-9]{1,18}|#[0-9a-fA-F]{6}", key) and isinstance(name, str) for key, name in found.items()
+    for video, instances in content.items():
+        if not isinstance(instances, dict) or not all(
+            re.fullmatch(r"[0-9]{1,18}|#[0-9a-fA-F]{6}", key) and isinstance(name, str)
+            for key, name in instances.items()
         ):
             expected = "an object {instance's number, or color as #ff0000: name}"
-            raise ValueError(f"{path}: {video}: expected {expected}, found {show(found)}")
-        names[video] = {key.lower() if key.startswith("#") else str(int(key)): name for key, name in found.items()}
+            raise ValueError(f"{path}: {video}: expected {expected}, found {show(instances)}")
+        names[video] = {key.lower() if key.startswith("#") else str(int(key)): name for key, name in instances.items()}
     return names

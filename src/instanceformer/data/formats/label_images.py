@@ -15,30 +15,40 @@ from instanceformer.data.annotations import Category, Instance, Video, VideoData
 from instanceformer.data.formats.folders import (
     Frames,
     InstanceNames,
-    compress,
     find_frames,
     find_labels,
     read_labels,
     subfolders,
 )
 from instanceformer.data.formats.records import with_unique_ids
+from instanceformer.data.formats.run_lengths import compress_array
 
 DAVIS_IGNORED = 255
 MOTS_IGNORED = 10000
+MOTS_CATEGORIES = (Category(1, "car"), Category(2, "pedestrian"))
 _SHADES = "nothing but thin edges of others, as anti-aliasing and blur make them"
 _REMEDY = (
     "export the labels without anti-aliasing and resize them by nearest neighbor, or threshold each instance's mask, "
     "in Pillow by mask.point(lambda value: 255 * (value > 127)), and import them as binary masks"
 )
-MOTS_CATEGORIES = (Category(1, "car"), Category(2, "pedestrian"))
+MAX_DIGITS = 18
+"""Most digits of an instance's number, so that it fits into 64 bits."""
+MAX_COLORS = 254
+"""Most colors of a video that are taken for instances."""
+MAX_RIMS = 8
+"""Fewest labels without an inside that, if they are most of an image's labels, are taken for the shades of an edge."""
+MAX_INSIDE = 0.1
+"""Greatest fraction of a rim's pixels that have its label on all sides; in a square of 4 x 4 pixels it is a quarter."""
+MIN_TOUCHING = 0.5
+"""Least fraction of a rim's pixels beside which there is another label that is not background."""
 
 
 def import_davis(source: Path, images: Path, names: Path | None = None, *, other_videos: bool = False) -> VideoDataset:
-    """Read the labels of DAVIS 2017 and of what has its form, such as YouTube-VOS.
+    """Read the labels of DAVIS 2017 and of datasets in its layout, such as YouTube-VOS.
 
     ``source/<video>/<frame>.png`` is an 8-bit image, with or without a palette, whose values are the numbers of
     instances, the same all through a video; 0 is background, 255 is ignored (it becomes background). Or it is an RGB
-    image, whose colors but for black are the instances, numbered in each video in order of appearance. Frames are the
+    image whose colors, except black, are the instances, numbered in each video in order of appearance. Frames are the
     images of ``images/<video>`` that have a label image, in order of the numbers in their names. Ids of instances are
     their numbers, see ``with_unique_ids`` where videos share them.
 
@@ -112,9 +122,9 @@ def import_mots(source: Path, images: Path) -> VideoDataset:
 
 @dataclass(frozen=True)
 class _LabelVideo:
-    """A video: the folder of its label images, and of each label the compressed mask or None in every frame.
+    """A video: the folder of its label images, the compressed mask or None of each label in every frame, and its color.
 
-    In a video of colored labels, ``colors`` has the color of each.
+    Labels that are numbers have no colors.
     """
 
     labels: Path
@@ -137,13 +147,13 @@ def _label_videos(source: Path, images: Path, modes: Sequence[str]) -> Iterator[
                 raise ValueError(f"{files[name]}: expected labels of one kind in a video, found numbers and RGB colors")
             if labels.ndim == 3:
                 labels = colors.number(labels, files[name])
-            found = [label for label in np.flatnonzero(np.bincount(labels.ravel())).tolist() if label > 0]
+            values = [label for label in np.flatnonzero(np.bincount(labels.ravel())).tolist() if label > 0]
             rims = find_rims(labels)
-            if are_shades(len(rims), len(found)):
-                raise ValueError(f"{files[name]}: found {len(found)} values, {len(rims)} of them {_SHADES}; {_REMEDY}")
-            objects |= {*found}.difference(rims)
-            for label in found:
-                masks.setdefault(label, [None] * len(frames))[frame] = compress(labels == label)
+            if are_shades(len(rims), len(values)):
+                raise ValueError(f"{files[name]}: found {len(values)} values, {len(rims)} of them {_SHADES}; {_REMEDY}")
+            objects |= {*values}.difference(rims)
+            for label in values:
+                masks.setdefault(label, [None] * len(frames))[frame] = compress_array(labels == label)
         rims = sorted(masks.keys() - objects)
         if len(rims) > 1:
             warnings.warn(
@@ -154,10 +164,6 @@ def _label_videos(source: Path, images: Path, modes: Sequence[str]) -> Iterator[
 
 def _video(number: int, frames: Frames, instances: tuple[Instance, ...]) -> Video:
     return Video(number, frames.height, frames.width, frames.file_names, len(frames), instances)
-
-
-MAX_DIGITS = 18
-"""Of the number of an instance, so that it is one of 64 bits."""
 
 
 def import_binary_masks(
@@ -186,28 +192,26 @@ def import_binary_masks(
     for number, folder in enumerate(subfolders(source, "video"), 1):
         frames = find_frames(images, folder.name)
         instances: dict[int, Instance] = {}
-        found: dict[int, Path] = {}
+        paths: dict[int, Path] = {}
         labels = {path: find_labels(path, frames) for path in subfolders(folder, "instance")}
         frames = frames.labelled({name for files in labels.values() for name in files})
         for path, files in labels.items():
             if not path.name.isdecimal() or len(path.name) > MAX_DIGITS:
                 raise ValueError(f"{path}: expected a folder for each instance, named by its number")
             id_ = int(path.name)
-            if id_ in found:
-                raise ValueError(f"{path}: expected a number of its own, found {found[id_].name} too")
-            found[id_] = path
+            if id_ in paths:
+                raise ValueError(f"{path}: expected a number of its own, found {paths[id_].name} too")
+            paths[id_] = path
             masks = _masks(files, frames)
             if any(masks):
                 instances[id_] = Instance(id_, categories.category_id(folder.name, str(id_)), False, masks)
-        videos.append(
-            Video(number, frames.height, frames.width, frames.file_names, len(frames), tuple(instances.values()))
-        )
+        videos.append(_video(number, frames, tuple(instances.values())))
     categories.check()
     return VideoDataset(categories.categories, with_unique_ids(videos))
 
 
 def _masks(files: dict[str, Path], frames: Frames) -> tuple[bytes | None, ...]:
-    """For each frame the compressed mask, None where there is none."""
+    """For each frame the compressed mask, or None."""
     masks: list[bytes | None] = []
     for name in frames.names:
         if name not in files:
@@ -222,12 +226,8 @@ def _masks(files: dict[str, Path], frames: Frames) -> tuple[bytes | None, ...]:
                 "come of anti-aliasing or blur, threshold the masks, in Pillow by "
                 "mask.point(lambda value: 255 * (value > 127))"
             )
-        masks.append(compress(labels != 0))
+        masks.append(compress_array(labels != 0))
     return tuple(masks)
-
-
-MAX_COLORS = 254
-"""Most colors of a video that are taken for instances."""
 
 
 class Colors:
@@ -245,8 +245,8 @@ class Colors:
             ValueError: the video has too many colors.
         """
         packed = image.astype(np.int64) @ np.array([2**16, 2**8, 1])
-        found, places = np.unique(packed, return_inverse=True)
-        for value in found.tolist():
+        values, inverse = np.unique(packed, return_inverse=True)
+        for value in values.tolist():
             if value not in self._numbers:
                 self._numbers[value] = len(self._numbers)
                 self.names[self._numbers[value]] = f"#{value:06x}"
@@ -256,15 +256,7 @@ class Colors:
                 f"{len(self.names)}; are the colors blended at edges, or is this a photograph? Export the labels "
                 "without anti-aliasing, as lossless PNGs"
             )
-        return np.array([self._numbers[value] for value in found.tolist()])[places].reshape(packed.shape)
-
-
-MAX_RIMS = 8
-"""As many labels without an inside, and more than half of an image's, are no objects but shades of an edge."""
-MAX_INSIDE = 0.1
-"""Most of a rim's pixels that have its label on all sides; of a square of 4 x 4 pixels it is a quarter."""
-MIN_TOUCHING = 0.5
-"""Least of a rim's pixels beside which there is another label that is not background."""
+        return np.array([self._numbers[value] for value in values.tolist()])[inverse].reshape(packed.shape)
 
 
 def find_rims(labels: NDArray[Any]) -> list[int]:
@@ -275,7 +267,7 @@ def find_rims(labels: NDArray[Any]) -> list[int]:
     Args:
         labels: (height, width) integers, zero for background.
     """
-    around = np.pad(labels, 1, mode="edge")  # what the frame cuts off goes on
+    around = np.pad(labels, 1, mode="edge")  # as if objects continued beyond the frame
     sides = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
     is_inside, touches = labels > 0, np.zeros(labels.shape, dtype=np.bool_)
     for side in sides:
@@ -290,5 +282,5 @@ def find_rims(labels: NDArray[Any]) -> list[int]:
 
 
 def are_shades(rims: int, labels: int) -> bool:
-    """Whether so many rims among so many labels of an image are no objects."""
+    """Whether that many rims among that many labels of an image are shades of an edge and no objects."""
     return rims >= MAX_RIMS and 2 * rims > labels

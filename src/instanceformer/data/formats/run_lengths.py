@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 BATCH = 2**18
 """Characters of compressed counts that are decoded at once: enough that calls cost little."""
+_MAX_DIGITS = 6  # of a run: 30 bits with the sign, of the 32 that pycocotools has
 
 
 class MaskError(ValueError):
@@ -50,8 +51,8 @@ def compress_masks(segmentations: Sequence[object], height: int, width: int) -> 
 
     Raises:
         MaskSizeError: one is of another size.
-        MaskError: one is of no such form, or damaged: its runs do not fill height x width. The message begins with its
-            place, ``segmentations[frame]``.
+        MaskError: one is of no such form, or damaged: its runs do not fill height x width. The message begins with
+            ``segmentations[frame]``.
     """
     (masks,) = compress_tracks([(segmentations, height, width)])
     if isinstance(masks, MaskError):
@@ -60,7 +61,7 @@ def compress_masks(segmentations: Sequence[object], height: int, width: int) -> 
 
 
 def compress_tracks(tracks: Sequence[tuple[Sequence[object], int, int]]) -> list[list[bytes | None] | MaskError]:
-    """``compress_masks`` of many tracks at once, which is faster; the error in place of the masks of a damaged one.
+    """``compress_masks`` of many tracks at once, which is faster; a damaged track's entry is the error.
 
     Args:
         tracks: segmentations, height and width of each.
@@ -81,23 +82,24 @@ def compress_tracks(tracks: Sequence[tuple[Sequence[object], int, int]]) -> list
     pixels = [tracks[track][1] * tracks[track][2] for track, _, _ in texts]
     areas = mask_areas([text for _, _, text in texts], np.array(pixels))
     for (track, frame, text), area in zip(texts, areas, strict=True):
-        found = compressed[track]
-        if isinstance(found, list) and area < 0:
+        masks_or_error = compressed[track]
+        if isinstance(masks_or_error, MaskError):
+            continue
+        if area < 0:
             _, height, width = tracks[track]
             expected = f"run lengths of a mask of {height}x{width} pixels"
             compressed[track] = MaskError(
                 f"segmentations[{frame}].counts", expected, f"a damaged string, {show(text.decode())}"
             )
-        elif isinstance(found, list) and area > 0:
-            found[frame] = text
+        elif area > 0:
+            masks_or_error[frame] = text
     return compressed
 
 
 def mask_areas(masks: Sequence[bytes], pixels: int | npt.NDArray[np.int64]) -> list[int]:
     """The area of each mask, given its compressed counts; -1 where they do not describe a mask of ``pixels`` pixels.
 
-    pycocotools does not notice runs that do not fill the mask: its decode returns arbitrary pixels, and its iou does
-    not return.
+    pycocotools does not notice runs that do not fill the mask: its decode returns arbitrary pixels, its iou hangs.
     """
     areas: list[int] = []
     all_pixels = np.broadcast_to(pixels, len(masks))
@@ -126,7 +128,7 @@ def _is_fragment(polygon: object) -> bool:
 
 
 def show(value: object) -> str:
-    """A value found in a JSON file, in at most 60 characters."""
+    """A JSON value for a message, in at most 60 characters."""
     text = "nothing" if value is None else json.dumps(_beginning(value), default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -167,7 +169,7 @@ def _compress(segmentation: object, height: int, width: int, location: str) -> b
 
 def _fill_polygons(polygons: list[Any], height: int, width: int, location: str) -> bytes | None:
     """Compressed counts of the union of polygons; None where they have no pixel."""
-    margin = max(height, width)  # pycocotools walks along every edge: one to a far away place would take for ever
+    margin = max(height, width)  # pycocotools walks along every edge, which takes forever if the edge is long enough
     for polygon in polygons:
         if (
             not isinstance(polygon, list)
@@ -181,6 +183,13 @@ def _fill_polygons(polygons: list[Any], height: int, width: int, location: str) 
     return _counts(polygons, height, width)
 
 
+def compress_array(mask: npt.NDArray[np.bool_]) -> bytes | None:
+    """Compressed counts of a (height, width) mask; None if it is empty."""
+    from pycocotools import mask as mask_utils
+
+    return bytes(mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"]) if mask.any() else None
+
+
 def _counts(mask: dict[str, Any] | list[Any], height: int, width: int) -> bytes | None:
     """Compressed counts of a list of run lengths or of polygons; None where it has no pixel."""
     from pycocotools import mask as mask_utils  # here, so that what reads compressed counts only starts without it
@@ -191,19 +200,16 @@ def _counts(mask: dict[str, Any] | list[Any], height: int, width: int) -> bytes 
     return bytes(code["counts"]) if mask_utils.area(code) else None
 
 
-_MAX_DIGITS = 6  # of a run: 30 bits with the sign, of the 32 that pycocotools has
-
-
 @dataclass(frozen=True)
 class Runs:
     """The runs of M masks, each read column by column.
 
     Attributes:
-        lengths: (2, P) int64; the runs of zeros, and of the ones after each, mask after mask. A mask that ends with
+        lengths: (2, P) int64, runs of zeros and the run of ones after each, mask after mask. A mask that ends with
             zeros has an empty run of ones at its end.
-        first: (M,) the place in ``lengths`` where each mask begins.
-        areas: (M,) the number of ones of each mask; -1 where the counts do not describe a mask of the size asked for,
-            and then its lengths mean nothing.
+        first: (M,) index in ``lengths`` of each mask's first run.
+        areas: (M,) number of ones of each mask; -1 if the counts do not describe a mask of the given size, and then
+            its lengths mean nothing.
     """
 
     lengths: npt.NDArray[np.int64]
@@ -217,22 +223,27 @@ def decode_runs(masks: Sequence[bytes], pixels: int | npt.NDArray[np.int64]) -> 
     A run is written in 5-bit digits, the least first, each as the character 48 + digit, + 32 on all but the last; the
     top bit of the last is the sign. From the fourth run on, it is the difference from the run two before.
 
+    pycocotools neither checks counts nor returns runs. Compared with a loop over digits in Python, this takes 0.7 ms
+    instead of 13 for 300 masks of 360 x 640 pixels, and makes ``evaluate_files`` as a whole 7 times as fast
+    (0.19 s instead of 1.42 s for 60 videos of ``scripts/benchmark_evaluation.py``); in training clips it decodes masks
+    1.4 times as fast as pycocotools.
+
     Args:
         masks: one or more.
         pixels: height x width, which the runs of a mask must fill; of all masks, or (M,) of each.
     """
     if b"" in masks:
         masks = [counts or b"!" for counts in masks]  # without a character there is no run; "!" is no digit
-    text = np.frombuffer(b"".join(masks), dtype=np.uint8) - np.uint8(48)  # what is below wraps around, and is no digit
+    text = np.frombuffer(b"".join(masks), dtype=np.uint8) - np.uint8(48)  # below 48 wraps around to no digit
     ends = np.array([*map(len, masks)]).cumsum()
     sound = text[ends - 1] < 32
     if text.max() > 63:
         sound &= np.maximum.reduceat(text, _begins(ends)) < 64
     continues = (text & 32).astype(np.bool_)
-    continues[ends - 1] = False  # every mask ends its last run, so that a damaged one does not disturb the next
-    values = (((text[~continues] & 31) ^ 16) - 16).view(np.int8)  # the last digits with their signs
+    continues[ends - 1] = False  # the end of a mask ends its last run, so that damage does not spread to the next
+    values = (((text[~continues] & 31) ^ 16) - 16).view(np.int8)  # the last digit of each run with its sign
 
-    lower = continues.nonzero()[0]  # places of the other digits, of which there are few
+    lower = continues.nonzero()[0]  # indices of the other digits, which are few
     run_ends = ends - lower.searchsorted(ends)
     num_runs = np.diff(run_ends, prepend=0)
     has_odd = num_runs % 2 == 1
@@ -242,8 +253,8 @@ def decode_runs(masks: Sequence[bytes], pixels: int | npt.NDArray[np.int64]) -> 
     if len(lower):
         index = np.arange(len(lower))
         begins = np.diff(lower, prepend=-2) != 1
-        place = index - np.maximum.accumulate(np.where(begins, index, 0))  # of a digit in its run
-        run = lower - index  # all the others before it end a run each
+        place = index - np.maximum.accumulate(np.where(begins, index, 0))  # of a digit in its run, from the least
+        run = lower - index  # each character before it that is no lower digit ends a run
         mask = run_ends.searchsorted(run, side="right")
         sound[mask[place >= _MAX_DIGITS - 1]] = False
         row, is_ones = np.divmod(run + (2 * first - _begins(run_ends))[mask], 2)
@@ -252,7 +263,7 @@ def decode_runs(masks: Sequence[bytes], pixels: int | npt.NDArray[np.int64]) -> 
         lengths[is_ones[ends_run], row[ends_run]] <<= shift[ends_run] + 5
         np.add.at(lengths, (is_ones, row), (text[lower] & 31).astype(np.int64) << shift)
 
-    leading = lengths[0, first]  # the first run and the third are no differences
+    leading = lengths[0, first]  # the third run is no difference from the first
     lengths[0, first] = 0
     lengths[:, first[1:]] -= np.add.reduceat(lengths, first, axis=1)[:, :-1]  # so that the sums begin anew
     lengths.cumsum(axis=1, out=lengths)
@@ -265,5 +276,5 @@ def decode_runs(masks: Sequence[bytes], pixels: int | npt.NDArray[np.int64]) -> 
 
 
 def _begins(ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Where each of the parts begins whose ends are given."""
+    """First index of each of consecutive parts, from their ends."""
     return np.concatenate(([0], ends[:-1]))
