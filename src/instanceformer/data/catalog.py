@@ -12,18 +12,39 @@ from instanceformer.data.packed import pack
 
 DatasetName = Literal["ytvis19", "ytvis21", "ytvis22", "ovis", "coco"]
 CatalogSplit = Literal["train", "valid", "test"]
+SplitName = Literal["train", "valid", "test", "predict"]
+SPLIT_OF_STAGE: dict[str, SplitName] = {"fit": "train", "validate": "valid", "test": "test", "predict": "predict"}
+CATALOG_SPLITS: dict[SplitName, CatalogSplit] = {
+    "train": "train",
+    "valid": "valid",
+    "test": "valid",  # the split of which results are published
+    "predict": "valid",
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where one part of a dataset lies.
+
+    Attributes:
+        annotations: JSON file in the format of YouTube-VIS, or of COCO, whose images are videos of one frame.
+        images: folder that the file names in it are relative to.
+    """
+
+    annotations: Path
+    images: Path
 
 
 @dataclass(frozen=True)
 class SplitEntry:
-    """One split of a dataset. Archives are unpacked in different ways, so the first place that exists counts.
+    """One split of a dataset. Archives are unpacked in different ways, so the first path that exists counts.
 
     Attributes:
-        annotations: where the annotation file may lie, relative to the root of all datasets.
-        images: where the folder that the file names of frames refer to may lie, relative to the same root.
-        annotated: whether the official file has annotations; where not, only the evaluation server has them.
-        videos: number of videos (of images in COCO), None where it is not known for sure.
-        instances: number of annotations, crowds included, None where it is not known for sure.
+        annotations: possible paths of the annotation file, relative to the root of all datasets.
+        images: possible paths of the folder that file names of frames are relative to, relative to the same root.
+        annotated: whether the official file has annotations; if not, only the evaluation server has them.
+        videos: number of videos (in COCO, of images); None if it is not certain.
+        instances: number of annotations, crowds included; None if it is not certain.
     """
 
     annotations: tuple[str, ...]
@@ -59,15 +80,15 @@ def locate(root: Path, name: DatasetName, split: CatalogSplit) -> tuple[Path, Pa
         split: the split.
 
     Returns:
-        The annotation file and the folder of images, both of which exist.
+        The annotation file and the folder of images; both exist.
 
     Raises:
-        FileNotFoundError: one or both are not there; the message lists the places that were looked at.
+        FileNotFoundError: one or both do not exist; the message lists the paths that were tried.
     """
     dataset = CATALOG[name]
     entry = dataset.splits[split]
-    annotations = next((root / place for place in entry.annotations if (root / place).is_file()), None)
-    images = next((root / place for place in entry.images if (root / place).is_dir()), None)
+    annotations = next((root / path for path in entry.annotations if (root / path).is_file()), None)
+    images = next((root / path for path in entry.images if (root / path).is_dir()), None)
     if annotations is not None and images is not None:
         return annotations, images
     missing = []
@@ -82,15 +103,15 @@ def locate(root: Path, name: DatasetName, split: CatalogSplit) -> tuple[Path, Pa
 
 
 def _spellings(split: CatalogSplit) -> tuple[str, ...]:
-    """What copies of a dataset call a split."""
+    """Names that copies of a dataset give to a split."""
     return ("valid", "val", "validation") if split == "valid" else (split,)
 
 
 def _youtube_vis(folders: tuple[str, ...], split: CatalogSplit, videos: int) -> SplitEntry:
     files = [
-        place
+        path
         for part in _spellings(split)
-        for place in (f"{part}.json", f"{part}/instances.json", f"annotations/instances_{part}_sub.json")
+        for path in (f"{part}.json", f"{part}/instances.json", f"annotations/instances_{part}_sub.json")
     ]
     return SplitEntry(
         annotations=tuple(f"{folder}/{file}" for folder in folders for file in files),
@@ -103,9 +124,9 @@ def _youtube_vis(folders: tuple[str, ...], split: CatalogSplit, videos: int) -> 
 def _ovis(split: CatalogSplit, videos: int) -> SplitEntry:
     parts = _spellings(split)
     files = [
-        place
+        path
         for part in parts
-        for place in (f"annotations_{part}.json", f"annotations/annotations_{part}.json", f"{part}.json")
+        for path in (f"annotations_{part}.json", f"annotations/annotations_{part}.json", f"{part}.json")
     ]
     return SplitEntry(
         annotations=tuple(f"ovis/{file}" for file in files),
@@ -144,7 +165,7 @@ _OVIS = _numbered(
     "Person, Bird, Cat, Dog, Horse, Sheep, Cow, Elephant, Bear, Zebra, Giraffe, Poultry, Giant_panda, Lizard, Parrot, "
     "Monkey, Rabbit, Tiger, Fish, Turtle, Bicycle, Motorcycle, Airplane, Boat, Vehical"
 )
-_COCO = tuple(  # ids up to 90, of which ten were never used
+_COCO = tuple(  # ids up to 90, ten of them unused
     category
     for category in _numbered(
         "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, -, "
@@ -187,11 +208,7 @@ CATALOG: Mapping[DatasetName, DatasetEntry] = {
         categories=_YTVIS21,
         splits={
             "train": _youtube_vis(("ytvis22", "ytvis21"), "train", videos=2985),  # the videos of 2021
-            "valid": _youtube_vis(
-                ("ytvis22",),
-                "valid",
-                videos=421 + 71,  # those of 2021, and the long ones
-            ),
+            "valid": _youtube_vis(("ytvis22",), "valid", videos=421 + 71),  # those of 2021, and the long ones
             "test": _youtube_vis(("ytvis22",), "test", videos=453 + 89),
         },
     ),
@@ -214,9 +231,9 @@ CATALOG: Mapping[DatasetName, DatasetEntry] = {
 }
 
 
-# The names to look for in place of COCO's own; the first that the target has counts. Names are compared whole: a teddy
-# bear is no bear. What is only similar keeps its own name and is dropped where the target lacks that: a bicycle is no
-# motorbike, skis are no snowboard, and birds cannot be told into the owls and eagles of YouTube-VIS 2019.
+# Names that replace COCO's; the first that the target has counts. Whole names are compared: a teddy bear is no bear.
+# Categories that are only similar have no entry and are dropped if the target lacks their name: a bicycle is no
+# motorbike, skis are no snowboard, and birds cannot be divided into the owls and eagles of YouTube-VIS 2019.
 KNOWN_AS: dict[str, tuple[str, ...]] = {
     "bus": ("bus", "vehical", "vehicle"),  # OVIS spells it Vehical
     "car": ("car", "sedan", "vehical", "vehicle"),
@@ -228,7 +245,7 @@ KNOWN_AS: dict[str, tuple[str, ...]] = {
 
 
 def map_categories(source: VideoDataset, target: Sequence[Category]) -> VideoDataset:
-    """Express a dataset in the categories of another one, by name.
+    """Express a dataset in the categories of another, by name.
 
     Case, underscores and spaces do not matter. Instances of categories that the target lacks are dropped, and with them
     the videos that have no other; videos without any instance stay. Crowds keep their category like other instances.
@@ -248,9 +265,8 @@ def map_categories(source: VideoDataset, target: Sequence[Category]) -> VideoDat
     mapping: dict[int, int] = {}
     for category in source.categories:
         names = known_as.get(_key(category.name), (category.name,))
-        found = next((ids[_key(name)] for name in names if _key(name) in ids), None)
-        if found is not None:
-            mapping[category.id] = found
+        if (id_ := next((ids[_key(name)] for name in names if _key(name) in ids), None)) is not None:
+            mapping[category.id] = id_
     if not mapping:
         raise ValueError(
             f"no category can be mapped by its name: found {', '.join(c.name for c in source.categories)}; expected "
@@ -260,7 +276,7 @@ def map_categories(source: VideoDataset, target: Sequence[Category]) -> VideoDat
 
 
 def find_namesakes(ours: Sequence[Category], theirs: Sequence[Category]) -> tuple[int | None, ...]:
-    """Which class of another list each of ours is, by name or, where no name agrees, by a synonym of KNOWN_AS.
+    """Find the class of another list that each of ours is: by name or, failing that, by a synonym in KNOWN_AS.
 
     Case, underscores and spaces do not matter, nor which of the lists is COCO's. One of theirs can be several of ours:
     OVIS' Vehical is the car and the truck of YouTube-VIS 2021.
@@ -281,12 +297,10 @@ def find_namesakes(ours: Sequence[Category], theirs: Sequence[Category]) -> tupl
     def namesake(name: str) -> int | None:
         if name in homonyms:
             return None
+        if name in keys:
+            return keys.index(name)
         synonyms = set().union(*(group for group in groups if name in group))
-        alike = [
-            *(i for i, key in enumerate(keys) if key == name),
-            *(i for i, key in enumerate(keys) if key in synonyms),
-        ]
-        return next(iter(alike), None)
+        return next((i for i, key in enumerate(keys) if key in synonyms), None)
 
     return tuple(namesake(_key(category.name)) for category in ours)
 
@@ -297,26 +311,3 @@ def _are_cocos(categories: Sequence[Category]) -> bool:
 
 def _key(name: str) -> str:
     return name.lower().replace("_", "").replace(" ", "")
-
-
-SplitName = Literal["train", "valid", "test", "predict"]
-SPLIT_OF_STAGE: dict[str, SplitName] = {"fit": "train", "validate": "valid", "test": "test", "predict": "predict"}
-CATALOG_SPLITS: dict[SplitName, CatalogSplit] = {
-    "train": "train",
-    "valid": "valid",
-    "test": "valid",  # the split of which results are published
-    "predict": "valid",
-}
-
-
-@dataclass(frozen=True)
-class Split:
-    """Where one part of a dataset lies.
-
-    Attributes:
-        annotations: JSON file in the format of YouTube-VIS, or of COCO, whose images are videos of one frame.
-        images: folder that the file names in it are relative to.
-    """
-
-    annotations: Path
-    images: Path

@@ -1,6 +1,6 @@
 """Annotated videos as flat arrays, which take a fraction of the memory of objects.
 
-Processes share them: of a large annotation file, which is parsed once, a copy in this form lies on the disk.
+A large annotation file is parsed once and stored as such arrays; all processes map that copy.
 """
 
 from __future__ import annotations
@@ -26,26 +26,33 @@ from instanceformer.data.formats.records import expect_file
 from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.files import locking, remove_leftovers, replacing
 
+LARGE = 2**24
+"""Bytes of JSON from which a file is worth a copy; smaller ones are read within a second or two."""
+VERSION = 1
+"""Of the copies; to be raised when the same JSON is to give other arrays."""
+PATIENCE = 600.0
+"""Seconds to wait for the process that reads a file; then it counts as stuck, and this process reads the file too."""
+
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """V videos, the F names of their frames, their I instances, and of these a mask for each frame, M in all.
+    """V videos, the F names of their frames, their I instances, and M masks, one for each instance and frame.
 
-    What belongs to entry i lies from ``owner_things[i]`` to ``owner_things[i + 1]``. The widest numbers come first, so
-    that all are aligned where one array follows the other in a file.
+    The things of owner i are those from ``owner_things[i]`` to ``owner_things[i + 1]``. The widest numbers come first,
+    so that all are aligned in a file that holds one array after the other.
 
     Attributes:
         video_ids: (V,) int64.
         video_names: (V + 1,) int64.
         video_instances: (V + 1,) int64.
-        name_bytes: (F + 1,) int64, places in ``names``.
+        name_bytes: (F + 1,) int64, offsets in ``names``.
         instance_ids: (I,) int64.
         category_ids: (I,) int64, of the instances.
         instance_masks: (I + 1,) int64.
-        mask_bytes: (M + 1,) int64, places in ``counts``; a mask has none where its instance is not visible.
-        areas: (M,) float64; (0,) where no instance has areas.
+        mask_bytes: (M + 1,) int64, offsets in ``counts``; a mask has no bytes if its instance is not visible.
+        areas: (M,) float64; (0,) if no instance has areas.
         sizes: (V, 3) int32, number of frames, height and width.
-        occlusion: (M,) int32, places in ``labels``; (0,) where no instance has labels.
+        occlusion: (M,) int32, indices of ``labels``; (0,) if no instance has labels.
         flags: (I, 4) bool: is a crowd, has areas, has areas of boxes, has labels.
         names: uint8, file names in UTF-8.
         counts: uint8, compressed run-length counts.
@@ -71,12 +78,12 @@ class Arrays:
 
 @dataclass(frozen=True, eq=False)
 class PackedVideos(Sequence[Video]):
-    """Videos that are made when they are asked for, and not kept: worker processes do not grow by what they look at.
+    """Videos that are made on access and not kept, so that worker processes do not grow.
 
     Attributes:
-        arrays: what they are made of, for these and maybe more videos.
-        rows: (n,) int64, which of these they are, ascending.
-        category_ids: for each category the id to give to it; instances of others are left out. None: as they are.
+        arrays: of these and possibly more videos.
+        rows: (n,) int64, ascending indices of these videos in the arrays.
+        category_ids: the new id of each category; instances of others are left out. None: ids stay.
     """
 
     arrays: Arrays
@@ -146,8 +153,8 @@ class PackedVideos(Sequence[Video]):
         """Give instances other categories.
 
         Args:
-            category_ids: the new id for each id. Instances of other categories are left out, and with them the videos
-                that have no other instance, but not those that had none before.
+            category_ids: the new id for each id. Instances of other categories are left out, and so are the videos
+                that lose all their instances.
         """
         if self.category_ids is not None:
             category_ids = {id_: category_ids[new] for id_, new in self.category_ids.items() if new in category_ids}
@@ -156,30 +163,30 @@ class PackedVideos(Sequence[Video]):
         return replace(changed, rows=self.rows[stays])
 
     def without_instances(self) -> PackedVideos:
-        """The videos alone, which are made sooner."""
+        """The videos without instances, which are made faster."""
         return replace(self, category_ids={})
 
     def populated_frames(self) -> npt.NDArray[np.int32]:
         """Every frame that shows an instance which is not a crowd.
 
         Returns:
-            (N, 2) int32, place of the video among these and index of the frame, in ascending order.
+            (N, 2) int32, indices of the video and of its frame, in ascending order.
         """
         arrays = self.arrays
-        place = np.full(len(arrays.video_ids), -1)
-        place[self.rows] = np.arange(len(self))
-        place = np.repeat(place, np.diff(arrays.video_instances))  # of the video of each instance
-        taken = self._are_in_use() & ~arrays.flags[:, 0] & (place >= 0)
+        index = np.full(len(arrays.video_ids), -1)
+        index[self.rows] = np.arange(len(self))
+        video = np.repeat(index, np.diff(arrays.video_instances))  # of each instance
+        taken = self._are_in_use() & ~arrays.flags[:, 0] & (video >= 0)
         visible = np.diff(arrays.mask_bytes) > 0
         visible &= np.repeat(taken, np.diff(arrays.instance_masks))
         masks = visible.nonzero()[0]
         instances = arrays.instance_masks.searchsorted(masks, side="right") - 1
         longest = arrays.sizes[:, 0].max(initial=1)
-        frames = np.unique(place[instances] * np.int64(longest) + masks - arrays.instance_masks[instances])
+        frames = np.unique(video[instances] * np.int64(longest) + masks - arrays.instance_masks[instances])
         return np.stack(np.divmod(frames, longest), axis=1).astype(np.int32)
 
     def _are_in_use(self) -> npt.NDArray[np.bool_]:
-        """(I,) whether each instance's category is."""
+        """(I,) whether each instance is of a category in use."""
         if self.category_ids is None:
             return np.ones(len(self.arrays.category_ids), dtype=np.bool_)
         return np.isin(self.arrays.category_ids, list(self.category_ids))
@@ -191,7 +198,7 @@ class PackedVideos(Sequence[Video]):
 
 
 def pack(videos: Sequence[Video]) -> PackedVideos:
-    """Bring videos into arrays; those that are packed stay as they are."""
+    """Bring videos into arrays; videos that are packed are returned as they are."""
     if isinstance(videos, PackedVideos):
         return videos
     instances = [instance for video in videos for instance in video.instances]
@@ -200,7 +207,7 @@ def pack(videos: Sequence[Video]) -> PackedVideos:
     lengths = [len(instance.segmentations) for instance in instances]
     areas = [area for i, n in zip(instances, lengths, strict=True) for area in i.areas or [0.0] * n]
     levels = [level for i, n in zip(instances, lengths, strict=True) for level in i.occlusion or [None] * n]
-    labels = {level: place for place, level in enumerate(dict.fromkeys(levels))}
+    labels = {level: index for index, level in enumerate(dict.fromkeys(levels))}
     flags = [(i.is_crowd, i.areas is not None, i.has_box_areas, i.occlusion is not None) for i in instances]
     has_areas, has_occlusion = (any(flag[kind] for flag in flags) for kind in (1, 3))
     arrays = Arrays(
@@ -228,28 +235,20 @@ def _int64(numbers: Iterable[int]) -> npt.NDArray[np.int64]:
 
 
 def _offsets(sizes: Iterable[int]) -> npt.NDArray[np.int64]:
-    """Where parts of these sizes begin, one after the other, and where the last ends."""
+    """Offsets at which consecutive parts of these sizes begin, and the end of the last."""
     return _int64(accumulate(sizes, initial=0))
 
 
-def _parts(content: npt.NDArray[np.uint8], places: Sequence[int]) -> list[bytes]:
-    """The bytes between each place and the next."""
-    first = places[0]
-    text = content[first : places[-1]].tobytes()
-    return [text[start - first : end - first] for start, end in pairwise(places)]
-
-
-LARGE = 2**24
-"""Bytes of JSON from which a file is worth a copy; smaller ones are read within a second or two."""
-VERSION = 1
-"""Of the copies; another one wherever the same JSON is to be read otherwise."""
-PATIENCE = 600.0
-"""Seconds to wait for the process that reads a file; then it is taken for stuck, and the file is read once more."""
+def _parts(content: npt.NDArray[np.uint8], offsets: Sequence[int]) -> list[bytes]:
+    """The bytes between each offset and the next."""
+    first = offsets[0]
+    text = content[first : offsets[-1]].tobytes()
+    return [text[start - first : end - first] for start, end in pairwise(offsets)]
 
 
 @dataclass(frozen=True, eq=False)
 class _MappedArrays(Arrays):
-    """Arrays in a copy; another process is told where, and not what."""
+    """Arrays in a copy; pickled, they are its path, and another process maps it again."""
 
     path: Path
     checksum: str
@@ -259,13 +258,12 @@ class _MappedArrays(Arrays):
 
 
 def open_annotations(path: Path | str) -> VideoDataset:
-    """``read_annotations`` for what goes over the same file again and again; its videos are packed, see `PackedVideos`.
+    """``read_annotations`` for files that many runs and processes read; the videos are packed, see ``PackedVideos``.
 
-    The first process to open a file of ``LARGE`` bytes or more writes a copy of it, while others wait; they and those
-    after them map the copy. It is ``.NAME.packed`` beside the file or, where that folder cannot be written to, a file
-    in ``$XDG_CACHE_HOME/instanceformer``, and may be removed at any time. A copy of a file of another size or time of
-    change, and one that is damaged, is written anew. Where none can be written, each process reads the file itself, and
-    is warned.
+    The first process to open a file of ``LARGE`` bytes or more writes a copy of it while others wait; all then map the
+    copy. It is ``.NAME.packed`` beside the file or, if that folder is not writable, a file in
+    ``$XDG_CACHE_HOME/instanceformer``, and may be removed at any time. It is written anew if it is damaged or the
+    file's size or time of change is another. If no copy can be written, each process reads the file, with a warning.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -286,7 +284,7 @@ def open_annotations(path: Path | str) -> VideoDataset:
         copy = beside if os.access(path.parent, os.W_OK) else elsewhere
         copy.parent.mkdir(parents=True, exist_ok=True)
         with locking(copy, PATIENCE):
-            if (written := _load(copy, source)) is not None:  # by the one that was waited for
+            if (written := _load(copy, source)) is not None:  # by another process, meanwhile
                 return written
             remove_leftovers(copy.parent, copy.name)
             dataset = _packed(read_annotations(path))
@@ -333,7 +331,7 @@ def _save(copy: Path, source: dict[str, int], dataset: VideoDataset) -> None:
 
 
 def _load(copy: Path, source: dict[str, int]) -> VideoDataset | None:
-    """The dataset in a copy; None where there is none, where it is one of something else, or where it is damaged."""
+    """The dataset in a copy; None if there is no copy, if it has another source, or if it is damaged."""
     try:
         checksum, head, content = _open(copy)
         if head["source"] != source or f"{zlib.crc32(content[8:].data):08x}" != checksum:
@@ -346,8 +344,8 @@ def _load(copy: Path, source: dict[str, int]) -> VideoDataset | None:
 
 
 def _reopen(copy: Path, checksum: str) -> Arrays:
-    found, head, content = _open(copy)
-    if found != checksum:
+    found_checksum, head, content = _open(copy)
+    if found_checksum != checksum:
         raise ValueError(f"{copy}: found the annotations of another file than when this run began; start it again")
     return _map(copy, checksum, head, content)
 

@@ -24,7 +24,7 @@ from instanceformer.video.pictures import find_images
 from instanceformer.video.reading import open_video
 
 NO_CHUNK = VideoChunk(torch.empty(1, 0, 3, 0, 0), video_id=-1, start=0, length=0, size=(0, 0))
-"""What a rank without a video yields: Lightning runs no hook of a loop without batches, and the others would wait."""
+"""Yielded by a rank without videos: Lightning runs no hooks of a loop without batches, and other ranks would wait."""
 
 
 class StreamingVideos(IterableDataset[VideoChunk]):
@@ -37,13 +37,13 @@ class StreamingVideos(IterableDataset[VideoChunk]):
     A rank that gets no video yields one empty chunk, NO_CHUNK.
 
     Args:
-        dataset: the videos; their instances are not looked at.
+        dataset: the videos; their instances are not used.
         images: folder that the videos' file names are relative to.
         chunk_frames: frames of a chunk; the last chunk of a video may have fewer.
         size: shorter side of the frames in pixels after resizing.
         max_size: greatest length of the longer side in pixels.
         skip: ids of videos to leave out.
-        rank: this process's number; None: that of torch.distributed, or 0 where it is not in use.
+        rank: this process's number; None: that of torch.distributed, or 0 if it is not in use.
         world_size: number of processes that share the videos; None likewise.
 
     Raises:
@@ -98,7 +98,7 @@ def share_of_rank(lengths: Sequence[int], rank: int | None = None, world_size: i
 
     Args:
         lengths: number of frames of each video.
-        rank: this process's number; None: that of torch.distributed, or 0 where it is not in use.
+        rank: this process's number; None: that of torch.distributed, or 0 if it is not in use.
         world_size: number of processes; None likewise.
     """
     distributed = dist.is_available() and dist.is_initialized()
@@ -132,13 +132,13 @@ VIDEO_SUFFIXES = (
 
 @dataclass(frozen=True)
 class RawVideo:
-    """A video of which nothing is known but its frames.
+    """A video without annotations.
 
     Attributes:
-        id: counted from 1, in the order of names with numbers as numbers.
+        id: counted from 1, in natural order of names.
         name: of its file or folder.
-        path: of that.
-        length: number of frames that it declares, or that is likely; None where it says nothing.
+        path: of its file or folder.
+        length: number of frames that the file declares or that is likely; None if unknown.
     """
 
     id: int
@@ -148,11 +148,11 @@ class RawVideo:
 
 
 def find_videos(path: Path) -> list[RawVideo]:
-    """The videos that a path stands for: itself, or the files and folders in it.
+    """The videos at a path: itself, or the files and folders in it.
 
     Args:
         path: a video file; a folder of images, which is one video; or a folder of video files and folders of images,
-            in which other things are passed over.
+            where other entries are ignored.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -160,22 +160,22 @@ def find_videos(path: Path) -> list[RawVideo]:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such video file or folder")
-    found = [path] if path.is_file() or find_images(path) else []
+    entries = [path] if path.is_file() or find_images(path) else []
     if path.is_dir():
         inside = [entry for entry in path.iterdir() if _is_video(entry)]
-        if found and inside:
+        if entries and inside:
             raise ValueError(
                 f"{path}: found images beside {inside[0].name}; expected the frames of one video, or videos"
             )
-        found += sorted(inside, key=lambda entry: natural_order(entry.name))
-    if not found:
+        entries += sorted(inside, key=lambda entry: natural_order(entry.name))
+    if not entries:
         raise ValueError(
             f"{path}: found no video, expected files with names that end in {', '.join(VIDEO_SUFFIXES)}, or folders of "
             "images"
         )
     return [
         RawVideo(number, entry.name, entry, len(find_images(entry)) if entry.is_dir() else open_video(entry).length)
-        for number, entry in enumerate(found, 1)
+        for number, entry in enumerate(entries, 1)
     ]
 
 
@@ -188,21 +188,16 @@ def _is_video(path: Path) -> bool:
 class RawStream(IterableDataset[VideoChunk]):
     """One rank's videos, one after the other, each as consecutive chunks of frames from its first to its last.
 
-    Every video goes to one rank, whole, and is read by the first worker process, since a film is decoded in one go;
-    more than one worker have nothing to do. Use it with ``DataLoader(..., batch_size=None)``.
+    Every video goes to one rank, whole. The first worker process reads it, since a film is decoded sequentially; other
+    workers are idle. Use it with ``DataLoader(..., batch_size=None)``.
 
-    How long a video is shows at its end: its last chunk has its length, the others one that lies beyond them. Of a
-    video that breaks off, the part that could be read is all there is, and a warning says so. A rank that gets no video
-    yields NO_CHUNK.
+    The length of a video is known at its end: its last chunk has it, and the others have a length beyond their frames.
+    A video that breaks off ends with the part that could be read, with a warning. A rank that gets no video yields
+    NO_CHUNK.
 
     Args:
         videos: see ``find_videos``.
-        chunk_frames: frames of a chunk; the last chunk of a video may have fewer.
-        size: shorter side of the frames in pixels after resizing.
-        max_size: greatest length of the longer side in pixels.
-        skip: ids of videos to leave out.
-        rank: this process's number; None: that of torch.distributed, or 0 where it is not in use.
-        world_size: number of processes that share the videos; None likewise.
+        chunk_frames, size, max_size, skip, rank, world_size: as in ``StreamingVideos``.
 
     Raises:
         ValueError: chunk_frames is out of its range; on iteration, a video cannot be read.
@@ -250,7 +245,7 @@ class RawStream(IterableDataset[VideoChunk]):
             start, images = start + len(images), following
 
     def _take(self, frames: Iterator[TimedFrame]) -> list[Frame]:
-        """The frames of the next chunk, none after the end."""
+        """The frames of the next chunk; none after the end."""
         images: list[Frame] = []
         try:
             images.extend(frame.image for frame in islice(frames, self.chunk_frames))

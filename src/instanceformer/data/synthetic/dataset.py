@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from instanceformer.data.synthetic.options import DEFAULT_OPTIONS, SPLITS, SyntheticOptions
-from instanceformer.data.synthetic.video import Video, make_video
+from instanceformer.data.synthetic.video import DrawnVideo, make_video
 
 
 def synthesize(
@@ -60,7 +60,7 @@ def synthesize(
     statistics = {}
     for split in SPLITS:
         chosen = [video for video, (owner, _) in zip(videos, jobs, strict=True) if owner == split]
-        statistics[split] = measure(chosen)
+        statistics[split] = _measure(chosen)
         temporary = directory / f"{split}.json.partial"
         temporary.write_text(json.dumps(_dataset(chosen, options), separators=(",", ":")))
     for split in SPLITS:
@@ -68,7 +68,7 @@ def synthesize(
     return SyntheticSummary(**statistics)
 
 
-def _dataset(videos: list[Video], options: SyntheticOptions) -> dict[str, Any]:
+def _dataset(videos: list[DrawnVideo], options: SyntheticOptions) -> dict[str, Any]:
     annotations = [(number, each) for number, video in enumerate(videos, 1) for each in video.annotations]
     return {
         "info": {"description": f"synthetic moving shapes, seed {options.seed}"},
@@ -104,7 +104,7 @@ class SplitStatistics:
 
 @dataclass(frozen=True)
 class SyntheticSummary:
-    """What ``synthesize`` wrote; ``str()`` gives a table.
+    """How hard both splits turned out; ``str()`` gives a table.
 
     Attributes:
         train: Statistics of the train split.
@@ -132,7 +132,7 @@ class SyntheticSummary:
         return "\n".join(f"{label:<46}{train:>8}{valid:>8}" for label, train, valid in rows)
 
 
-def measure(videos: list[Video]) -> SplitStatistics:
+def _measure(videos: list[DrawnVideo]) -> SplitStatistics:
     """Measure the videos of one split."""
     visible = [[area is not None for area in each["areas"]] for video in videos for each in video.annotations]
     returning = [sum(after > before for before, after in zip([False, *v], v, strict=False)) > 1 for v in visible]

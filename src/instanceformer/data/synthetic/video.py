@@ -1,4 +1,4 @@
-"""One video: what it shows and how that moves, its frames and the annotations of what is visible in them."""
+"""One video: its instances and their paths, its frames, and the annotations of what is visible in them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,20 @@ from instanceformer.data.synthetic.options import SPLITS, SyntheticOptions
 from instanceformer.data.synthetic.shapes import PATTERNS, REACH, Array, Sprite, draw, make_background, rgb
 
 JPEG_QUALITY = 92
+PATH_CANDIDATES = 12  # paths tried for an instance; the one that overlaps the others least is taken
 
 
 @dataclass(frozen=True)
-class Video:
-    """A written video: its entry, its annotations without ids, which instances have look-alikes, (T,) frame flags."""
+class DrawnVideo:
+    """A video whose frames are written.
+
+    Attributes:
+        entry: of the annotation file's videos, without id.
+        annotations: without ids.
+        look_alikes: whether each annotated instance has a look-alike.
+        shown: (T,) whether a frame shows an instance.
+        hidden: (T,) whether more than half of an instance is hidden in a frame.
+    """
 
     entry: dict[str, Any]
     annotations: list[dict[str, Any]]
@@ -30,7 +39,7 @@ class Video:
     hidden: NDArray[np.bool_]
 
 
-def make_video(directory: Path, options: SyntheticOptions, split: str, index: int) -> Video:
+def make_video(directory: Path, options: SyntheticOptions, split: str, index: int) -> DrawnVideo:
     """Draw one video and write its frames; it depends on nothing but the options, the split and the index.
 
     Args:
@@ -40,9 +49,9 @@ def make_video(directory: Path, options: SyntheticOptions, split: str, index: in
         index: Number of the video in its split.
     """
     rng = np.random.default_rng([options.seed, SPLITS.index(split), index])
-    instances, groups = make_instances(rng, options)
+    instances, groups = _make_instances(rng, options)
     backdrop, shift = make_background(rng, options)
-    blobs = [make_distractor(rng, options, shift) for _ in range(options.distractors)]
+    blobs = [_make_distractor(rng, options, shift) for _ in range(options.distractors)]
     gain = 1 + options.brightness_change * np.sin(
         rng.uniform(0, 2 * np.pi) + options.frame_times * rng.uniform(0.1, 0.3)
     )
@@ -52,14 +61,8 @@ def make_video(directory: Path, options: SyntheticOptions, split: str, index: in
     folder.mkdir(parents=True)
     size = {"height": options.height, "width": options.width, "length": options.length}
     annotations: list[dict[str, Any]] = [
-        {
-            "category_id": options.shapes.index(sprite.shape) + 1,
-            "iscrowd": 0,
-            **size,
-            "segmentations": [],
-            "occlusion": [],
-        }
-        for sprite in instances
+        {"category_id": options.shapes.index(s.shape) + 1, "iscrowd": 0, **size, "segmentations": [], "occlusion": []}
+        for s in instances
     ]
     shown, hidden = np.zeros((2, options.length), dtype=np.bool_)
     for t in range(options.length):
@@ -67,7 +70,7 @@ def make_video(directory: Path, options: SyntheticOptions, split: str, index: in
         for blob in blobs:
             draw(canvas, blob, t, options.texture)
         owner = np.full((options.width, options.height), -1, dtype=np.int16).T  # column by column, as run lengths go
-        alone = np.zeros(len(instances), dtype=np.int64)  # area in the frame, as if no other instance were there
+        alone = np.zeros(len(instances), dtype=np.int64)  # area in the frame if no other instance were there
         for k, sprite in enumerate(instances):  # from back to front
             rows, columns, inside = draw(canvas, sprite, t, options.texture)
             owner[rows, columns][inside] = k
@@ -87,7 +90,7 @@ def make_video(directory: Path, options: SyntheticOptions, split: str, index: in
 
     seen = [k for k, annotation in enumerate(annotations) if any(annotation["areas"])]
     files = [f"{name}/{t:05d}.jpg" for t in range(options.length)]
-    return Video(
+    return DrawnVideo(
         entry={**size, "file_names": files},
         annotations=[annotations[k] for k in seen],
         look_alikes=[sum(groups[k] == groups[other] for other in seen) > 1 for k in seen],
@@ -97,14 +100,14 @@ def make_video(directory: Path, options: SyntheticOptions, split: str, index: in
 
 
 def _occlusion_level(visible: int, alone: int) -> str:
-    """OVIS's name, out of three, for how much of an instance others hide; here, severe is more than half."""
+    """OVIS's level of how much of an instance others hide; here, severe is more than half."""
     if visible == alone:
         return "no_occlusion"
     return "severe_occlusion" if 2 * visible < alone else "slight_occlusion"
 
 
-def make_instances(rng: Generator, options: SyntheticOptions) -> tuple[list[Sprite], list[int]]:
-    """The instances of a video from back to front, and the number of the look that each of them wears."""
+def _make_instances(rng: Generator, options: SyntheticOptions) -> tuple[list[Sprite], list[int]]:
+    """The instances of a video from back to front, and for each the number of its look."""
     count = int(rng.integers(options.min_instances, options.max_instances + 1))
     groups = _look_alike_groups(rng, count, options.look_alikes)
     hues = (rng.uniform() + rng.permutation(count) / count) % 1  # spread, so that only look-alikes look alike
@@ -118,7 +121,7 @@ def make_instances(rng: Generator, options: SyntheticOptions) -> tuple[list[Spri
         shape, pattern, colours, frequency = looks[groups[k]]
         mean = sizes[k] * options.height / 2
         swing = options.scale_change * rng.uniform(0.3, 1)
-        centres = choose_path(rng, options, float(mean * (1 + swing)), placed, k > 0 and bool(crossing[k - 1]))
+        centres = _choose_path(rng, options, float(mean * (1 + swing)), placed, k > 0 and bool(crossing[k - 1]))
         placed.append((centres, float(mean)))
         sprites.append(
             Sprite(
@@ -137,7 +140,7 @@ def make_instances(rng: Generator, options: SyntheticOptions) -> tuple[list[Spri
 
 
 def _look_alike_groups(rng: Generator, count: int, fraction: float) -> list[int]:
-    """A look's number for each instance: pairs, and a triple where odd, share one; ``fraction`` of them on average."""
+    """A look's number for each instance; ``fraction`` of them on average share one in pairs (one triple if odd)."""
     members = int(fraction * count + rng.uniform())
     if members == 1:  # nothing looks like itself
         members = 2 * int(count > 1 and rng.uniform() < 0.5)
@@ -156,7 +159,7 @@ def _look(rng: Generator, hue: float, options: SyntheticOptions) -> tuple[str, s
     return str(rng.choice(options.shapes)), str(rng.choice(list(PATTERNS))), colours, rng.uniform(6, 9)
 
 
-def make_distractor(rng: Generator, options: SyntheticOptions, shift: Array) -> Sprite:
+def _make_distractor(rng: Generator, options: SyntheticOptions, shift: Array) -> Sprite:
     """A dull blob on the background, which moves by ``shift`` (T, 2)."""
     middle = rng.integers(options.length)
     point = rng.uniform(0, [options.width, options.height])
@@ -173,16 +176,13 @@ def make_distractor(rng: Generator, options: SyntheticOptions, shift: Array) -> 
     )
 
 
-PATH_CANDIDATES = 12  # paths tried for an instance, of which the one that overlaps the others least is taken
-
-
-def choose_path(
+def _choose_path(
     rng: Generator, options: SyntheticOptions, radius: float, placed: list[tuple[Array, float]], crossing: bool
 ) -> Array:
-    """Choose the path of an instance, as clear of those that are placed as can be, or crossing one of them.
+    """Choose the path of an instance: as far from those that are placed as possible, or crossing one of them.
 
     Args:
-        rng: Where everything random comes from.
+        rng: Source of everything random.
         options: What the videos show.
         radius: Largest radius of the instance, in pixels.
         placed: Centres (T, 2) and mean radius of each instance that has its path, in pixels.
@@ -235,7 +235,7 @@ def _crowding(centres: Array, radius: float, placed: list[tuple[Array, float]]) 
 
 
 def _time_away(rng: Generator, options: SyntheticOptions) -> Array | None:
-    """How far, (T,) from 0 to 1, an instance is on its way out of view; None if it stays."""
+    """How far an instance is on its way out of view, (T,) from 0 to 1; None if it stays."""
     length, ramp, draw = options.length, options.length / 4, rng.uniform()
     times = options.frame_times
 
