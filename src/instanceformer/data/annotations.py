@@ -1,4 +1,4 @@
-"""Annotated videos: the typed form that every dataset takes on the data side."""
+"""Annotated videos: the types that represent every dataset."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Category:
     """A category as its file declares it.
 
     Attributes:
-        id: the file's own id, any integer.
+        id: the file's id, any integer.
         name: the name to show.
     """
 
@@ -39,12 +39,12 @@ class Instance:
     Attributes:
         id: unique among all instances of its dataset.
         category_id: id of one of the dataset's categories.
-        is_crowd: whether it stands for a group that nobody told apart; not trained on.
+        is_crowd: whether it is a group of objects labelled as one; not trained on.
         segmentations: for each frame of the video the mask's compressed run-length counts, as pycocotools writes them
-            for the video's size; None where the instance is not visible.
-        areas: of every frame in pixels as the file has them, zero where it has null; None where it has none.
+            for the video's size; None if the instance is not visible.
+        areas: the file's areas in pixels in every frame, zero for null; None if it has none.
         has_box_areas: whether these are the areas of the file's boxes (as in OVIS), in every frame.
-        occlusion: the file's level of occlusion in every frame (as in OVIS); None where it has none.
+        occlusion: the file's level of occlusion in every frame (as in OVIS); None if it has none.
     """
 
     id: int
@@ -95,7 +95,7 @@ class Video:
         Returns:
             (T, n, h, w) uint8, one inside the instance and zero elsewhere.
         """
-        import torch  # here, so that what only looks at annotations starts without it
+        import torch  # here, so that commands that only read annotations start without it
 
         row_indices = np.arange(self.height) if rows is None else rows.numpy()
         column_indices = np.arange(self.width) if columns is None else columns.numpy()
@@ -109,20 +109,20 @@ class Video:
         if codes:
             runs = decode_runs(list(codes.values()), self.height * self.width)
             alternating = np.tile(np.array([0, 1], dtype=np.uint8), runs.lengths.shape[1])
-            for place, lengths in zip(codes, np.split(runs.lengths, runs.first[1:], axis=1), strict=True):
+            for index, lengths in zip(codes, np.split(runs.lengths, runs.first[1:], axis=1), strict=True):
                 pixels = np.repeat(alternating[: lengths.size], lengths.T.ravel())
                 chosen = pixels.reshape(self.width, self.height).take(column_indices, axis=0)
-                masks[place] = chosen.T.take(row_indices, axis=0)
+                masks[index] = chosen.T.take(row_indices, axis=0)
         return torch.from_numpy(masks)
 
 
 @dataclass(frozen=True)
 class VideoDataset:
-    """Everything that the data side knows about a dataset: its categories and its annotated videos.
+    """A dataset: its categories and its annotated videos.
 
     Attributes:
-        categories: in ascending order of id; a category's place is its class index.
-        videos: in the order of the file; a tuple, or `PackedVideos`, which make each when it is asked for.
+        categories: in ascending order of id; a category's index is its class index.
+        videos: in the order of the file; a tuple, or ``PackedVideos``, which are made on access.
     """
 
     categories: tuple[Category, ...]

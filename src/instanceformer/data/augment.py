@@ -1,4 +1,4 @@
-"""What happens to frames between file and network: augmentation in training, resizing in evaluation, normalisation."""
+"""Frames between file and network: augmentation in training, resizing in evaluation, normalization."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def fit_size(height: int, width: int, size: int | None, max_size: int) -> tuple[int, int]:
-    """The (height, width) whose shorter side is ``size``, or less where the longer side would exceed ``max_size``.
+    """The (height, width) of the same proportions with shorter side ``size``, or less to keep within ``max_size``.
 
-    The proportions stay; ``size=None`` keeps the shorter side unless the longer one is too long.
+    ``size=None`` keeps the frame's size unless its longer side exceeds ``max_size``.
     """
     scale = 1.0 if size is None else size / min(height, width)
     scale = min(scale, max_size / max(height, width))
@@ -43,7 +43,7 @@ def fit_size(height: int, width: int, size: int | None, max_size: int) -> tuple[
 
 
 def resize(frames: Tensor, size: int | None, max_size: int) -> Tensor:
-    """Resize (T, 3, H, W) uint8 frames to ``fit_size``; frames that have that size already are returned as they are."""
+    """Resize (T, 3, H, W) uint8 frames to ``fit_size``; frames of that size are returned as they are."""
     height, width = frames.shape[-2:]
     target = fit_size(height, width, size, max_size)
     if target == (height, width):
@@ -54,12 +54,12 @@ def resize(frames: Tensor, size: int | None, max_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a clip shows of its frames: a part, resized, perhaps mirrored.
+    """The part of its frames that a clip shows, resized and possibly mirrored.
 
     Attributes:
         crop: the part, (top, left, height, width) in pixels of the frame.
         size: (height, width) in pixels to which the part is resized.
-        flip: whether left and right change places.
+        flip: whether left and right are exchanged.
     """
 
     crop: tuple[int, int, int, int]
@@ -75,12 +75,12 @@ class Geometry:
 
     @property
     def rows(self) -> Tensor:
-        """(size[0],) int64: the row of the frame that each row of a mask is taken from."""
+        """(size[0],) int64: the frame's row for each row of a mask."""
         return self.crop[0] + _nearest(self.crop[2], self.size[0])
 
     @property
     def columns(self) -> Tensor:
-        """(size[1],) int64: the column of the frame that each column of a mask is taken from."""
+        """(size[1],) int64: the frame's column for each column of a mask."""
         columns = self.crop[1] + _nearest(self.crop[3], self.size[1])
         return columns.flip(0) if self.flip else columns
 
@@ -89,18 +89,18 @@ class Geometry:
 class Augmentation:
     """Random changes of a training clip, the same for all its frames; random numbers are torch's.
 
-    The crop is DETR's: the frame resized to a shorter side of ``crop_from``, a part with sides between the two
-    ``crop_sides`` cut out, and that part resized as a whole frame would be. Both resizings are done as one.
+    The crop is DETR's: the frame is resized to a shorter side of ``crop_from``, a part with sides between the two
+    ``crop_sides`` is cut out, and that part is resized like a whole frame. Both resizings are done as one.
 
     Attributes:
         flip: probability of mirroring left and right.
-        sizes: shorter sides in pixels, one of which is drawn; empty: the frames keep their size.
+        sizes: shorter sides in pixels to draw from; empty: the frames keep their size.
         max_size: greatest length in pixels of the longer side in training; none: ``max_size`` of the data.
         crop: probability of a crop.
-        crop_from: shorter sides in pixels before the crop, one of which is drawn.
+        crop_from: shorter sides in pixels before the crop, to draw from.
         crop_sides: least and greatest side of the crop in pixels.
         photometric: probability of each change of brightness, contrast, saturation, hue and order of the channels.
-        max_instances: of a clip; of more, as many are drawn, each with all its masks, and the others are left out.
+        max_instances: of a clip; if it has more, this many are drawn, each with all its masks.
     """
 
     flip: float = 0.5
@@ -128,12 +128,12 @@ class Augmentation:
             )
 
     def draw_geometry(self, height: int, width: int, max_size: int) -> Geometry:
-        """Draw what a clip shows of its frames.
+        """Draw the part of its frames that a clip shows.
 
         Args:
             height: of the frames in pixels.
             width: of the frames in pixels.
-            max_size: greatest length of the longer side of the result, in pixels, where there is none of its own.
+            max_size: greatest length in pixels of the result's longer side, unless ``self.max_size`` is given.
         """
         max_size = max_size if self.max_size is None else self.max_size
         crop = (0, 0, height, width)
@@ -147,7 +147,7 @@ class Augmentation:
         return v2.RandomPhotometricDistort(p=self.photometric)(frames) if self.photometric else frames
 
     def _draw_crop(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of a crop in pixels of the frame as it is, before any resizing."""
+        """(top, left, height, width) of a crop in pixels of the frame before resizing."""
         scale = _draw(self.crop_from) / min(height, width)
         spans = []
         for side in (height, width):
@@ -164,9 +164,9 @@ def _draw(sizes: tuple[int, ...]) -> int:
 
 
 def _nearest(length: int, target: int) -> Tensor:
-    """(target,) int64: which of ``length`` pixels is nearest to each of ``target`` pixels over the same distance.
+    """(target,) int64: the nearest of ``length`` pixels to each of ``target`` pixels that span the same distance.
 
-    This is "nearest-exact"; plain nearest, all that tv_tensors.Mask offers, moves a mask by up to half a pixel.
+    This is "nearest-exact"; "nearest", the only mode of tv_tensors.Mask, moves a mask by up to half a pixel.
     """
     return (
         interpolate(torch.arange(length, dtype=torch.float32).view(1, 1, -1), target, mode="nearest-exact")

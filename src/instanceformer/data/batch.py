@@ -1,4 +1,4 @@
-"""The batch types: all that the data side hands to training and evaluation."""
+"""The batch types that training and evaluation receive."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class ClipTargets:
 
     Attributes:
         labels: (n,) int64, class index in [0, K).
-        boxes: (T, n, 4) float32, (centre x, centre y, width, height) as fractions of the clip's own, unpadded size;
-            zeros where the instance is not visible.
-        masks: (T, n, H, W) bool at the clip's own, unpadded size; all false where not visible.
+        boxes: (T, n, 4) float32, (center x, center y, width, height) as fractions of the clip's size without padding;
+            zeros if the instance is not visible.
+        masks: (T, n, H, W) bool at the clip's size without padding; all false if not visible.
         visible: (T, n) bool.
     """
 
@@ -36,10 +36,11 @@ class DenseTargets:
 
     Attributes:
         labels: (B, n) int64 class index.
-        boxes: (T, B, n, 4) float32 cxcywh as fractions of the clip's own size.
+        boxes: (T, B, n, 4) float32 cxcywh as fractions of the clip's size without padding.
         visible: (T, B, n) bool.
-        masks: (T, B, n, h, w) uint8, pixels in [0, 16] that the mask covers of every 4x4 cell of the mask logits.
-        pixels: (B, h, w) bool, whether a cell belongs to the clip rather than to its padding.
+        masks: (T, B, n, h, w) uint8, number in [0, 16] of the pixels of each 4x4 cell that the mask covers; a cell is
+            one mask logit.
+        pixels: (B, h, w) bool, whether a cell belongs to the clip and not to its padding.
         entering: (T, B, n) bool, whether this is the first frame in which the instance is visible; stays on the CPU,
             where instances are matched.
     """
@@ -95,7 +96,7 @@ class DenseTargets:
 
 
 def coverage(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """How many pixels of every 4x4 cell a mask covers: (T, n, H, W) bool gives (T, n, h, w) uint8, zero beyond H, W."""
+    """Number of pixels of each 4x4 cell in a mask: (T, n, H, W) bool to (T, n, h, w) uint8, zero beyond H and W."""
     height, width = masks.shape[-2:]
     x = F.pad(masks.view(torch.uint8), (0, grid[1] * 4 - width, 0, grid[0] * 4 - height))
     for dim in (-2, -1):
@@ -115,8 +116,8 @@ class ClipBatch:
     """B training clips of T frames, padded on the right and at the bottom to a common size.
 
     Attributes:
-        frames: (B, T, 3, H, W) float32, RGB normalised with the ImageNet mean and deviation; zero where padded.
-        padding: (B, H, W) bool, true where padded; None when all clips have the same size. It stays on the CPU, where
+        frames: (B, T, 3, H, W) float32, RGB normalized with the ImageNet mean and deviation; zero in the padding.
+        padding: (B, H, W) bool, true in the padding; None if all clips have the same size. It stays on the CPU, where
             the network reads the clips' sizes from it.
         targets: of the B clips.
     """
@@ -126,7 +127,7 @@ class ClipBatch:
     targets: DenseTargets
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> ClipBatch:
-        """Move every tensor to ``device`` that is needed there; Lightning leaves ``non_blocking`` to us."""
+        """Move the tensors that are needed on ``device``; Lightning does not pass ``non_blocking``."""
         return ClipBatch(
             frames=self.frames.to(device, non_blocking=non_blocking),
             padding=self.padding,
@@ -147,7 +148,7 @@ class VideoChunk:
     """Consecutive frames of one video; the chunks of a video arrive in order, the first with ``start == 0``.
 
     Attributes:
-        frames: (1, T, 3, H, W) float32, normalised as in ClipBatch, unpadded, resized for the network.
+        frames: (1, T, 3, H, W) float32, normalized as in ClipBatch, unpadded, resized for the network.
         video_id: the video's id in its annotation file.
         start: index in the video of the chunk's first frame.
         length: number of frames of the whole video.
@@ -175,5 +176,5 @@ class VideoChunk:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a small tensor made on the CPU without waiting for what the device is doing."""
+    """Copy a small tensor from the CPU without waiting for the device."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

@@ -18,15 +18,15 @@ from instanceformer.data.images import read_image
 from instanceformer.data.packed import pack
 
 MAX_DRAWS = 10
-"""How often the frames of a clip are drawn before one without any instance is accepted."""
+"""Number of draws of a clip's frames after which one without instances is accepted."""
 UNCHANGED = Augmentation(flip=0.0, sizes=(), crop=0.0)
-"""Leaves frames as they are, but for those that are larger than ``max_size``."""
+"""Leaves frames as they are, except those that are larger than ``max_size``."""
 
 
 class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
     """Clips of frames drawn at random from one video and kept in temporal order (appendix A.2 of the paper).
 
-    Random numbers are torch's, so each epoch draws anew and a seed makes it repeatable, in worker processes too.
+    Random numbers are torch's: each epoch draws anew, and a seed makes it repeatable, in worker processes too.
 
     Args:
         dataset: the annotated videos.
@@ -34,11 +34,11 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         clip_frames: frames of a clip, T. Videos with fewer frames repeat some.
         clip_step: greatest distance between neighboring frames of a clip; None: anywhere in the video. See
             ``draw_frames``.
-        far_frames: how many of a clip's frames lie anywhere in the video even so.
-        cuts: fraction of the clips that are cut to another one and, but for some, back again, see ``with_cut``.
-        clips_per_video: items an epoch has of each video, with frames drawn anywhere, and drawn again, a bounded number
-            of times, if they show no instance. None: an item for each frame in which an instance is visible; that
-            frame is in the clip.
+        far_frames: number of a clip's frames that lie anywhere in the video despite ``clip_step``.
+        cuts: fraction of the clips that are cut to another one and, mostly, back again, see ``with_cut``.
+        clips_per_video: items of each video in an epoch, with frames drawn anywhere, and drawn again, at most MAX_DRAWS
+            times, if they show no instance. None: an item for each frame in which an instance is visible; that frame
+            is in the clip.
         augmentation: random changes; None: ``UNCHANGED``.
         max_size: greatest length of a frame's longer side in pixels.
 
@@ -79,7 +79,7 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         self.cuts = cuts
         self.augmentation = UNCHANGED if augmentation is None else augmentation
         self.max_size = max_size
-        if clips_per_video is None:  # (N, 2), index of the video, and the frame to be in the clip or a negative number
+        if clips_per_video is None:  # (N, 2), indices of the video and of the frame to be in the clip; -1: any frame
             self.items = pack(dataset.videos).populated_frames()
         else:
             self.items = np.repeat([(index, -1) for index in range(len(dataset.videos))], clips_per_video, axis=0)
@@ -119,14 +119,14 @@ def draw_frames(
 ) -> list[int]:
     """Draw ``count`` of a video's frames at random, in temporal order.
 
-    The clip grows from the reference frame: every further one is drawn from the ``step`` frames before and the ``step``
-    frames after those that it has. Where it fills the video from end to end, the rest are drawn from between.
+    The clip grows from the reference frame: each further frame is drawn from the ``step`` frames before and the
+    ``step`` frames after those drawn so far. Once these span the whole video, the rest are drawn from between.
 
     Args:
         length: frames of the video.
         count: frames to draw; each is drawn once before any is drawn twice.
         step: greatest distance between neighboring frames, which 1 makes consecutive; None: all are far.
-        far: how many are drawn last and from anywhere in the video.
+        far: number of frames that are drawn last and from anywhere in the video.
         reference: index of a frame that must be drawn; None: any.
     """
     frames = [int(torch.randint(length, ())) if reference is None else reference]
@@ -142,17 +142,16 @@ def draw_frames(
 def with_cut(
     clip: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Replace some consecutive frames of a clip, but not the first, by those of another one of the same size.
+    """Replace consecutive frames of a clip, except the first, by those of another clip, as in a film that is cut.
 
-    All that is known disappears at once and what is seen was never seen before, as where a film is cut; where the clip
-    ends with frames of its own, what was known comes back.
+    All instances disappear at once and unseen ones appear; if the replaced frames are not the last, the first return.
 
     Args:
         clip: (T, 3, H, W) pixels, (m,) labels and (T, m, H, W) bool masks.
         other: likewise; if its frames have another size, nothing is replaced.
 
     Returns:
-        The same of both, with the instances of both.
+        A clip likewise, with the instances of both.
     """
     frames, labels, masks = clip
     other_frames, other_labels, other_masks = other
@@ -162,9 +161,9 @@ def with_cut(
     end = int(torch.randint(first + 1, len(frames) + 1, ()))
     is_other = torch.zeros(len(frames), dtype=torch.bool)
     is_other[first:end] = True
-    where = is_other[:, None, None, None]
-    masks = torch.cat((masks & ~where, other_masks & where), dim=1)
-    return torch.where(where, other_frames, frames), torch.cat((labels, other_labels)), masks
+    is_other = is_other[:, None, None, None]
+    masks = torch.cat((masks & ~is_other, other_masks & is_other), dim=1)
+    return torch.where(is_other, other_frames, frames), torch.cat((labels, other_labels)), masks
 
 
 def shown_instances(video: Video, frames: Sequence[int]) -> list[Instance]:
@@ -184,9 +183,9 @@ def read_clip(
     augmentation: Augmentation,
     max_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Read and augment T of a video's frames, with n of the instances that they show: all, or the greatest number.
+    """Read and augment T of a video's frames, with all instances that they show, or ``max_instances`` of them.
 
-    A crop that would lose all of these is not made.
+    A crop that would lose all of them is not made.
 
     Returns:
         (T, 3, H, W) uint8 RGB frames, (T, n, H, W) uint8 masks, zero or one, and (n,) int64 class indices.
@@ -209,7 +208,7 @@ def read_clip(
 
 
 def read_frames(video: Video, images: Path, frames: Sequence[int], geometry: Geometry | None = None) -> Tensor:
-    """Read T of a video's frames: (T, 3, height, width) uint8 RGB, of the size of the geometry if there is one.
+    """Read T of a video's frames: (T, 3, height, width) uint8 RGB, of the geometry's size if one is given.
 
     Raises:
         ValueError: a file is missing, is not an image, or is not of the video's size.
@@ -220,7 +219,7 @@ def read_frames(video: Video, images: Path, frames: Sequence[int], geometry: Geo
             continue
         path = images / video.file_names[frame]
         image = read_image(path, video.height, video.width, f"frame {frame} of video {video.id}")
-        read[frame] = image if geometry is None else geometry.apply(image)  # by itself, as it was decoded, is fastest
+        read[frame] = image if geometry is None else geometry.apply(image)  # one by one is fastest
     return torch.stack([read[frame] for frame in frames])
 
 
@@ -240,7 +239,7 @@ def mask_boxes(masks: Tensor) -> Tensor:
     Returns:
         (..., 4) float32, (centre x, centre y, width, height) as fractions of W and H; zeros for an empty mask.
     """
-    pixels = masks.view(torch.uint8)  # whose maximum is ten times as fast as any() of bool
+    pixels = masks.view(torch.uint8)  # amax of uint8 is ten times as fast as any of bool
     centres, lengths = [], []
     for occupied in (pixels.amax(-2), pixels.amax(-1)):  # columns (..., W), rows (..., H)
         size = occupied.shape[-1]

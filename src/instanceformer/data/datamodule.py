@@ -28,7 +28,7 @@ from instanceformer.data.catalog import (
     map_categories,
 )
 from instanceformer.data.clips import ClipDataset, collate_clips
-from instanceformer.data.images import FrameFolder
+from instanceformer.data.images import check_frames
 from instanceformer.data.packed import open_annotations, pack
 from instanceformer.data.pseudo_video import JointImages, PseudoClips
 from instanceformer.data.sampling import ClipSampler, SeededClips, leave_signals_to_the_trainer
@@ -44,10 +44,10 @@ class VideoDataModule(LightningDataModule):
     """Training clips, and streams of whole videos for validation, test and prediction.
 
     A dataset of the catalogue needs only ``root`` and ``name``: its training split is trained on, its validation split
-    is tested and predicted, and validated on if it has annotations. A split that is given takes the place of that.
+    is tested and predicted, and validated on if it has annotations. A split that is given replaces that split.
 
-    Training is the same wherever it is interrupted: which clips a batch has, and how they are drawn and augmented,
-    follows from the seed (``seed_everything``) and from the number of the batch, see ``ClipSampler``.
+    An interrupted training goes on as if it had not been: the clips of a batch, and how they are drawn and augmented,
+    follow from the seed (``seed_everything``) and the number of the batch, see ``ClipSampler``.
 
     Args:
         train: split to train on; must have annotations.
@@ -61,20 +61,19 @@ class VideoDataModule(LightningDataModule):
         augmentation: random changes of the training clips.
         batch_size: training clips of each process.
         clip_frames: frames of a training clip.
-        clip_step: greatest distance between neighboring frames of a clip, which 1 makes consecutive; none: anywhere in
-            the video.
-        far_frames: how many of a clip's frames lie anywhere in the video even so.
-        cuts: fraction of the clips of videos that are cut to another one, as films are, so that identities learn to go
-            and to come back; see ``with_cut``.
-        clips_per_video: clips an epoch has of each video; none: one around each frame in which an instance is visible.
+        clip_step: greatest distance between neighboring frames of a clip; none: they lie anywhere in the video.
+        far_frames: number of a clip's frames that lie anywhere in the video despite ``clip_step``.
+        cuts: fraction of the clips of videos that are cut to another one, as films are, so that identities learn to
+            disappear and to return; see ``with_cut``.
+        clips_per_video: clips of each video in an epoch; none: one around each frame in which an instance is visible.
         chunk_frames: frames that evaluation and prediction read at once.
-        eval_size: shorter side in pixels of the frames in evaluation and prediction; none: that of the checkpoint
-            which is evaluated, or 360.
-        max_size: greatest length in pixels of the longer side, where an augmentation has none of its own; none:
-            likewise, or 768.
+        eval_size: shorter side in pixels of the frames in evaluation and prediction; none: that of the evaluated
+            checkpoint, or 360.
+        max_size: greatest length in pixels of the longer side, unless an augmentation has its ``max_size``; none: that
+            of the checkpoint, or 768.
         num_workers: processes that read data, for each loader.
-        skip_unreadable: in training, take another clip for one with an image that cannot be read, with a warning; how
-            many were replaced is logged as ``train/replaced_clips``. If false, such an image ends the training.
+        skip_unreadable: in training, replace a clip with an unreadable image by another, with a warning; their number
+            is logged as ``train/replaced_clips``. If false, such an image ends the training.
         outside_images: allow file names and links that lead out of a split's folder of images.
 
     Attributes:
@@ -107,13 +106,8 @@ class VideoDataModule(LightningDataModule):
         outside_images: bool = False,
     ) -> None:
         super().__init__()
-        options = {
-            "batch_size": batch_size,
-            "chunk_frames": chunk_frames,
-            "eval_size": eval_size,
-            "max_size": max_size,
-        }
-        for option, value in options.items():
+        names = ("batch_size", "chunk_frames", "eval_size", "max_size")
+        for option, value in zip(names, (batch_size, chunk_frames, eval_size, max_size), strict=True):
             if value is not None and value < 1:
                 raise ValueError(f"data.{option}: expected 1 or more, found {value}")
         if root is None and (name is not None or (joint is not None and joint.split is None)):
@@ -123,17 +117,11 @@ class VideoDataModule(LightningDataModule):
         self._predicted_path = predict if isinstance(predict, Path) else None
         self.splits: dict[SplitName, Split | None] = {"train": train, "valid": valid, "test": test}
         self.splits["predict"] = predict if isinstance(predict, Split) else None
-        self.augmentation = augmentation
-        self.batch_size = batch_size
-        self.clip_frames = clip_frames
-        self.clip_step = clip_step
-        self.far_frames = far_frames
-        self.cuts = cuts
-        self.clips_per_video = clips_per_video
-        self.chunk_frames = chunk_frames
+        self.augmentation, self.batch_size, self.num_workers = augmentation, batch_size, num_workers
+        self.clip_frames, self.clip_step, self.far_frames = clip_frames, clip_step, far_frames
+        self.cuts, self.clips_per_video, self.chunk_frames = cuts, clips_per_video, chunk_frames
         self.given_sizes = (eval_size, max_size)
         self.eval_size, self.max_size = eval_size or PAPER_EVAL_SIZE, max_size or PAPER_MAX_SIZE
-        self.num_workers = num_workers
         self.skip_unreadable, self.outside_images = skip_unreadable, outside_images
         self.seed = 0
         self.training_clips: SeededClips | None = None  # once there is a loader of them
@@ -198,7 +186,8 @@ class VideoDataModule(LightningDataModule):
             self._check(name)
         if stage == "fit":
             if self.joint is not None:
-                self._check_frames("data.joint", self._joint_images, self._joint_split)
+                images = pack(self._joint_images.videos).without_instances()
+                check_frames("data.joint", images, self._joint_split, self.outside_images)
             self.seed = int(os.environ.get(SEED, torch.initial_seed()))
             if self.trainer is not None:
                 self.seed = self.trainer.strategy.broadcast(self.seed)
@@ -236,7 +225,7 @@ class VideoDataModule(LightningDataModule):
         """
         if self.trainer is None or self.trainer.state.fn != "fit":
             return
-        if SEED not in os.environ:  # nobody has asked for one
+        if SEED not in os.environ:  # none was given
             self.seed = state_dict.get("seed_everything", self.seed)
         for name, value in self.state_dict().items():
             if state_dict.get(name) != value:
@@ -248,7 +237,7 @@ class VideoDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ClipTargets]]:
         """Shuffled batches of clips: ClipBatch. It begins with the first one that the training has not begun."""
-        # Lightning warns where a loader has no state: this one follows the trainer's own count of batches
+        # Lightning warns of loaders without a state; this one follows the trainer's count of batches
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
         trainer, clips = self.trainer, self._clips
         self.training_clips = SeededClips(clips, self.skip_unreadable)
@@ -372,7 +361,7 @@ class VideoDataModule(LightningDataModule):
         assert self.joint is not None
         if self.joint.split is not None:
             return self.joint.split
-        assert self.root is not None  # looked at in the beginning
+        assert self.root is not None  # see __init__
         return Split(*locate(self.root, "coco", "train"))
 
     @cached_property
@@ -395,21 +384,4 @@ class VideoDataModule(LightningDataModule):
                     f"{self._split(known).annotations}; the first that is not in both is {unlike}. Class indices would "
                     "not mean the same; give both files the same list of categories"
                 )
-        self._check_frames(f"data.{name}", dataset, split)
-
-    def _check_frames(self, option: str, dataset: VideoDataset, split: Split) -> None:
-        """See that frames may be read and that every video's first one is there, before a long run finds out."""
-        folder = FrameFolder(split.images, self.outside_images)
-        for video in pack(dataset.videos).without_instances():
-            if not video.file_names:
-                raise ValueError(
-                    f"{option}: video {video.id} of {split.annotations} has no file_names; expected its frames, "
-                    f"relative to {option}.images = {split.images}"
-                )
-            present = [folder.has(name) for name in video.file_names]
-            if not present[0]:
-                raise FileNotFoundError(
-                    f"{option}: {split.images / video.file_names[0]}, the first frame of video {video.id} in "
-                    f"{split.annotations}, does not exist; is {option}.images = {split.images} the folder that "
-                    "file_names are relative to?"
-                )
+        check_frames(f"data.{name}", pack(dataset.videos).without_instances(), split, self.outside_images)

@@ -1,10 +1,11 @@
-"""Frames from image files: where they may lie, and how they are read. Imports torch only to read one."""
+"""Frames in image files: where they may lie, and how they are read. Imports torch only to read one."""
 
 from __future__ import annotations
 
 import os
 import re
 import stat
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +19,12 @@ from instanceformer.orientation import SIDEWAYS, image_orientation, upright
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from instanceformer.data.annotations import Video
+    from instanceformer.data.catalog import Split
+
 
 class ImageError(ValueError):
-    """An image file that cannot be read: it is missing, damaged, or no image."""
+    """An image file that is missing, damaged, or no image."""
 
 
 class ImageSizeError(ImageError):
@@ -44,7 +48,7 @@ def frame_path(images: Path, name: str, outside: bool = False) -> Path:
         return path
     try:
         is_link = stat.S_ISLNK(os.lstat(path).st_mode)
-    except OSError:  # reading it will say why
+    except OSError:  # reading the file gives the reason
         is_link = False
     except ValueError as error:
         raise ImageError(f"{images}: found the file name {show(name)}, which no file can have ({error})") from error
@@ -59,24 +63,44 @@ def frame_path(images: Path, name: str, outside: bool = False) -> Path:
     return path
 
 
-class FrameFolder:
-    """Which of many frames are there, at the price of one look at each of their folders.
+def check_frames(option: str, videos: Iterable[Video], split: Split, outside: bool) -> None:
+    """See that all frames may be read and that the first frame of every video exists.
 
     Args:
-        images: as in ``frame_path``.
-        outside: likewise.
+        option: of the command line that gives the split, for messages.
+        videos: of the split.
+        split: the annotation file, for messages, and the folder of images.
+        outside: as in ``frame_path``.
+
+    Raises:
+        FileNotFoundError: the first frame of a video does not exist.
+        ImageError, ValueError: a video has no file names, or as ``frame_path``.
     """
+    folder = FrameFolder(split.images, outside)
+    for video in videos:
+        if not video.file_names:
+            raise ValueError(
+                f"{option}: video {video.id} of {split.annotations} has no file_names; expected its frames, "
+                f"relative to {option}.images = {split.images}"
+            )
+        present = [folder.has(name) for name in video.file_names]
+        if not present[0]:
+            raise FileNotFoundError(
+                f"{option}: {split.images / video.file_names[0]}, the first frame of video {video.id} in "
+                f"{split.annotations}, does not exist; is {option}.images = {split.images} the folder that "
+                "file_names are relative to?"
+            )
+
+
+class FrameFolder:
+    """Tells which frames exist by listing each of their folders once; arguments are as in ``frame_path``."""
 
     def __init__(self, images: Path, outside: bool = False) -> None:
         self.images, self.outside = images, outside
         self._plain: dict[str, frozenset[str]] = {}  # by folder the names of its files that are no links
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file.
-
-        Raises:
-            ImageError, ValueError: as ``frame_path``.
-        """
+        """Whether the file of a frame exists."""
         folder, last = os.path.split(name)
         if folder not in self._plain:
             self._plain[folder] = self._list(self.images / folder)
@@ -88,7 +112,7 @@ class FrameFolder:
                 return frozenset()
             with os.scandir(folder) as entries:
                 return frozenset(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
-        except (OSError, ValueError):  # frame_path says why
+        except (OSError, ValueError):  # frame_path gives the reason
             return frozenset()
 
 
@@ -96,19 +120,19 @@ def _is_inside(target: str, images: Path) -> bool:
     return os.path.join(target, "").startswith(os.path.join(_real(str(images)), ""))
 
 
-@lru_cache(maxsize=2**14)  # what is asked for every frame is to cost microseconds
+@lru_cache(maxsize=2**14)  # called for every frame, so it is to take microseconds
 def _real(folder: str) -> str:
     return os.path.realpath(folder)
 
 
 def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
-    """Read an image, turned as its EXIF orientation says: as viewers and labelling tools show it.
+    """Read an image, turned as its EXIF orientation says and as viewers and labelling tools show it.
 
     Args:
         path: of the file.
-        height: that it must have, in pixels, when it is upright.
-        width: likewise.
-        what: it is, for messages.
+        height: expected height of the upright image in pixels.
+        width: expected width.
+        what: description of the image for messages.
 
     Returns:
         (3, height, width) uint8 RGB.
@@ -117,7 +141,7 @@ def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
         ImageSizeError: it is of another size.
         ImageError: it is missing, not an image, or not a single one of 8 bits a channel.
     """
-    import torch  # here, so that what only looks at files starts without it
+    import torch  # here, so that commands that only look at files start without it
     from torchvision.io import ImageReadMode, decode_image
 
     name = shorten(path)
@@ -130,7 +154,7 @@ def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
     if image.dtype != torch.uint8 or image.ndim != 3:
         found = f"{len(image)} images" if image.ndim == 4 else f"values of type {image.dtype}"
         raise ImageError(f"{name}: {what} is to be one image of 8 bits a channel, found {found}; convert the file")
-    if data[8:12].tobytes() == b"WEBP" and image_orientation(path) != 1:  # which torchvision does not turn
+    if data[8:12].tobytes() == b"WEBP" and image_orientation(path) != 1:  # torchvision does not turn WebP
         with Image.open(path) as picture:
             image = torch.from_numpy(np.array(upright(picture.convert("RGB")))).permute(2, 0, 1).contiguous()
     if image.shape[1:] == (height, width):
@@ -150,6 +174,6 @@ def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
 
 
 def shorten(path: Path | str) -> str:
-    """A path for a message: the beginning of one that is longer than any file's."""
+    """A path for a message, cut off if it is longer than a file's can be."""
     text = str(path)
     return text if len(text) <= 500 else f"{text[:100]}... ({len(text)} characters)"

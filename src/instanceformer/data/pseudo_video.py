@@ -24,9 +24,9 @@ from instanceformer.data.packed import pack
 class PseudoVideo:
     """How an image becomes a clip; random numbers are torch's.
 
-    One frame, at a random place, is the image itself. Every other is a view of it by itself: an affine and perspective
-    change of the image and its masks, brightness and saturation changed, some blurred as by a moving camera. What lies
-    outside the image is black and belongs to no instance; an instance that leaves the view is absent.
+    One frame, at a random index, is the image itself. Every other is an independent view of it: an affine and
+    perspective change of the image and its masks, changed brightness and saturation, and sometimes motion blur. Pixels
+    outside the image are black and belong to no instance; an instance that leaves the view is absent.
 
     Attributes:
         rotation: greatest angle in degrees, to either side, in [0, 180].
@@ -96,7 +96,7 @@ class PseudoVideo:
         return image, masks
 
     def _draw_corners(self, height: int, width: int) -> Tensor:
-        """(4, 2) float64: where the corners of a frame go, as (x, y) in pixels, clockwise from the upper left."""
+        """(4, 2) float64: new positions of a frame's corners, (x, y) in pixels, clockwise from the upper left."""
         half = torch.tensor([width / 2, height / 2], dtype=torch.float64)
         corners = torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=torch.float64)
         corners = half * (corners + self.perspective * (2 * torch.rand(4, 2) - 1))
@@ -111,11 +111,11 @@ class PseudoVideo:
 class JointImages:
     """Images to train on together with the videos, as the paper does with COCO.
 
-    Their categories are mapped onto those of the videos by name, see ``map_categories``.
+    Their categories are mapped to those of the videos by name, see ``map_categories``.
 
     Attributes:
-        share: fraction of an epoch's clips that are made of images, between 0 and 1; the images are drawn anew in each.
-        split: where they lie; none: COCO's training split under ``data.root``.
+        share: fraction of an epoch's clips that are made of images, between 0 and 1; each epoch draws them anew.
+        split: of the images; none: COCO's training split under ``data.root``.
         pseudo_video: how an image becomes a clip.
         augmentation: random changes of the image before that; none: those of the videos.
     """

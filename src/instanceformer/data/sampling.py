@@ -1,4 +1,4 @@
-"""Which clips a training sees, in which order, as a function of the seed and of how many batches it has begun."""
+"""The order of a training's clips, as a function of the seed and of the number of batches begun."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from instanceformer.data.images import ImageError, ImageSizeError
 Clip = tuple[Tensor, ClipTargets]
 
 MAX_REPLACEMENTS = 20
-"""How many unreadable clips in a row are replaced by others before the dataset counts as lost."""
+"""Attempts to read a clip, each with another clip after the first, before an unreadable image ends the training."""
 
 
 class ClipKey(NamedTuple):
-    """What a sampler asks of a dataset.
+    """What a sampler requests of a dataset.
 
     Attributes:
-        item: its index.
-        seed: of all random numbers that it takes to make it.
+        item: index of the clip.
+        seed: of all random numbers that the clip is made with.
     """
 
     item: int
@@ -41,20 +41,19 @@ def derive_seed(*numbers: int) -> int:
 
 
 class ClipSampler(DistributedSampler[ClipKey]):
-    """The order of a training's clips, and the place in it.
+    """The order of a training's clips, from any batch on.
 
-    Epoch after epoch runs through all items in an order of its own, drawn from the seed; each process takes its share.
-    The place is a number of batches, counted from the beginning of the training over all epochs, and it is asked for
-    whenever iteration begins: a training that is resumed goes on with the clips that it would have had. Iteration gives
-    as many batches as an epoch has, from that place on.
+    Each epoch runs through all items in another order, drawn from the seed; each process takes its share. Iteration
+    begins at batch ``begun()``, counted over all epochs, and gives as many batches as an epoch has: a training that is
+    resumed goes on with the clips that it would have had.
 
-    It is a DistributedSampler so that Lightning leaves it as it is.
+    It is a DistributedSampler so that Lightning does not replace it.
 
     Args:
-        items: number of them in an epoch.
+        items: number of items in an epoch.
         batch_size: items of a batch of one process. An incomplete last batch of an epoch is left out.
         seed: of the order and of every item's random numbers.
-        begun: gives the number of batches that the training has begun so far.
+        begun: returns the number of batches that the training has begun.
         rank: of this process.
         world_size: number of processes.
     """
@@ -81,14 +80,14 @@ class ClipSampler(DistributedSampler[ClipKey]):
 
 
 class SeededClips(Dataset[Clip]):
-    """Clips that depend on the seed in their key and on nothing else, in whatever process they are made.
+    """Clips that depend only on their key, whichever process makes them.
 
     Args:
         clips: a dataset with a length whose random numbers are torch's.
-        skip_unreadable: take another clip, drawn at random, in place of one with an image that cannot be read.
+        skip_unreadable: replace a clip with an image that cannot be read by another one, drawn at random.
 
     Attributes:
-        replaced: how many clips were, in all worker processes together.
+        replaced: number of replaced clips in all worker processes.
     """
 
     def __init__(self, clips: Dataset[Clip], skip_unreadable: bool = False) -> None:
@@ -99,7 +98,7 @@ class SeededClips(Dataset[Clip]):
         return len(cast("Sized", self.clips))
 
     def __getitem__(self, key: ClipKey | int) -> Clip:
-        """Make the clip; an index alone, as Lightning's ``overfit_batches`` asks for it, always gives the same one.
+        """Make a clip; an index alone, as with Lightning's ``overfit_batches``, always gives the same one.
 
         Raises:
             ImageError: an image cannot be read and is not to be skipped, or too many cannot.
@@ -107,7 +106,7 @@ class SeededClips(Dataset[Clip]):
         if isinstance(key, int):
             key = ClipKey(key, derive_seed(key))
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(key.seed)  # not torch.manual_seed, which would seed the GPU, too
+            torch.default_generator.manual_seed(key.seed)  # torch.manual_seed would seed the GPU too
             item = key.item
             for attempt in range(MAX_REPLACEMENTS):
                 try:
@@ -124,6 +123,6 @@ class SeededClips(Dataset[Clip]):
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """Let a worker process go on when its whole group is told to end: the trainer finishes its step first."""
+    """Make a worker process ignore signals to its process group: the trainer finishes its step first."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What is wrong with a dataset, found before a long run finds out."""
+"""Checks of a whole dataset, to find before a long run what would stop it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from instanceformer.data.images import ImageError, ImageSizeError, frame_path, r
 from instanceformer.orientation import image_orientation
 
 MAX_EXAMPLES = 5
-"""Most places that a report names for one kind of finding."""
+"""Most examples that a report lists for one kind of finding."""
 MAX_FILLED = 0.5
-"""Part of its box that a mask may fill and still be looked at as a thin edge."""
+"""Greatest part of its box that the mask of a thin edge may fill."""
 
 Severity = Literal["error", "warning"]
 
@@ -37,10 +37,10 @@ class Finding:
     """All findings of one kind.
 
     Attributes:
-        severity: an ``error`` makes a run fail or its numbers wrong; a ``warning`` is worth knowing.
+        severity: an ``error`` makes a run fail or its numbers wrong; a ``warning`` need not.
         kind: what is wrong.
-        count: how often.
-        examples: the first places.
+        count: number of occurrences.
+        examples: the first of them.
     """
 
     severity: Severity
@@ -51,20 +51,20 @@ class Finding:
 
 @dataclass
 class DatasetReport:
-    """What a dataset holds and what is wrong with it.
+    """The contents of a dataset and what is wrong with it.
 
     Attributes:
         annotations: the annotation file.
         videos: number of sound videos; in a COCO file, images.
-        frames: of all of them.
+        frames: number of their frames.
         lengths: least, median and greatest number of frames of a video.
         sizes: number of videos of each size, ``height x width`` in pixels.
         instances: number of sound annotations, crowds included.
-        crowds: how many of them are crowds.
-        masks: number of frames in which an instance is visible, over all instances.
-        categories: instances of each category, by name, with its id where others have the same name.
-        images_found: number of frames whose file exists; None where no folder of images was given.
-        images_read: number of frames that were decoded; None where that was not asked for.
+        crowds: number of crowds among them.
+        masks: number of masks of all instances.
+        categories: instances of each category, by name, with its id if others have the same name.
+        images_found: number of frames whose file exists; None if no folder of images was given.
+        images_read: number of decoded frames; None if decoding was not requested.
         findings: errors first.
     """
 
@@ -129,11 +129,11 @@ def check_dataset(
     entry: DatasetEntry | None = None,
     split: SplitEntry | None = None,
 ) -> DatasetReport:
-    """Look through a dataset for everything that would stop a run or make its numbers wrong.
+    """Check a dataset for everything that would stop a run or make its numbers wrong.
 
     Args:
         annotations: file in the format of YouTube-VIS or COCO.
-        images: folder that its file names are relative to; None: images are not looked for.
+        images: folder that its file names are relative to; None: images are not checked.
         decode: decode every image, which finds damaged ones, those of another size and those that EXIF turns.
         outside_images: file names and links may lead out of the folder.
         entry: dataset of the catalogue whose categories are expected.
@@ -210,7 +210,7 @@ def _check_videos(dataset: VideoDataset, findings: _Findings, needs_files: bool)
 
 
 def _check_rims(video: Video, findings: _Findings) -> None:
-    """Look for instances that are the shades of an edge, in the frame that shows most."""
+    """Check the frame with most instances for instances that are the shades of an edge."""
     shown = [[each.segmentations[frame] for each in video.instances] for frame in range(video.length)]
     frame = max(range(video.length), key=lambda frame: sum(counts is not None for counts in shown[frame]))
     codes: list[dict[str, Any]] = [
@@ -282,17 +282,17 @@ def _check_catalog(
 def _check_images(
     dataset: VideoDataset, images: Path, decode: bool, outside: bool, findings: _Findings
 ) -> tuple[int, int | None]:
-    """Look for every image, and read them if asked to; how many were found and how many read."""
+    """Numbers of images that exist and, if ``decode``, that were read; problems go to ``findings``."""
     frames = [(video, name) for video in dataset.videos for name in video.file_names]
-    found = []
+    present = []
     for video, name in frames:
         problem = _missing(video, images, name, outside)
         if problem is None:
-            found.append((video, name))
+            present.append((video, name))
         else:
             findings.add("error", *problem)
     if not decode:
-        return len(found), None
+        return len(present), None
 
     def read(frame: tuple[Video, str]) -> tuple[Severity, str, str] | None:
         video, name = frame
@@ -310,15 +310,15 @@ def _check_images(
         return "warning", "image with an EXIF orientation", f"{path}: orientation {turned}, {meaning}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results: Iterable[tuple[Severity, str, str] | None] = pool.map(read, found)
-        bad = [problem for problem in tqdm(results, "images", len(found), disable=None) if problem is not None]
+        results: Iterable[tuple[Severity, str, str] | None] = pool.map(read, present)
+        bad = [problem for problem in tqdm(results, "images", len(present), disable=None) if problem is not None]
     for severity, kind, place in bad:
         findings.add(severity, kind, place)
-    return len(found), len(found)
+    return len(present), len(present)
 
 
 def _missing(video: Video, images: Path, name: str, outside: bool) -> tuple[str, str] | None:
-    """Why there is no file of a frame, as kind and place; None where there is one."""
+    """Kind and example of the problem of a frame without a file; None if there is one."""
     try:
         path = frame_path(images, name, outside)
         if stat.S_ISREG(path.stat().st_mode):
