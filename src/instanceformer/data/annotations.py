@@ -150,7 +150,3 @@ class VideoDataset:
     def class_of(self, category_id: int) -> int:
         """Class index in [0, K) of a category id."""
         return self._classes[category_id]
-
-    def category_of(self, class_index: int) -> int:
-        """Category id of a class index in [0, K)."""
-        return self.categories[class_index].id

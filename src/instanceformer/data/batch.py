@@ -83,12 +83,8 @@ class DenseTargets:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DenseTargets:
         """Move every tensor but ``entering`` to ``device``."""
-        return DenseTargets(
-            **{
-                name: x if name == "entering" else x.to(device, non_blocking=non_blocking)
-                for name, x in vars(self).items()
-            }
-        )
+        moved = {name: x.to(device, non_blocking=non_blocking) for name, x in vars(self).items() if name != "entering"}
+        return replace(self, **moved)
 
     def pin_memory(self) -> DenseTargets:
         """Copy every tensor to page-locked memory, as the DataLoader asks."""
@@ -128,19 +124,12 @@ class ClipBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> ClipBatch:
         """Move the tensors that are needed on ``device``; Lightning does not pass ``non_blocking``."""
-        return ClipBatch(
-            frames=self.frames.to(device, non_blocking=non_blocking),
-            padding=self.padding,
-            targets=self.targets.to(device, non_blocking),
-        )
+        frames = self.frames.to(device, non_blocking=non_blocking)
+        return replace(self, frames=frames, targets=self.targets.to(device, non_blocking))
 
     def pin_memory(self) -> ClipBatch:
         """Copy every tensor to page-locked memory, as the DataLoader asks."""
-        return ClipBatch(
-            frames=self.frames.pin_memory(),
-            padding=self.padding,
-            targets=self.targets.pin_memory(),
-        )
+        return replace(self, frames=self.frames.pin_memory(), targets=self.targets.pin_memory())
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pycocotools import mask as mask_utils
 
 from instanceformer.data.annotations import Category, VideoDataset
 from instanceformer.data.formats.records import Problem
-from instanceformer.data.formats.youtube_vis import parse_annotations, read_annotations
+from instanceformer.data.formats.youtube_vis import parse_annotations, read_annotations, track_fields
 
 
 def uncompressed(mask: np.ndarray) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def test_class_indices_follow_ascending_category_ids(tiny_dataset: Callable[...,
     dataset = read_annotations(tiny_dataset().annotations)  # the file has 7 before 3
     assert dataset.categories == (Category(3, "three"), Category(7, "seven"))
     assert [dataset.class_of(3), dataset.class_of(7)] == [0, 1]
-    assert [dataset.category_of(0), dataset.category_of(1)] == [3, 7]
+    assert [category.id for category in dataset.categories] == [3, 7]
     assert dataset.num_classes == 2
 
 
@@ -318,3 +318,10 @@ def test_genuine_excerpts(shared: Path) -> None:
     assert dataset.num_classes == 25
     with pytest.raises(ValueError, match=r"videos\[0\]\.file_names: .*`images`"):
         read_annotations(shared / "real" / "formats" / "ytvis2019_0043f083b5_1frame_cocovid.json")
+
+
+def test_a_track_may_be_visible_in_more_than_255_frames() -> None:
+    mask = np.eye(4, 6, dtype=np.uint8, order="F")
+    fields = track_fields([bytes(mask_utils.encode(mask)["counts"]), None] * 300, 4, 6)
+    assert fields["areas"] == [4, None] * 300
+    assert fields["bboxes"] == [[0, 0, 4, 4], None] * 300

@@ -149,11 +149,7 @@ class _CocoVid(Records):
             )
 
     def image(
-        self,
-        record: dict[str, Any],
-        location: str,
-        size: tuple[int, int],
-        position: int | tuple[Any, ...],
+        self, record: dict[str, Any], location: str, size: tuple[int, int], position: int | tuple[Any, ...]
     ) -> _Image:
         return _Image(location, self.new_id(record, location), self.text(record, "file_name", location), size, position)
 

@@ -19,7 +19,7 @@ from instanceformer.data.annotations import OCCLUSION_LEVELS, Instance, Video, V
 from instanceformer.data.catalog import DatasetEntry, SplitEntry
 from instanceformer.data.formats.label_images import MAX_RIMS, are_shades, find_rims
 from instanceformer.data.formats.records import Problem
-from instanceformer.data.formats.run_lengths import show
+from instanceformer.data.formats.run_lengths import mask_areas, show
 from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.data.images import ImageError, ImageSizeError, frame_path, read_image
 from instanceformer.orientation import image_orientation
@@ -213,13 +213,13 @@ def _check_rims(video: Video, findings: _Findings) -> None:
     """Check the frame with most instances for instances that are the shades of an edge."""
     shown = [[each.segmentations[frame] for each in video.instances] for frame in range(video.length)]
     frame = max(range(video.length), key=lambda frame: sum(counts is not None for counts in shown[frame]))
-    codes: list[dict[str, Any]] = [
-        {"size": [video.height, video.width], "counts": counts} for counts in shown[frame] if counts is not None
-    ]
+    masks = [counts for counts in shown[frame] if counts is not None]
+    codes: list[dict[str, Any]] = [{"size": [video.height, video.width], "counts": counts} for counts in masks]
     if len(codes) < MAX_RIMS:
         return
+    areas = np.array(mask_areas(masks, video.height * video.width))
     sizes = mask_utils.toBbox(codes)[:, 2:].prod(axis=1)
-    if not are_shades(int((mask_utils.area(codes) < MAX_FILLED * sizes).sum()), len(codes)):
+    if not are_shades(int((areas < MAX_FILLED * sizes).sum()), len(codes)):
         return  # before any mask is decoded
     labels = np.zeros((video.height, video.width), dtype=np.int64)
     for label, code in enumerate(codes, 1):
@@ -253,10 +253,12 @@ def _check_areas(dataset: VideoDataset, findings: _Findings) -> None:
 
 def _unequal_areas(video: Video, instance: Instance) -> Iterator[int]:
     """Frames in which the file's area and that of the mask differ by a pixel or more."""
-    size = [video.height, video.width]
-    for frame, (counts, area) in enumerate(zip(instance.segmentations, instance.areas or (), strict=False)):
-        pixels = 0 if counts is None else int(mask_utils.area({"size": size, "counts": counts}))
-        if abs(pixels - area) >= 1:
+    if instance.areas is None:
+        return
+    masks = [counts for counts in instance.segmentations if counts is not None]
+    pixels = iter(mask_areas(masks, video.height * video.width))
+    for frame, (counts, area) in enumerate(zip(instance.segmentations, instance.areas, strict=True)):
+        if abs((0 if counts is None else next(pixels)) - area) >= 1:
             yield frame
 
 

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from instanceformer.data.annotations import Instance, Video, VideoDataset
 from instanceformer.data.formats.records import BATCH, Problem, Records, is_finite, load_json
-from instanceformer.data.formats.run_lengths import MaskError, compress_tracks, show
+from instanceformer.data.formats.run_lengths import MaskError, compress_tracks, mask_areas, show
 from instanceformer.files import replacing
 
 
@@ -169,13 +169,14 @@ def track_fields(segmentations: Sequence[bytes | None], height: int, width: int)
     """
     from pycocotools import mask as mask_utils  # here, so that a training starts without it
 
-    visible = [frame for frame, counts in enumerate(segmentations) if counts is not None]
-    codes: list[dict[str, Any]] = [{"size": [height, width], "counts": segmentations[frame]} for frame in visible]
+    visible = {frame: counts for frame, counts in enumerate(segmentations) if counts is not None}
+    codes: list[dict[str, Any]] = [{"size": [height, width], "counts": counts} for counts in visible.values()]
+    areas = mask_areas(list(visible.values()), height * width)  # under NumPy 2 pycocotools' area fails for 256 masks
     fields: dict[str, list[Any]] = {key: [None] * len(segmentations) for key in ("segmentations", "bboxes", "areas")}
-    for frame, code, box, area in zip(visible, codes, mask_utils.toBbox(codes), mask_utils.area(codes), strict=True):
+    for frame, code, box, area in zip(visible, codes, mask_utils.toBbox(codes), areas, strict=True):
         fields["segmentations"][frame] = {**code, "counts": code["counts"].decode("ascii")}
         fields["bboxes"][frame] = box.astype(int).tolist()
-        fields["areas"][frame] = int(area)
+        fields["areas"][frame] = area
     return fields
 
 
