@@ -1,4 +1,4 @@
-"""How image files are turned, in every reader alike: as EXIF says, and as viewers and labelling tools show them."""
+"""Orientation of image files, for every reader: as EXIF says, and as viewers and labeling tools show them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-_TURNS = {  # by EXIF orientation what makes an image upright
+_TURNS = {  # what makes an image of each EXIF orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -20,7 +20,7 @@ SIDEWAYS = (5, 6, 7, 8)
 
 
 def image_orientation(path: Path) -> int:
-    """How an image file is to be turned, see ``orientation``, of which only the head is read; 1 if Pillow cannot."""
+    """``orientation`` of an image file, from its header; 1 if Pillow cannot read it."""
     try:
         with Image.open(path) as image:
             return orientation(image)
@@ -29,20 +29,20 @@ def image_orientation(path: Path) -> int:
 
 
 def orientation(image: Image.Image) -> int:
-    """How an image that was just opened is to be turned, as EXIF's number; 1 where it is upright or nothing is said.
+    """EXIF orientation of an image that was just opened, 1 to 8; 1 if it is upright or EXIF does not say.
 
-    What Pillow turns by itself, which is TIFF, is upright.
+    TIFF, which Pillow turns itself, is upright.
     """
-    data = image.info.get("exif")  # Pillow's getexif would decode a whole PNG, and take XMP's word as nothing else does
+    data = image.info.get("exif")  # Pillow's getexif would decode a whole PNG, and read XMP, as no other reader does
     if not data:
         return 1
     exif = Image.Exif()
     try:
         exif.load(data)
-        found = exif.get(ExifTags.Base.Orientation)
-    except (SyntaxError, ValueError, OSError, struct.error):  # damaged, as decoders pass over it
+        value = exif.get(ExifTags.Base.Orientation)
+    except (SyntaxError, ValueError, OSError, struct.error):  # damaged; decoders ignore it too
         return 1
-    return found if found in _TURNS else 1
+    return value if value in _TURNS else 1
 
 
 def upright(image: Image.Image) -> Image.Image:

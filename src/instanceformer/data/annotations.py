@@ -39,7 +39,7 @@ class Instance:
     Attributes:
         id: unique among all instances of its dataset.
         category_id: id of one of the dataset's categories.
-        is_crowd: whether it is a group of objects labelled as one; not trained on.
+        is_crowd: whether it is a group of objects labeled as one; not trained on.
         segmentations: for each frame of the video the mask's compressed run-length counts, as pycocotools writes them
             for the video's size; None if the instance is not visible.
         areas: the file's areas in pixels in every frame, zero for null; None if it has none.

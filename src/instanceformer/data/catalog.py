@@ -59,7 +59,7 @@ class DatasetEntry:
     """A dataset.
 
     Attributes:
-        name: its key in the catalogue and the name of its folder.
+        name: its key in the catalog and the name of its folder.
         homepage: where to get it.
         categories: with the official ids and spellings, in ascending order of id.
         splits: by name.
@@ -72,7 +72,7 @@ class DatasetEntry:
 
 
 def locate(root: Path, name: DatasetName, split: CatalogSplit) -> tuple[Path, Path]:
-    """Find a split of a dataset of the catalogue.
+    """Find a split of a dataset of the catalog.
 
     Args:
         root: folder with one folder for each dataset, such as ``root/ovis``.

@@ -91,7 +91,7 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         """Draw a clip.
 
         Returns:
-            (T, 3, H, W) float32 normalised frames, and their targets with n instances, possibly none.
+            (T, 3, H, W) float32 normalized frames, and their targets with n instances, possibly none.
 
         Raises:
             ValueError: a frame is missing, unreadable or not of its video's size.
@@ -237,7 +237,7 @@ def mask_boxes(masks: Tensor) -> Tensor:
     """Tightest boxes of masks (..., H, W) bool.
 
     Returns:
-        (..., 4) float32, (centre x, centre y, width, height) as fractions of W and H; zeros for an empty mask.
+        (..., 4) float32, (center x, center y, width, height) as fractions of W and H; zeros for an empty mask.
     """
     pixels = masks.view(torch.uint8)  # amax of uint8 is ten times as fast as any of bool
     centres, lengths = [], []

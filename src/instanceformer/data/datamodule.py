@@ -43,7 +43,7 @@ PAPER_EVAL_SIZE, PAPER_MAX_SIZE = 360, 768
 class VideoDataModule(LightningDataModule):
     """Training clips, and streams of whole videos for validation, test and prediction.
 
-    A dataset of the catalogue needs only ``root`` and ``name``: its training split is trained on, its validation split
+    A dataset of the catalog needs only ``root`` and ``name``: its training split is trained on, its validation split
     is tested and predicted, and validated on if it has annotations. A split that is given replaces that split.
 
     An interrupted training goes on as if it had not been: the clips of a batch, and how they are drawn and augmented,
@@ -56,7 +56,7 @@ class VideoDataModule(LightningDataModule):
         predict: split to write results for, whose annotations, if any, are not used; or the path of a video file, of a
             folder of images, or of a folder of either, see ``find_videos``, whose classes are then the checkpoint's.
         root: folder with one folder for each dataset, such as ``root/ovis``.
-        name: dataset of the catalogue.
+        name: dataset of the catalog.
         joint: images to train on together with the videos; none: videos alone.
         augmentation: random changes of the training clips.
         batch_size: training clips of each process.
@@ -340,7 +340,7 @@ class VideoDataModule(LightningDataModule):
         if self.dataset_name is None or self.root is None:
             raise ValueError(
                 f"data.{name} is not given; expected its `annotations` file and its folder of `images`, or a data.name "
-                f"of the catalogue, one of {', '.join(CATALOG)}"
+                f"of the catalog, one of {', '.join(CATALOG)}"
             )
         return Split(*locate(self.root, self.dataset_name, CATALOG_SPLITS[name]))
 

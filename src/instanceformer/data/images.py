@@ -126,7 +126,7 @@ def _real(folder: str) -> str:
 
 
 def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
-    """Read an image, turned as its EXIF orientation says and as viewers and labelling tools show it.
+    """Read an image, turned as its EXIF orientation says and as viewers and labeling tools show it.
 
     Args:
         path: of the file.
@@ -162,7 +162,7 @@ def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
     found = f"{image.shape[1]}x{image.shape[2]} (height x width)"
     if image.shape[1:] == (width, height) and (turned := image_orientation(path)) in SIDEWAYS:
         raise ImageSizeError(
-            f"{name}: {what} is {found}, turned as its EXIF orientation {turned} says and as viewers and labelling "
+            f"{name}: {what} is {found}, turned as its EXIF orientation {turned} says and as viewers and labeling "
             f"tools show it, but the annotation file says {height}x{width}, as it is stored; if the masks were drawn "
             "on the pixels as stored, remove the tag from the files (exiftool -Orientation= FILE), otherwise correct "
             "the annotation file"

@@ -182,7 +182,7 @@ class PseudoClips(Dataset[tuple[Tensor, ClipTargets]]):
         """Draw an image and make a clip of it.
 
         Returns:
-            (T, 3, H, W) float32 normalised frames, and their targets with n instances.
+            (T, 3, H, W) float32 normalized frames, and their targets with n instances.
 
         Raises:
             ValueError: an image is missing, unreadable or not of the size that its annotations say.

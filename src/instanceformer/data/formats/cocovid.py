@@ -1,4 +1,4 @@
-"""Videos labelled frame by frame in COCO's JSON: CocoVID files and the exports of labelling tools."""
+"""Videos labeled frame by frame in COCO's JSON: CocoVID files and the exports of labeling tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Videos labelled by images: numbers of instances (DAVIS, YouTube-VOS, MOTS) or one binary mask each (SA-V, SAM 2)."""
+"""Videos labeled by images: numbers of instances (DAVIS, YouTube-VOS, MOTS) or one binary mask each (SA-V, SAM 2)."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def import_davis(source: Path, images: Path, names: Path | None = None, *, other
 def import_mots(source: Path, images: Path) -> VideoDataset:
     """Read the labels of KITTI MOTS and MOTSChallenge.
 
-    ``source/<video>/<frame>.png`` is a 16-bit grey image of class * 1000 + instance, class 1 a car and 2 a pedestrian;
+    ``source/<video>/<frame>.png`` is a 16-bit gray image of class * 1000 + instance, class 1 a car and 2 a pedestrian;
     0 is background. 10000, a region to ignore whatever is in it, becomes one crowd in each category, with the id
     10000 + category. Frames and ids are as in ``import_davis``: the id of car 7 is 1007.
 

@@ -1,4 +1,4 @@
-"""What all annotation files have in common: JSON lists of objects with fields to be checked."""
+"""Reading and checking the fields of annotation files: JSON lists of objects."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ MAX_PIXELS = 2**29 - 1
 """Most pixels of a frame: a run of a mask must fit into pycocotools' compressed counts."""
 
 BATCH = 64
-"""Annotations whose masks are looked into at once."""
+"""Annotations whose masks are decoded at once."""
 
 ID_BITS = 63
-"""Bits of an id without its sign: it becomes an integer of NumPy, and part of file names."""
+"""Bits of an id without its sign: ids become integers of NumPy, and parts of file names."""
 
 ProblemKind = Literal[
     "malformed",
@@ -36,10 +36,10 @@ ProblemKind = Literal[
 
 @dataclass(frozen=True)
 class Problem:
-    """Something in an annotation file that is not as it has to be; what it concerns is left out.
+    """A fault of one object of an annotation file, which is then left out.
 
     Attributes:
-        kind: what it is about.
+        kind: category of the fault.
         location: JSON path, such as ``annotations[3].segmentations[1].counts``.
         message: what was expected and what was found.
     """
@@ -96,7 +96,7 @@ class Records:
 
     Args:
         name: of the file, for messages.
-        problems: takes the problems of single objects, which are then left out; None: the first one is raised.
+        problems: takes the problems of single objects, which are then left out; None: the first is raised.
     """
 
     def __init__(self, name: str, problems: list[Problem] | None = None) -> None:
@@ -106,7 +106,7 @@ class Records:
 
     @contextmanager
     def tolerate(self) -> Iterator[None]:
-        """Leave the object read inside out if it has a problem, or raise that as a ValueError that names the file."""
+        """Collect a problem of the object that is read inside, or raise it as a ValueError that names the file."""
         try:
             yield
         except AnnotationError as error:
@@ -197,7 +197,7 @@ class Records:
         return whole
 
     def warn_of_fragments(self) -> None:
-        """Say which polygons were left out, as problems or in one warning."""
+        """Report the polygons that were left out, as problems or in one warning."""
         if self.problems is not None:
             message = "expected three points or more, found fewer; left out, the mask has other polygons"
             self.problems += [
@@ -211,7 +211,7 @@ class Records:
             )
 
     def segmentation(self, record: dict[str, Any], location: str) -> object:
-        """The one mask of a COCO annotation, as the file has it."""
+        """The mask of a COCO annotation, see ``whole``."""
         return self.whole(record.get("segmentation"), f"{location}.segmentation")
 
     def mask(self, track: list[bytes | None] | MaskError, location: str) -> bytes | None:
@@ -235,14 +235,14 @@ class Records:
         return value
 
     def flag(self, record: dict[str, Any], key: str, location: str) -> bool:
-        """0 or 1, or a boolean; false where it is missing."""
+        """0 or 1, or a boolean; false if it is missing."""
         value = record.get(key, 0)
         if value not in (0, 1):
             self.fail(f"{location}.{key}", "0 or 1", show(value))
         return bool(value)
 
     def per_frame(self, record: dict[str, Any], key: str, location: str, length: int) -> list[Any] | None:
-        """A list with one entry for each of ``length`` frames; None where the field is missing."""
+        """A list with one entry for each of ``length`` frames; None if the field is missing."""
         values = record.get(key)
         if values is None:
             return None
@@ -275,13 +275,13 @@ def is_finite(value: object) -> TypeGuard[float]:
 
 
 def with_unique_ids(videos: Sequence[Video]) -> tuple[Video, ...]:
-    """Make ids of instances, which labelling formats count in each video anew, unique in the whole dataset.
+    """Make ids of instances unique in the dataset; many formats count them from the beginning in each video.
 
-    If no two videos share one, all stay as they are. Otherwise the id of the video is put before each: with 12 the
-    largest, instance 3 of video 7 becomes 703. Where that would be longer than an id may be, they are numbered from 1.
+    Ids stay if no two videos share one. Otherwise the id of the video is put before each: with 12 the largest, instance
+    3 of video 7 becomes 703. If such ids would exceed ID_BITS, instances are numbered from 1.
 
     Args:
-        videos: whose instances have ids that are not negative and unique in their video.
+        videos: with ids of instances that are not negative and unique in their video.
     """
     ids = [instance.id for video in videos for instance in video.instances]
     if len(set(ids)) == len(ids):

@@ -115,7 +115,7 @@ def mask_areas(masks: Sequence[bytes], pixels: int | npt.NDArray[np.int64]) -> l
 def without_fragments(segmentation: object) -> object:
     """A list of polygons without those of fewer than three points, if there are others; all else as it is.
 
-    Labelling tools leave points and lines behind where a polygon was split or moved. They have no pixels.
+    Labeling tools leave points and lines behind where a polygon was split or moved. They have no pixels.
     """
     if not isinstance(segmentation, list):
         return segmentation

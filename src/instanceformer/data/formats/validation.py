@@ -136,7 +136,7 @@ def check_dataset(
         images: folder that its file names are relative to; None: images are not checked.
         decode: decode every image, which finds damaged ones, those of another size and those that EXIF turns.
         outside_images: file names and links may lead out of the folder.
-        entry: dataset of the catalogue whose categories are expected.
+        entry: dataset of the catalog whose categories are expected.
         split: split of that dataset whose numbers are expected.
 
     Raises:

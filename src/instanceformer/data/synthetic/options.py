@@ -33,8 +33,8 @@ class SyntheticOptions:
         rotation: Fastest rotation of an instance, in degrees per frame.
         scale_change: Largest change of an instance's size over the video, as a fraction of its mean size, in [0, 0.9].
         brightness_change: Swing of the brightness of a whole video, as a fraction of its mean, in [0, 0.9].
-        texture: Contrast of the instances' textures: 0 paints them plain, 1 with two unlike colours.
-        background_texture: Contrast of the moving background: 0 is one plain colour.
+        texture: Contrast of the instances' textures: 0 paints them plain, 1 with two unlike colors.
+        background_texture: Contrast of the moving background: 0 is one plain color.
         distractors: Unannotated, dull blobs that drift with the background, per video.
         background_speed: Speed of the background, in heights per frame.
         occlusion: Fraction of instances, after a video's first, sent across the path of another; the rest keep clear.

@@ -15,7 +15,7 @@ from instanceformer.data.synthetic.options import SyntheticOptions
 Array = NDArray[np.floating[Any]]
 
 
-REACH = 1.3  # no outline goes farther from its centre, in radii
+REACH = 1.3  # no outline goes farther from its center, in radii
 
 
 def _polygon(corners: Array) -> Callable[[Array, Array], Array]:
@@ -39,7 +39,7 @@ def _polygon(corners: Array) -> Callable[[Array, Array], Array]:
 
 
 def _corners(radii: list[float], count: int) -> Array:
-    """``count`` corners at equal angles whose distances from the centre repeat ``radii``."""
+    """``count`` corners at equal angles whose distances from the center repeat ``radii``."""
     angle = 2 * np.pi * np.arange(count) / count
     return np.asarray(np.resize(radii, count)[:, None] * np.stack([np.sin(angle), -np.cos(angle)], axis=1))
 
@@ -70,7 +70,7 @@ BACKGROUND_OCTAVES = 4
 
 @dataclass(frozen=True)
 class Sprite:
-    """One thing to draw: outline, paint and, in each of T frames, centre (T, 2) as (x, y), radius (T,), angle (T,)."""
+    """One thing to draw: outline, paint and, in each of T frames, center (T, 2) as (x, y), radius (T,), angle (T,)."""
 
     shape: str
     pattern: str
@@ -164,7 +164,7 @@ def _soft(wave: Array) -> Array:
     return 0.5 + 0.5 * np.tanh(3 * wave)
 
 
-# Where a sprite wears its second colour, in [0, 1], from coordinates in radians and a phase.
+# Where a sprite wears its second color, in [0, 1], from coordinates in radians and a phase.
 PATTERNS: dict[str, Callable[[Array, Array, float], Array]] = {
     "stripes": lambda u, v, phase: _soft(np.sin(u + phase) + 0 * v),
     "checks": lambda u, v, phase: _soft(np.sin(0.8 * u + phase) * np.sin(0.8 * v + phase)),

@@ -149,7 +149,7 @@ def _look_alike_groups(rng: Generator, count: int, fraction: float) -> list[int]
 
 
 def _look(rng: Generator, hue: float, options: SyntheticOptions) -> tuple[str, str, Array, float]:
-    """Shape, pattern, two colours and frequency of the pattern."""
+    """Shape, pattern, two colors and frequency of the pattern."""
     colours = np.stack(
         [
             rgb(hue, rng.uniform(0.65, 0.9), rng.uniform(0.8, 1)),
@@ -185,11 +185,11 @@ def _choose_path(
         rng: Source of everything random.
         options: What the videos show.
         radius: Largest radius of the instance, in pixels.
-        placed: Centres (T, 2) and mean radius of each instance that has its path, in pixels.
+        placed: Centers (T, 2) and mean radius of each instance that has its path, in pixels.
         crossing: Whether the path meets one of ``placed``, which then must not be empty.
 
     Returns:
-        (T, 2) centres as (x, y) in pixels, outside the frame where the instance is out of view.
+        (T, 2) centers as (x, y) in pixels, outside the frame where the instance is out of view.
     """
     frame = np.array([options.width, options.height], dtype=np.float64)
     low, high = np.minimum(0.8 * radius, 0.5 * frame - 1), np.maximum(frame - 0.8 * radius, 0.5 * frame + 1)
