@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 
 from instanceformer.evaluation.decomposition import STATES, Decomposition
 from instanceformer.evaluation.identity import IdentityMetrics
-from instanceformer.evaluation.matching import IOU_THRESHOLDS, RECALLS
-from instanceformer.evaluation.summary import NAMES, VideoEvaluation
+from instanceformer.evaluation.precision_recall import IOU_THRESHOLDS, NAMES, RECALLS, VideoEvaluation
 
 _MOST_BARS = 80  # that are legible in one picture
 _STATE_COLORS = (
@@ -32,7 +31,7 @@ _STATE_COLORS = (
 
 
 def write_report(evaluation: VideoEvaluation, folder: str | Path, names: Mapping[int, str]) -> list[Path]:
-    """Write what an evaluation found, for programs, spreadsheets and people.
+    """Write an evaluation as files for programs, spreadsheets and people.
 
     Args:
         evaluation: of a result file.
@@ -81,7 +80,7 @@ def write_report(evaluation: VideoEvaluation, folder: str | Path, names: Mapping
 def plot(evaluation: VideoEvaluation, names: Mapping[int, str]) -> Figure:
     """Mean precision-recall curves, one for each IoU threshold, beside the AP of the categories that have ground truth.
 
-    The colours, of the map cividis, are as well told apart by the colour-blind; each curve also bears its threshold.
+    The colors, of the map cividis, are told apart by the color-blind too; each curve also bears its threshold.
     """
     ids = list(evaluation.precision)
     shown = sorted(ids, key=lambda id_: evaluation.per_category[id_]["AP"])[:_MOST_BARS]
@@ -94,13 +93,13 @@ def plot(evaluation: VideoEvaluation, names: Mapping[int, str]) -> Figure:
     if ids:
         mean = np.mean([evaluation.precision[id_] for id_ in ids], axis=0)
         for index, (threshold, precision) in enumerate(zip(IOU_THRESHOLDS, mean, strict=True)):
-            colour = colormaps["cividis"](0.9 * index / (len(mean) - 1))
+            color = colormaps["cividis"](0.9 * index / (len(mean) - 1))
             label = f"{threshold:.2f}: {precision.mean():.3f}"
-            curves.plot(RECALLS, precision, color=colour, linestyle=("-", "--")[index % 2], label=label)
+            curves.plot(RECALLS, precision, color=color, linestyle=("-", "--")[index % 2], label=label)
         curves.legend(title="IoU: AP", fontsize=9)
     values = [evaluation.per_category[id_]["AP"] for id_ in shown]
-    places = bars.barh(range(len(shown)), values, color=(0.0, 0.45, 0.70))
-    bars.bar_label(places, fmt="%.2f", padding=2, fontsize=8)
+    drawn = bars.barh(range(len(shown)), values, color=(0.0, 0.45, 0.70))
+    bars.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8)
     bars.set_yticks(range(len(shown)), [names.get(id_, str(id_)) for id_ in shown], fontsize=8, parse_math=False)
     bars.set(xlabel="AP", xlim=(0, 1.1), ylim=(-0.6, max(len(shown), 1) - 0.4))
     bars.set_title("AP by category" if len(shown) == len(ids) else f"AP of the {len(shown)} lowest categories")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from instanceformer.data.batch import VideoChunk
-from instanceformer.evaluation.postprocess import InferenceOptions, VideoInference, resize_masks
+from instanceformer.evaluation.protocol import InferenceOptions, VideoInference, resize_masks
 from instanceformer.evaluation.results import Track, decode_mask
 
 SIZE, IDS = (50, 70), [3, 5, 8, 13, 21]
@@ -129,7 +129,7 @@ def test_tracks_begin_where_queries_are_held_though_all_propagate(tiny, frames) 
     video = VideoInference(network, InferenceOptions("any_frame", max_tracks=60), SIZE)
     video.add(VideoChunk(frames, 7, 0, 8, SIZE))
     assert len(set(births.values())) > 1
-    assert {q: 8 - int(video._alive[q]) for q in births} == births
+    assert {q: 8 - int(video._counted[q]) for q in births} == births
 
 
 @pytest.mark.parametrize(
