@@ -11,15 +11,12 @@ from instanceformer.evaluation.results import Track, encode_mask
 from instanceformer.evaluation.video_ap import VideoAveragePrecision
 
 SHARED = Path(os.environ.get("INSTANCEFORMER_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
-
 needs_fixtures = pytest.mark.skipif(
     not (SHARED / "evaluation").is_dir(), reason=f"no official results to compare with in {SHARED / 'evaluation'}"
 )
 
 BLOCK = 32  # pixels: masks are made of blocks, so that the plain rules need look at one pixel of each
-
 HEIGHT, WIDTH, FRAMES = 10 * BLOCK, 12 * BLOCK, 3  # small is up to 16 blocks, large from 64
-
 LENGTHS = {9: 2, 0: FRAMES, 5: 2, 3: FRAMES}  # of the videos, in the order of the file
 
 

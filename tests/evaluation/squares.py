@@ -7,9 +7,7 @@ from instanceformer.evaluation.identity import IdentityMetrics, compare_identity
 from instanceformer.evaluation.results import Track, decode_mask, encode_mask
 
 HEIGHT, WIDTH, FRAMES = 20, 40, 8
-
 LEFT, RIGHT, ABOVE = (8, 2), (8, 26), (0, 14)  # corners of squares of 10 pixels that do not touch
-
 CAT, DOG = 1, 2
 
 

@@ -106,7 +106,7 @@ def test_perfect_results_are_perfect(seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_fractions_add_up_and_a_order_of_tracks_or_names_changes_nothing(seed):
+def test_fractions_add_up_and_the_order_of_tracks_changes_nothing(seed):
     content, tracks = random_content(seed)
     found = measure(content, tracks)
     for group in found.groups.values():

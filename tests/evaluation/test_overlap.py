@@ -21,7 +21,7 @@ def test_track_ious_equal_the_official_ones(name):
         mine = [track for track in tracks if (track.video_id, track.category_id) == (video_id, category_id)]
         mine.sort(key=lambda track: -track.score)
         video = metric._ground_truth.videos[video_id]
-        predicted = [[None if rle is None else rle["counts"].encode() for rle in t.segmentations] for t in mine]
+        predicted = [track.counts for track in mine]
         truth = [track.segmentations for track in metric._ground_truth.tracks[video_id, category_id]]
         everything = np.ones((len(predicted), len(truth)), dtype=bool)
         _, computed = track_ious(predicted, truth, (video.height, video.width), everything)

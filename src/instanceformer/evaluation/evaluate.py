@@ -68,7 +68,12 @@ def evaluate_files(
 def compare_tracks(
     ground_truth: GroundTruth, video_id: int, tracks: Iterable[tuple[str, Track]]
 ) -> list[ComparedTrack]:
-    """Compare tracks of one video, each with a name for messages, with the ground truth.
+    """Compare tracks of one video with the ground truth.
+
+    Args:
+        ground_truth: which has the video.
+        video_id: its id.
+        tracks: each after what error messages call it.
 
     Raises:
         ValueError: the ground truth has no such video or category, or a track is of another video, differs from the

@@ -1,4 +1,4 @@
-"""Ground truth as the metric sees it."""
+"""The true tracks that predictions are compared with."""
 
 from __future__ import annotations
 
@@ -116,11 +116,11 @@ def occlusion_degree(labels: Sequence[str | None]) -> float | None:
         The mean over half of the labels, rounded up, that have the highest levels; None without labels.
 
     Raises:
-        ValueError: a label is not one of these.
+        ValueError: a label is none of these.
     """
     for label in labels:
         if label is not None and label not in OCCLUSION_LEVELS:
-            raise ValueError(f"expected {', '.join(OCCLUSION_LEVELS)} or null, found {label!r}")
+            raise ValueError(f"found {label!r}, expected {', '.join(OCCLUSION_LEVELS)} or null")
     levels = sorted((OCCLUSION_LEVELS[label] for label in labels if label is not None), reverse=True)
     half = levels[: (len(levels) + 1) // 2]
     return sum(half) / len(half) if half else None

@@ -74,7 +74,7 @@ class IdentityMetrics:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """By the names under which they are shown and logged."""
+        """All metrics over all pairs, by the names under which they are shown and logged."""
         tracking = {"HOTA": self.hota, "DetA": self.det_a, "AssA": self.ass_a, "IDF1": self.idf1, "IDSW": self.idsw}
         states = {name: getattr(self.overall, name) for name in STATES}
         return {**tracking, "HOTA_score": self.hota_score, **states, **self.perfect}
@@ -86,7 +86,7 @@ class IdentityMetrics:
         return {"all": self.overall, **self.by_occlusion, **ages}
 
     def as_json(self) -> dict[str, Any]:
-        """As ``instanceformer evaluate --json`` prints it."""
+        """The object that ``instanceformer evaluate --json`` prints under ``identity``."""
         return {**self.numbers, "decomposition": {name: asdict(group) for name, group in self.groups.items()}}
 
 
@@ -192,13 +192,9 @@ class VideoIdentity:
             {},
         )
 
-    def as_json(self) -> dict[str, Any]:
-        """For another process: ``from_json`` gives it back to the last bit."""
-        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
-
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> VideoIdentity:
-        """The inverse of ``as_json``."""
+        """From its attributes by name, arrays and tracks as lists, as JSON has them: the same to the last bit."""
         return cls(
             np.array(content["hota"], dtype=np.float64),
             np.array(content["identity"], dtype=np.int64),
@@ -229,7 +225,7 @@ def compare_identity(video: Video, tracks: Sequence[Track]) -> VideoIdentity:
 
 
 def _how_many(scores: FloatArray) -> IntArray:
-    """(18,) how many of the scores count, if each of ``SCORES`` is the lowest."""
+    """(18,) how many of the scores count where each of ``SCORES`` is the lowest that does."""
     counts: IntArray = (scores >= SCORES[:, None]).sum(axis=1)
     return counts
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -135,6 +135,11 @@ class VideoEvaluation:
     per_category: dict[int, dict[str, float]]
     precision: dict[int, FloatArray] = field(compare=False, repr=False)
     identity: IdentityMetrics | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that ``instanceformer evaluate --json`` prints."""
+        identity = {} if self.identity is None else {"identity": self.identity.as_json()}
+        return {**self.summary, **self.extras, "per_category": self.per_category, **identity}
 
 
 def summarize(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -49,32 +48,39 @@ def write_report(evaluation: VideoEvaluation, folder: str | Path, names: Mapping
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in ("metrics.json", "per_category.csv", "precision_recall.csv")]
-    identity = evaluation.identity
-    content: dict[str, Any] = {**evaluation.summary, **evaluation.extras, "per_category": evaluation.per_category}
-    if identity is not None:
-        content["identity"] = identity.as_json()
-    files[0].write_text(json.dumps(content, indent=1) + "\n")
+    files[0].write_text(json.dumps(evaluation.as_json(), indent=1) + "\n")
     rows = {id_: [id_, names.get(id_, "")] for id_ in evaluation.precision}
-    with files[1].open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerow(["category_id", "name", *NAMES])
-        writer.writerows([*row, *evaluation.per_category[id_].values()] for id_, row in rows.items())
-    with files[2].open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerow(["category_id", "name", "iou_threshold", *(f"{recall:.2f}" for recall in RECALLS)])
-        for id_, row in rows.items():
-            for threshold, precision in zip(IOU_THRESHOLDS, evaluation.precision[id_], strict=True):
-                writer.writerow([*row, f"{threshold:.2f}", *(round(float(value), 6) for value in precision)])
+    _write_table(
+        files[1],
+        ["category_id", "name", *NAMES],
+        ([*row, *evaluation.per_category[id_].values()] for id_, row in rows.items()),
+    )
+    _write_table(
+        files[2],
+        ["category_id", "name", "iou_threshold", *(f"{recall:.2f}" for recall in RECALLS)],
+        (
+            [*row, f"{threshold:.2f}", *(round(float(value), 6) for value in precision)]
+            for id_, row in rows.items()
+            for threshold, precision in zip(IOU_THRESHOLDS, evaluation.precision[id_], strict=True)
+        ),
+    )
     files.append(folder / "precision_recall.png")
     plot(evaluation, names).savefig(files[-1], dpi=120)
-    if identity is not None:
+    if evaluation.identity is not None:
         files += [folder / "identity.csv", folder / "identity.png"]
-        with files[-2].open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["group", *STATES, "pairs"])
-            writer.writerows([name, *asdict(group).values()] for name, group in identity.groups.items())
-        plot_identity(identity).savefig(files[-1], dpi=120)
+        groups = evaluation.identity.groups
+        _write_table(
+            files[-2], ["group", *STATES, "pairs"], ([name, *asdict(group).values()] for name, group in groups.items())
+        )
+        plot_identity(evaluation.identity).savefig(files[-1], dpi=120)
     return files
+
+
+def _write_table(path: Path, header: Iterable[object], rows: Iterable[Iterable[object]]) -> None:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def plot(evaluation: VideoEvaluation, names: Mapping[int, str]) -> Figure:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -40,7 +41,7 @@ class VideoAveragePrecision(Metric):
           those of another size do; predicted tracks have no degree, and all that match nothing count. The ranges are
           slight, 0 to 0.25; moderate, 0.25 to 0.5; heavy, 0.5 and more; both ends included. A track without labels is
           in none.
-        - The long videos of YouTube-VIS 22 as a dataset of their own. Its organisers list them in an annotation file;
+        - The long videos of YouTube-VIS 22 as a separate dataset. Its organizers list them in an annotation file;
           for other datasets there is a number of frames.
 
     Args:
@@ -91,13 +92,11 @@ class VideoAveragePrecision(Metric):
                 from the video in its number of frames or mask size, or has a damaged mask.
         """
         named = ((f"track {index} of video {video_id}", track) for index, track in enumerate(tracks))
-        content: dict[str, Any] = {
-            "video_id": video_id,
-            "tracks": compare_tracks(self._ground_truth, video_id, named),
-        }
+        compared = compare_tracks(self._ground_truth, video_id, named)
+        content: dict[str, Any] = {"video_id": video_id, "tracks": compared}
         if self.identity:
-            content["identity"] = compare_identity(self._ground_truth.videos[video_id], tracks).as_json()
-        line = json.dumps(content) + "\n"
+            content["identity"] = vars(compare_identity(self._ground_truth.videos[video_id], tracks))
+        line = json.dumps(content, default=np.ndarray.tolist) + "\n"
         assert isinstance(self.videos, list)
         self.videos.append(torch.frombuffer(bytearray(line.encode()), dtype=torch.uint8).to(self.device))
 
