@@ -96,7 +96,7 @@ def test_the_best_quarter_scores_a_query_with_one_class(tiny, candidates, length
 
 @pytest.mark.parametrize("history", [{"free_queries": "renew"}, {"class_history": "held"}])
 def test_the_best_quarter_is_of_the_frames_since_the_query_is_held(tiny, monkeypatch, history) -> None:
-    """A query that holds an instance from frame 4 of 12 on has 8 frames: the two best of them count, whatever it was before."""
+    """A query that holds an instance from frame 4 of 12 on has 8: the two best of them count, whatever came before."""
     video = VideoInference(
         tiny(min_confidence=0.5, **history), InferenceOptions("any_frame", score="best_quarter"), SIZE
     )
