@@ -8,8 +8,8 @@ from PIL import Image
 
 from instanceformer.evaluation.decomposition import Decomposition
 from instanceformer.evaluation.identity import IdentityMetrics
+from instanceformer.evaluation.precision_recall import NAMES, VideoEvaluation
 from instanceformer.evaluation.report import plot_identity, write_report
-from instanceformer.evaluation.summary import NAMES, VideoEvaluation
 
 RECALLS = [f"{recall:.2f}" for recall in np.linspace(0, 1, 101)]
 

@@ -13,7 +13,7 @@ from instanceformer import VideoInstanceSegmenter, checkpoints
 from instanceformer.checkpoints import Checkpoint, FrameSize
 from instanceformer.data.annotations import Category
 from instanceformer.data.augment import fit_size, normalise, resize
-from instanceformer.evaluation.postprocess import resize_masks
+from instanceformer.evaluation.protocol import resize_masks
 from instanceformer.inference.options import SegmenterOptions
 from instanceformer.inference.segmenter import chunks
 

@@ -199,7 +199,7 @@ def fail(arguments: list[str], monkeypatch: pytest.MonkeyPatch, video_id: int) -
 def test_what_is_finished_but_not_merged_is_merged(command, tmp_path: Path, monkeypatch) -> None:
     arguments, folder = command(), tmp_path / "results"
     with monkeypatch.context() as patch:
-        patch.setattr("instanceformer.evaluation.parts.zip_results", lambda path: 1 / 0)
+        patch.setattr("instanceformer.evaluation.results.zip_results", lambda path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(arguments)
     assert parts(folder) == set(VIDEOS)

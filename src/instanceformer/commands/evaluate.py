@@ -26,34 +26,33 @@ def run(args: Sequence[str]) -> None:
         type=Path,
         help="also measure alone the videos of this file, such as YouTube-VIS 22's gt_long.json",
     )
-    found = parser.parse_args(list(args))
+    options = parser.parse_args(list(args))
     long_videos = None
-    if found.long_videos is not None:
-        long_videos = [video.id for video in read_annotations(found.long_videos).videos]
-    if found.report is not None:
-        found.report.mkdir(parents=True, exist_ok=True)  # before the evaluation, in case that it cannot be made
+    if options.long_videos is not None:
+        long_videos = [video.id for video in read_annotations(options.long_videos).videos]
+    if options.report is not None:
+        options.report.mkdir(parents=True, exist_ok=True)  # before the evaluation, in case that it cannot be made
     evaluation = evaluate_files(
-        found.ground_truth, found.results, long_frames=found.long_frames, long_videos=long_videos, identity=True
+        options.ground_truth, options.results, long_frames=options.long_frames, long_videos=long_videos, identity=True
     )
-    identity = evaluation.identity
-    assert identity is not None
-    numbers = evaluation.summary | evaluation.extras
-    if found.json:
-        print(json.dumps({**numbers, "per_category": evaluation.per_category, "identity": identity.as_json()}))
+    if options.json:
+        print(json.dumps(evaluation.as_json()))
     else:
-        print("\n".join(f"{name:6} {value:7.4f}" for name, value in numbers.items()))
-        print("\n" + describe_identity(identity))
-    if found.report is not None:
+        metrics = evaluation.summary | evaluation.extras
+        print("\n".join(f"{name:6} {value:7.4f}" for name, value in metrics.items()))
+        assert evaluation.identity is not None
+        print("\n" + describe_identity(evaluation.identity))
+    if options.report is not None:
         from instanceformer.evaluation.report import write_report  # here, since matplotlib takes a second to come
 
-        names = {category.id: category.name for category in read_annotations(found.ground_truth).categories}
-        for path in write_report(evaluation, found.report, names):
-            if not found.json:
+        names = {category.id: category.name for category in read_annotations(options.ground_truth).categories}
+        for path in write_report(evaluation, options.report, names):
+            if not options.json:
                 print(path)
 
 
 def describe_identity(identity: IdentityMetrics) -> str:
-    """Numbers of identity as lines of text."""
+    """The metrics of identity as lines of text."""
     numbers = identity.numbers
     perfect = (f"{name.removeprefix('AP_')} {value:.4f}" for name, value in identity.perfect.items())
     lines = [

@@ -1,18 +1,31 @@
-"""What became of every instance in every frame: followed, or how it was lost."""
+"""Where identity and AP are lost: what became of every instance, and the AP if identity, classes or masks were perfect.
+
+The second is as TIDE has it for boxes in images (Bolya et al., "TIDE: A General Toolbox for Identifying Object
+Detection Errors", ECCV 2020).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from instanceformer.evaluation.frames import LEVELS, FrameComparison
-from instanceformer.evaluation.track_iou import FloatArray, IntArray
+from instanceformer.evaluation.overlap import (
+    LEVELS,
+    ComposedTrack,
+    FloatArray,
+    FrameComparison,
+    IntArray,
+    mean_visible,
+)
+from instanceformer.evaluation.precision_recall import ComparedTrack
 
 STATES = ("right", "captured", "lost", "not_found", "wrong_class")
 AGES = {"0-3": 0, "4-7": 4, "8-15": 8, "16+": 16}
-"""Names of the ages of a track, and the frames since it found its instance at which each begins."""
+"""Names of the ages of a track, and how many frames after it found its instance each begins."""
 GROUPS = 1 + len(LEVELS) + len(AGES)
 """Rows of counts: all, then by level of occlusion, then by age."""
 
@@ -22,7 +35,7 @@ class Decomposition:
     """Fractions of the pairs of an instance and a frame in which it is visible; they sum to 1, or are -1 of no pairs.
 
     An instance is found in the first frame in which a track that has found no other covers it, with a mask IoU above
-    0.5; where there are several, they are matched one to one for the highest sum. From then on this track is its own.
+    0.5; several are matched one to one for the highest sum. From then on this track is the instance's.
 
     Attributes:
         right: its track covers it, IoU above 0.5, and has its class.
@@ -49,21 +62,21 @@ class Decomposition:
 
 
 def count_states(video: FrameComparison, tracks: int) -> IntArray:
-    """(GROUPS, 5) counts of ``STATES`` in a video, by its first so many tracks; crowds are left out.
+    """(GROUPS, 5) counts of ``STATES`` in a video, by its first ``tracks`` predicted tracks; crowds are left out.
 
-    A pair without a label of occlusion is in no level, one whose instance is not found has no age.
+    A pair without a label of occlusion is in no level; one whose instance is not found yet has no age.
     """
     true = np.flatnonzero(~video.is_crowd)
-    counts = np.zeros((GROUPS, len(STATES)), dtype=np.int64)
     ious = video.ious[:, :tracks][:, :, true]
-    owners, found = _find_owners(ious)
-    own = ious[:, owners] if tracks else np.zeros((video.num_frames, len(true), len(true)))  # (T, owner's, instance)
-    covers_own = own.diagonal(axis1=1, axis2=2) > 0.5
-    covers_any = (own > 0.5).any(axis=2)
+    owners, first_frames = _find_owners(ious)
+    # (T, G, G): IoU of the track of one instance with another
+    owned = ious[:, owners] if tracks else np.zeros((video.num_frames, len(true), len(true)))
+    covers_its = owned.diagonal(axis1=1, axis2=2) > 0.5
+    covers_any = (owned > 0.5).any(axis=2)
     right_class = video.classes[owners] == video.true_classes[true] if tracks else np.zeros(len(true), dtype=np.bool_)
-    ages = np.arange(video.num_frames)[:, None] - found
+    ages = np.arange(video.num_frames)[:, None] - first_frames
     states = np.select(
-        [ages < 0, covers_own & right_class, covers_own, covers_any],
+        [ages < 0, covers_its & right_class, covers_its, covers_any],
         [STATES.index(name) for name in ("not_found", "right", "wrong_class", "captured")],
         STATES.index("lost"),
     )
@@ -72,21 +85,114 @@ def count_states(video: FrameComparison, tracks: int) -> IntArray:
     age_groups = np.searchsorted([*AGES.values()], ages, side="right") - 1
     groups = [visible, *(levels == level for level in range(len(LEVELS)))]
     groups += [(ages >= 0) & (age_groups == group) for group in range(len(AGES))]
-    for row, group in zip(counts, groups, strict=True):
-        row += np.bincount(states[visible & group], minlength=len(STATES))
-    return counts
+    return np.stack([np.bincount(states[visible & group], minlength=len(STATES)) for group in groups])
 
 
 def _find_owners(ious: FloatArray) -> tuple[IntArray, IntArray]:
     """From (T, D, G) IoUs, the track that finds each instance, and in which frame; track 0 in frame T if none does."""
     frames, tracks, instances = ious.shape
-    owners, found = np.zeros(instances, dtype=np.int64), np.full(instances, frames)
+    owners, first_frames = np.zeros(instances, dtype=np.int64), np.full(instances, frames)
     free = np.ones(tracks, dtype=np.bool_)
     for t, frame in enumerate(np.where(ious > 0.5, ious, 0.0)):
-        overlaps = np.where(free[:, None] & (found == frames), frame, 0.0)
+        overlaps = np.where(free[:, None] & (first_frames == frames), frame, 0.0)
         if overlaps.any():
             rows, columns = linear_sum_assignment(overlaps, maximize=True)
             covered = overlaps[rows, columns] > 0
             rows, columns = rows[covered], columns[covered]
-            owners[columns], found[columns], free[rows] = rows, t, False
-    return owners, found
+            owners[columns], first_frames[columns], free[rows] = rows, t, False
+    return owners, first_frames
+
+
+Tracks = Sequence[ComposedTrack]
+
+
+def link(video: FrameComparison, tracks: Tracks) -> Tracks:
+    """Perfect identity: an instance's track has, in each frame, the predicted mask that covers it best.
+
+    It needs an IoU above 0.3. Masks of any score are taken, so that this is the most that linking could reach. Its
+    class is the one with the highest sum of scores over the tracks that were used, its score their mean, each as often
+    as it was used. Tracks that were not used at all stay.
+    """
+    if not tracks:
+        return tracks
+    linked: list[ComposedTrack] = []
+    used: set[int] = set()
+    for ious in video.ious[:, : video.num_predicted, ~video.is_crowd].transpose(2, 0, 1):
+        best, covers = ious.argmax(axis=1), ious.max(axis=1) > 0.3
+        chosen = best[covers]
+        if len(chosen):
+            scores: dict[int, float] = defaultdict(float)
+            for index in chosen:
+                scores[int(video.classes[index])] += float(video.scores[index])
+            mean = float(video.scores[chosen].mean())
+            masks = np.where(covers, best, video.areas.shape[1] - 1)
+            linked.append(ComposedTrack(max(scores, key=scores.__getitem__), mean, masks))
+            used.update(chosen.tolist())
+    return [*linked, *(track for track in tracks if track.masks[0] not in used)]
+
+
+def classify(video: FrameComparison, tracks: Tracks) -> Tracks:
+    """Perfect classes: a sequence of masks has the class of the instance with which its IoU over all frames is highest.
+
+    It counts once, with its best score. What overlaps with no instance keeps its class.
+    """
+    best: dict[bytes, ComposedTrack] = {}
+    for track in sorted(tracks, key=lambda track: -track.score):
+        best.setdefault(track.masks.tobytes(), track)
+    unique = [*best.values()]
+    ious = np.where(video.is_crowd, 0.0, _measure(video, unique)[1])
+    return [
+        replace(track, category_id=int(video.true_classes[row.argmax()])) if row.any() else track
+        for track, row in zip(unique, ious, strict=True)
+    ]
+
+
+def sharpen(video: FrameComparison, tracks: Tracks) -> Tracks:
+    """Perfect masks: one that covers an instance, with an IoU above 0.5, is replaced by the instance's."""
+    if not len(video.true_classes):
+        return tracks
+    ious = np.where(video.is_crowd, 0.0, video.ious)  # (T, M, G)
+    sharp = np.where(ious.max(axis=2) > 0.5, video.num_predicted + ious.argmax(axis=2), np.arange(ious.shape[1]))
+    frames = np.arange(video.num_frames)
+    return [replace(track, masks=sharp[frames, track.masks]) for track in tracks]
+
+
+PERFECTIONS: dict[str, tuple[Callable[[FrameComparison, Tracks], Tracks], ...]] = {
+    "AP_identity": (link,),
+    "AP_classes": (classify,),
+    "AP_masks": (sharpen,),
+    "AP_all": (link, classify, sharpen),
+}
+"""What is made perfect for each AP, one after the other."""
+
+
+def compare_perfect(video: FrameComparison) -> dict[str, list[ComparedTrack]]:
+    """The tracks that each AP of ``PERFECTIONS`` is measured with, by its name."""
+    compared = {}
+    for name, fixes in PERFECTIONS.items():
+        tracks: Tracks = video.tracks
+        for fix in fixes:
+            tracks = fix(video, tracks)
+        compared[name] = compare_composed(video, tracks)
+    return compared
+
+
+def compare_composed(video: FrameComparison, tracks: Tracks) -> list[ComparedTrack]:
+    """Composed tracks beside the true ones of their classes, as ``compare_tracks`` has those of a file."""
+    areas, ious = _measure(video, tracks)
+    return [
+        ComparedTrack(
+            track.category_id, track.score, mean_visible(area), row[video.true_classes == track.category_id].tolist()
+        )
+        for track, area, row in zip(tracks, areas, ious, strict=True)
+    ]
+
+
+def _measure(video: FrameComparison, tracks: Tracks) -> tuple[IntArray, FloatArray]:
+    """(K, T) areas of K tracks in pixels, and (K, G) IoUs with the instances over all frames."""
+    masks = np.array([track.masks for track in tracks], dtype=np.int64).reshape(len(tracks), video.num_frames)
+    frames = np.arange(video.num_frames)
+    areas = video.areas[frames, masks]
+    intersections = video.intersections[frames, masks].sum(axis=1)
+    unions = areas.sum(axis=1)[:, None] + video.true_areas.sum(axis=0) - intersections
+    return areas, intersections / np.maximum(unions, 1)

@@ -1,4 +1,4 @@
-"""A result file beside its ground truth, without anything of torch: quick to start and light."""
+"""A result file compared with its ground truth, without torch, so that it starts quickly."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from instanceformer.data.formats.records import expect_file
 from instanceformer.data.formats.run_lengths import compress_masks
 from instanceformer.evaluation.ground_truth import GroundTruth, read_ground_truth
 from instanceformer.evaluation.identity import VideoIdentity, compare_identity, summarize_identity
+from instanceformer.evaluation.overlap import Masks, mean_visible, track_ious
+from instanceformer.evaluation.precision_recall import ComparedTrack, VideoEvaluation, summarize
 from instanceformer.evaluation.results import Track, iterate_results
-from instanceformer.evaluation.summary import ComparedTrack, VideoEvaluation, select_candidates, summarize
-from instanceformer.evaluation.track_iou import Masks, mean_visible, track_ious
 
 
 def evaluate_files(
@@ -54,8 +54,7 @@ def evaluate_files(
         compared[video_id] += compare_tracks(truth, video_id, tracks)
         if identity and video_id not in scattered:
             identities[video_id] = compare_identity(truth.videos[video_id], [track for _, track in tracks])
-    predictions = {video_id: select_candidates(found) for video_id, found in compared.items()}
-    evaluation = summarize(truth, predictions, truth.videos.keys(), truth.long_videos(long_frames, long_videos))
+    evaluation = summarize(truth, compared, truth.videos.keys(), truth.long_videos(long_frames, long_videos))
     if not identity:
         return evaluation
     if scattered:
@@ -69,7 +68,12 @@ def evaluate_files(
 def compare_tracks(
     ground_truth: GroundTruth, video_id: int, tracks: Iterable[tuple[str, Track]]
 ) -> list[ComparedTrack]:
-    """Compare tracks of one video, each with a name for messages, with the ground truth.
+    """Compare tracks of one video with the ground truth.
+
+    Args:
+        ground_truth: which has the video.
+        video_id: its id.
+        tracks: each after what error messages call it.
 
     Raises:
         ValueError: the ground truth has no such video or category, or a track is of another video, differs from the
@@ -101,24 +105,24 @@ def compare_tracks(
     size = video.height, video.width
     try:
         areas, ious = track_ious(_counts(tracks, video), truth, size, comparable)
-    except ValueError:  # a damaged mask, of which compress_masks says where it is
+    except ValueError:  # compress_masks says which mask is damaged
         areas, ious = track_ious(_compress(tracks, video), truth, size, comparable)
     return [
-        ComparedTrack(track.category_id, track.score, mean_visible(row.tolist()), found[own].tolist())
-        for (_, track), row, found, own in zip(tracks, areas, ious, comparable, strict=True)
+        ComparedTrack(track.category_id, track.score, mean_visible(area.tolist()), row[selected].tolist())
+        for (_, track), area, row, selected in zip(tracks, areas, ious, comparable, strict=True)
     ]
 
 
 def _counts(tracks: Sequence[tuple[str, Track]], video: Video) -> list[Masks]:
-    """The compressed counts of named tracks as they stand, for ``track_ious`` to look into.
+    """The compressed counts of named tracks as they stand, unchecked.
 
     Raises:
         ValueError: a mask is of another size than the video.
     """
     size = [video.height, video.width]
     if any(rle is not None and rle["size"] != size for _, track in tracks for rle in track.segmentations):
-        raise ValueError(f"expected masks of size {size}")
-    return [[rle and rle["counts"].encode() for rle in track.segmentations] for _, track in tracks]
+        raise ValueError(f"found masks of another size, expected {size}")
+    return [track.counts for _, track in tracks]
 
 
 def _compress(tracks: Sequence[tuple[str, Track]], video: Video) -> list[Masks]:

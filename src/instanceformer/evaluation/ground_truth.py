@@ -1,4 +1,4 @@
-"""Ground truth as the metric sees it."""
+"""The true tracks that predictions are compared with."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from instanceformer.data.annotations import OCCLUSION_LEVELS, Instance, Video, VideoDataset
 from instanceformer.data.formats.youtube_vis import parse_annotations, read_annotations
 from instanceformer.evaluation.track_iou import decode_tracks, mean_visible
+from instanceformer.data.reading import parse_annotations, read_annotations
+from instanceformer.evaluation.overlap import decode_tracks, mean_visible
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class TrueTrack:
 
     Attributes:
         segmentations: for each frame the compressed counts of its mask; None where it is not visible.
-        is_crowd: whether it stands for a group that nobody told apart.
+        is_crowd: whether it is a group annotated as one.
         area: the mean over the frames where it is not zero, in pixels, which decides the size range.
         occlusion: the degree, see ``occlusion_degree``.
     """
@@ -47,19 +49,19 @@ class GroundTruth:
     has_occlusion: bool
 
     def long_videos(self, frames: int | None, ids: Collection[int] | None) -> frozenset[int] | None:
-        """Ids of the long videos: those with more than so many frames, or the ones given; None: nobody asks.
+        """Ids of the long videos: those with more than ``frames`` frames, or the given ones; None if both are None.
 
         Raises:
             ValueError: both are given, or an id is of no video.
         """
         if frames is None:
             if ids is not None and (unknown := sorted(set(ids) - self.videos.keys())):
-                raise ValueError(f"long_videos: expected ids of videos of the ground truth, found {unknown[:5]}")
+                raise ValueError(f"long_videos: found {unknown[:5]}, expected ids of videos of the ground truth")
             return None if ids is None else frozenset(ids)
         if frames < 0:
-            raise ValueError(f"long_frames: expected a number of frames, found {frames}")
+            raise ValueError(f"long_frames: found {frames}, expected at least 0")
         if ids is not None:
-            raise ValueError("long_frames and long_videos: expected one of them, found both")
+            raise ValueError("found both long_frames and long_videos, expected one of them")
         return frozenset(video.id for video in self.videos.values() if video.length > frames)
 
 
@@ -80,8 +82,8 @@ def read_ground_truth(source: str | Path | Mapping[str, Any]) -> GroundTruth:
         name, dataset = str(source), read_annotations(source)
     if not dataset.is_annotated:
         raise ValueError(
-            f"{name}: expected annotations, found none (files of a challenge's hidden validation videos have none and "
-            "can only be evaluated by its server)"
+            f"{name}: found no annotations, expected some; the files of a challenge's hidden validation videos have "
+            "none, and only its server can evaluate results on them"
         )
     takes_masks = _has_box_areas(dataset)
     if takes_masks:
@@ -116,11 +118,11 @@ def occlusion_degree(labels: Sequence[str | None]) -> float | None:
         The mean over half of the labels, rounded up, that have the highest levels; None without labels.
 
     Raises:
-        ValueError: a label is not one of these.
+        ValueError: a label is none of these.
     """
     for label in labels:
         if label is not None and label not in OCCLUSION_LEVELS:
-            raise ValueError(f"expected {', '.join(OCCLUSION_LEVELS)} or null, found {label!r}")
+            raise ValueError(f"found {label!r}, expected {', '.join(OCCLUSION_LEVELS)} or null")
     levels = sorted((OCCLUSION_LEVELS[label] for label in labels if label is not None), reverse=True)
     half = levels[: (len(levels) + 1) // 2]
     return sum(half) / len(half) if half else None

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -17,8 +16,7 @@ from matplotlib.figure import Figure
 
 from instanceformer.evaluation.decomposition import STATES, Decomposition
 from instanceformer.evaluation.identity import IdentityMetrics
-from instanceformer.evaluation.matching import IOU_THRESHOLDS, RECALLS
-from instanceformer.evaluation.summary import NAMES, VideoEvaluation
+from instanceformer.evaluation.precision_recall import IOU_THRESHOLDS, NAMES, RECALLS, VideoEvaluation
 
 _MOST_BARS = 80  # that are legible in one picture
 _STATE_COLORS = (
@@ -32,7 +30,7 @@ _STATE_COLORS = (
 
 
 def write_report(evaluation: VideoEvaluation, folder: str | Path, names: Mapping[int, str]) -> list[Path]:
-    """Write what an evaluation found, for programs, spreadsheets and people.
+    """Write an evaluation as files for programs, spreadsheets and people.
 
     Args:
         evaluation: of a result file.
@@ -50,38 +48,45 @@ def write_report(evaluation: VideoEvaluation, folder: str | Path, names: Mapping
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in ("metrics.json", "per_category.csv", "precision_recall.csv")]
-    identity = evaluation.identity
-    content: dict[str, Any] = {**evaluation.summary, **evaluation.extras, "per_category": evaluation.per_category}
-    if identity is not None:
-        content["identity"] = identity.as_json()
-    files[0].write_text(json.dumps(content, indent=1) + "\n")
+    files[0].write_text(json.dumps(evaluation.as_json(), indent=1) + "\n")
     rows = {id_: [id_, names.get(id_, "")] for id_ in evaluation.precision}
-    with files[1].open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerow(["category_id", "name", *NAMES])
-        writer.writerows([*row, *evaluation.per_category[id_].values()] for id_, row in rows.items())
-    with files[2].open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerow(["category_id", "name", "iou_threshold", *(f"{recall:.2f}" for recall in RECALLS)])
-        for id_, row in rows.items():
-            for threshold, precision in zip(IOU_THRESHOLDS, evaluation.precision[id_], strict=True):
-                writer.writerow([*row, f"{threshold:.2f}", *(round(float(value), 6) for value in precision)])
+    _write_table(
+        files[1],
+        ["category_id", "name", *NAMES],
+        ([*row, *evaluation.per_category[id_].values()] for id_, row in rows.items()),
+    )
+    _write_table(
+        files[2],
+        ["category_id", "name", "iou_threshold", *(f"{recall:.2f}" for recall in RECALLS)],
+        (
+            [*row, f"{threshold:.2f}", *(round(float(value), 6) for value in precision)]
+            for id_, row in rows.items()
+            for threshold, precision in zip(IOU_THRESHOLDS, evaluation.precision[id_], strict=True)
+        ),
+    )
     files.append(folder / "precision_recall.png")
     plot(evaluation, names).savefig(files[-1], dpi=120)
-    if identity is not None:
+    if evaluation.identity is not None:
         files += [folder / "identity.csv", folder / "identity.png"]
-        with files[-2].open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["group", *STATES, "pairs"])
-            writer.writerows([name, *asdict(group).values()] for name, group in identity.groups.items())
-        plot_identity(identity).savefig(files[-1], dpi=120)
+        groups = evaluation.identity.groups
+        _write_table(
+            files[-2], ["group", *STATES, "pairs"], ([name, *asdict(group).values()] for name, group in groups.items())
+        )
+        plot_identity(evaluation.identity).savefig(files[-1], dpi=120)
     return files
+
+
+def _write_table(path: Path, header: Iterable[object], rows: Iterable[Iterable[object]]) -> None:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def plot(evaluation: VideoEvaluation, names: Mapping[int, str]) -> Figure:
     """Mean precision-recall curves, one for each IoU threshold, beside the AP of the categories that have ground truth.
 
-    The colours, of the map cividis, are as well told apart by the colour-blind; each curve also bears its threshold.
+    The colors, of the map cividis, are told apart by the color-blind too; each curve also bears its threshold.
     """
     ids = list(evaluation.precision)
     shown = sorted(ids, key=lambda id_: evaluation.per_category[id_]["AP"])[:_MOST_BARS]
@@ -94,13 +99,13 @@ def plot(evaluation: VideoEvaluation, names: Mapping[int, str]) -> Figure:
     if ids:
         mean = np.mean([evaluation.precision[id_] for id_ in ids], axis=0)
         for index, (threshold, precision) in enumerate(zip(IOU_THRESHOLDS, mean, strict=True)):
-            colour = colormaps["cividis"](0.9 * index / (len(mean) - 1))
+            color = colormaps["cividis"](0.9 * index / (len(mean) - 1))
             label = f"{threshold:.2f}: {precision.mean():.3f}"
-            curves.plot(RECALLS, precision, color=colour, linestyle=("-", "--")[index % 2], label=label)
+            curves.plot(RECALLS, precision, color=color, linestyle=("-", "--")[index % 2], label=label)
         curves.legend(title="IoU: AP", fontsize=9)
     values = [evaluation.per_category[id_]["AP"] for id_ in shown]
-    places = bars.barh(range(len(shown)), values, color=(0.0, 0.45, 0.70))
-    bars.bar_label(places, fmt="%.2f", padding=2, fontsize=8)
+    drawn = bars.barh(range(len(shown)), values, color=(0.0, 0.45, 0.70))
+    bars.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8)
     bars.set_yticks(range(len(shown)), [names.get(id_, str(id_)) for id_ in shown], fontsize=8, parse_math=False)
     bars.set(xlabel="AP", xlim=(0, 1.1), ylim=(-0.6, max(len(shown), 1) - 0.4))
     bars.set_title("AP by category" if len(shown) == len(ids) else f"AP of the {len(shown)} lowest categories")

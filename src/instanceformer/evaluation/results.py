@@ -1,12 +1,14 @@
-"""Predicted tracks and the challenge's result file, ``results.json``."""
+"""Predicted tracks, the challenge's result file, ``results.json``, and the parts of one that a run is still writing."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -18,6 +20,9 @@ import numpy.typing as npt
 from instanceformer.data.formats.records import expect_file, whole_number
 from instanceformer.data.formats.run_lengths import compress_masks, show
 from instanceformer.files import replacing
+
+RECORD = "run.json"
+"""In the folder of a run's parts, what the run depends on."""
 
 
 class RLE(TypedDict):
@@ -54,6 +59,11 @@ class Track:
     def __post_init__(self) -> None:
         if not math.isfinite(self.score):
             raise ValueError(f"the score of a track of video {self.video_id} is {self.score}, expected a finite number")
+
+    @property
+    def counts(self) -> tuple[bytes | None, ...]:
+        """The compressed run lengths of each frame's mask, as pycocotools takes them; None where there is none."""
+        return tuple(rle and rle["counts"].encode() for rle in self.segmentations)
 
 
 def encode_mask(mask: npt.NDArray[np.bool_]) -> RLE | None:
@@ -118,10 +128,10 @@ def read_results(path: str | Path) -> list[Track]:
     """
     tracks = []
     for index, track in enumerate(iterate_results(path)):
-        visible = [segmentation for segmentation in track.segmentations if segmentation is not None]
+        first = next((rle for rle in track.segmentations if rle is not None), None)
         try:
-            if visible:
-                compress_masks(track.segmentations, *visible[0]["size"])  # refuses damaged counts and a change of size
+            if first is not None:
+                compress_masks(track.segmentations, *first["size"])  # refuses damaged counts and a change of size
         except ValueError as error:
             raise ValueError(f"{path}: entry {index}: {error}") from error
         tracks.append(track)
@@ -129,11 +139,11 @@ def read_results(path: str | Path) -> list[Track]:
 
 
 def iterate_results(path: str | Path) -> Iterator[Track]:
-    """Read a result file track by track, of which only the text is in memory; what masks hold is not looked into.
+    """Read a result file track by track, so that only its text is in memory; masks are not decoded.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: where it is no result file any more; the message names the file, the entry and the field.
+        ValueError: at the entry that is no track; the message names the file, the entry and the field.
     """
     for index, entry in enumerate(_iterate_entries(path)):
         try:
@@ -164,7 +174,7 @@ def _iterate_entries(path: str | Path) -> Iterator[Any]:
 
 
 def _iterate_list(text: str, begin: int) -> Iterator[Any]:
-    """Parse the JSON list that begins at a place of a text and ends with it, entry by entry."""
+    """Parse the JSON list from position ``begin`` to the end of a text, entry by entry."""
     decoder = json.JSONDecoder()
     at = _skip_blanks(text, begin + 1)
     more = not text.startswith("]", at)
@@ -223,3 +233,99 @@ def _is_compressed(segmentation: Any) -> bool:
         return False
     size = segmentation.get("size")
     return type(size) is list and len(size) == 2 and type(size[0]) is type(size[1]) is int
+
+
+class ResultParts:
+    """The results of a run that may be killed: a file for each finished video, merged into one when all are there.
+
+    The files of a run are in a folder in ``results.parts``, beside the result file, which a digest of ``run`` names, so
+    that no run takes over or removes the parts of a different one. Processes that share the file system may share it.
+
+    Args:
+        path: of the result file, which ends in ``.json``.
+        run: by name all that the tracks depend on.
+        video_ids: of the videos whose results are expected.
+    """
+
+    def __init__(self, path: Path, run: Mapping[str, object], video_ids: Iterable[int]) -> None:
+        self.run = {name: str(value) for name, value in run.items()}
+        self.video_ids = frozenset(video_ids)
+        digest = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()[:16]
+        self.path, self.folder = path, path.with_suffix(".parts") / digest
+
+    def finished(self) -> frozenset[int]:
+        """Ids of the videos whose parts are there."""
+        return frozenset(int(part.stem.removeprefix("video_")) for part in self.folder.glob("video_*.json"))
+
+    def start(self) -> str:
+        """Make the folder, or clear it of what a killed run left unfinished; by one process before any writes.
+
+        Returns:
+            Lines about the parts that are there, of this and of other runs; empty without any.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in (*self.folder.glob(".*.tmp"), self.folder / self.path.name, self._archive(self.folder)):
+            left.unlink(missing_ok=True)
+        with replacing(self.folder / RECORD) as temporary:
+            temporary.write_text(json.dumps(self.run, indent=2))
+        lines = []
+        if finished := self.finished():
+            lines.append(f"{len(finished)} of {len(self.video_ids)} videos taken over from {self.folder}")
+        for record in sorted(self.folder.parent.glob(f"*/{RECORD}")):
+            if record.parent != self.folder:
+                unlike = ", ".join(self._unlike(record))
+                lines.append(f"{record.parent}: an unfinished run that differs in {unlike}; left as it is")
+        return "\n".join(lines)
+
+    def write(self, video_id: int, tracks: Iterable[Track], others: Iterable[Track] = ()) -> None:
+        """Keep all tracks of a video, so that it is finished; ``others`` are kept with them and not merged."""
+        write_results(self._part(video_id, "others"), others)
+        write_results(self._part(video_id), tracks)
+
+    def read(self, video_id: int) -> list[Track]:
+        """The tracks of a finished video."""
+        return list(iterate_results(self._part(video_id)))
+
+    def read_others(self, video_id: int) -> list[Track]:
+        """What was kept with the tracks of a finished video."""
+        return list(iterate_results(self._part(video_id, "others")))
+
+    def merge(self) -> str:
+        """Write the result file and its zip, by ascending video id, and remove the folder.
+
+        Returns:
+            How much was written, in words.
+
+        Raises:
+            RuntimeError: the part of a video is missing; nothing is written or removed.
+        """
+        missing = sorted(self.video_ids - self.finished())
+        if missing:
+            raise RuntimeError(
+                f"{self.folder}: found no results of {len(missing)} of {len(self.video_ids)} videos, ids "
+                f"{', '.join(map(str, missing[:10]))}{', ...' if len(missing) > 10 else ''}; did another run use the "
+                "folder? Start the same command again to compute them, or set --results.path to a name of its own"
+            )
+        merged = self.folder / self.path.name
+        count = write_results(merged, (track for video_id in sorted(self.video_ids) for track in self.read(video_id)))
+        archive = zip_results(merged)
+        merged.replace(self.path)
+        archive.replace(self._archive(self.path.parent))
+        shutil.rmtree(self.folder)
+        with suppress(OSError):  # another run's parts may be there
+            self.folder.parent.rmdir()
+        return f"{count} tracks of {len(self.video_ids)} videos written to {self.path} and {archive.name}"
+
+    def _part(self, video_id: int, kind: str = "video") -> Path:
+        return self.folder / f"{kind}_{video_id}.json"
+
+    def _archive(self, folder: Path) -> Path:
+        return folder / self.path.with_suffix(".zip").name
+
+    def _unlike(self, record: Path) -> list[str]:
+        """Names of what differs between this run and another's record."""
+        try:
+            theirs = json.loads(record.read_text())
+            return sorted(name for name in self.run if self.run[name] != theirs.get(name))
+        except (ValueError, AttributeError):
+            return ["what cannot be read any more"]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -15,8 +16,8 @@ from torchmetrics import Metric
 from instanceformer.evaluation.evaluate import compare_tracks
 from instanceformer.evaluation.ground_truth import read_ground_truth
 from instanceformer.evaluation.identity import VideoIdentity, compare_identity, summarize_identity
+from instanceformer.evaluation.precision_recall import ComparedTrack, VideoEvaluation, summarize
 from instanceformer.evaluation.results import Track
-from instanceformer.evaluation.summary import Candidates, VideoEvaluation, select_candidates, summarize
 
 
 class VideoAveragePrecision(Metric):
@@ -40,7 +41,7 @@ class VideoAveragePrecision(Metric):
           those of another size do; predicted tracks have no degree, and all that match nothing count. The ranges are
           slight, 0 to 0.25; moderate, 0.25 to 0.5; heavy, 0.5 and more; both ends included. A track without labels is
           in none.
-        - The long videos of YouTube-VIS 22 as a dataset of their own. Its organisers list them in an annotation file;
+        - The long videos of YouTube-VIS 22 as a separate dataset. Its organizers list them in an annotation file;
           for other datasets there is a number of frames.
 
     Args:
@@ -75,8 +76,8 @@ class VideoAveragePrecision(Metric):
         self.only_updated, self.identity = only_updated, identity
         self._ground_truth = read_ground_truth(ground_truth)
         self._long_videos = self._ground_truth.long_videos(long_frames, long_videos)
-        # One JSON line per video, as bytes: all that matching needs to know of its tracks. Being small and of any
-        # length, it is what ranks exchange.
+        # One JSON line per video, as bytes, with all that matching needs of its tracks: small enough for ranks to
+        # exchange.
         self.add_state("videos", default=[], dist_reduce_fx="cat")
 
     def update(self, video_id: int, tracks: Sequence[Track]) -> None:
@@ -91,12 +92,11 @@ class VideoAveragePrecision(Metric):
                 from the video in its number of frames or mask size, or has a damaged mask.
         """
         named = ((f"track {index} of video {video_id}", track) for index, track in enumerate(tracks))
-        candidates = select_candidates(compare_tracks(self._ground_truth, video_id, named))
-        categories = {category_id: vars(found) for category_id, found in candidates.items()}
-        content: dict[str, Any] = {"video_id": video_id, "categories": categories}
+        compared = compare_tracks(self._ground_truth, video_id, named)
+        content: dict[str, Any] = {"video_id": video_id, "tracks": compared}
         if self.identity:
-            content["identity"] = compare_identity(self._ground_truth.videos[video_id], tracks).as_json()
-        line = json.dumps(content) + "\n"
+            content["identity"] = vars(compare_identity(self._ground_truth.videos[video_id], tracks))
+        line = json.dumps(content, default=np.ndarray.tolist) + "\n"
         assert isinstance(self.videos, list)
         self.videos.append(torch.frombuffer(bytearray(line.encode()), dtype=torch.uint8).to(self.device))
 
@@ -114,8 +114,10 @@ class VideoAveragePrecision(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The summary, the extras and the numbers of identity of ``evaluate``, as float64 scalars."""
-        found = self._evaluate()
-        numbers = found.summary | found.extras | (found.identity.numbers if found.identity else {})
+        evaluation = self._evaluate()
+        numbers = evaluation.summary | evaluation.extras
+        if evaluation.identity is not None:
+            numbers |= evaluation.identity.numbers
         return {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in numbers.items()}
 
     def evaluate(self) -> VideoEvaluation:
@@ -127,16 +129,16 @@ class VideoAveragePrecision(Metric):
 
     def _evaluate(self) -> VideoEvaluation:
         state = self.videos if isinstance(self.videos, list) else [self.videos]
-        updated: dict[int, dict[int, Candidates]] = {}
+        compared: dict[int, list[ComparedTrack]] = {}
         identities: dict[int, VideoIdentity] = {}
         for line in b"".join(tensor.cpu().numpy().tobytes() for tensor in state).splitlines():
             video = json.loads(line)
-            categories = {int(id_): Candidates(**found) for id_, found in video["categories"].items()}
-            updated.setdefault(video["video_id"], categories)
-            if self.identity:
-                identities.setdefault(video["video_id"], VideoIdentity.from_json(video["identity"]))
-        video_ids = updated.keys() if self.only_updated else self._ground_truth.videos.keys()
-        found = summarize(self._ground_truth, updated, video_ids, self._long_videos)
+            if video["video_id"] not in compared:
+                compared[video["video_id"]] = [ComparedTrack(*track) for track in video["tracks"]]
+                if self.identity:
+                    identities[video["video_id"]] = VideoIdentity.from_json(video["identity"])
+        video_ids = compared.keys() if self.only_updated else self._ground_truth.videos.keys()
+        evaluation = summarize(self._ground_truth, compared, video_ids, self._long_videos)
         if not self.identity:
-            return found
-        return replace(found, identity=summarize_identity(self._ground_truth, identities, video_ids))
+            return evaluation
+        return replace(evaluation, identity=summarize_identity(self._ground_truth, identities, video_ids))

@@ -16,7 +16,7 @@ from torchvision.ops import box_convert
 from instanceformer import checkpoints
 from instanceformer.data.annotations import Category
 from instanceformer.data.augment import fit_size, normalise, resize
-from instanceformer.evaluation.postprocess import resize_masks
+from instanceformer.evaluation.protocol import resize_masks
 from instanceformer.inference.instances import FrameInstances
 from instanceformer.inference.optimise import optimise, packs
 from instanceformer.inference.options import MIN_SIDE, SegmenterOptions

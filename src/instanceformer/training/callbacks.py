@@ -15,8 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from instanceformer import __version__
 from instanceformer.data.datamodule import VideoDataModule
-from instanceformer.evaluation.parts import ResultParts
-from instanceformer.evaluation.results import Track
+from instanceformer.evaluation.results import ResultParts, Track
 from instanceformer.files import replacing
 from instanceformer.inference.film import film_results, select_tracks, select_video
 from instanceformer.model.network import InstanceFormer

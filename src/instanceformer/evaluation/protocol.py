@@ -16,8 +16,8 @@ from instanceformer.model.decoder import FramePrediction
 from instanceformer.model.encoder import FrameFeatures
 from instanceformer.model.network import InstanceFormer
 
-Candidates = Literal["first_frames", "any_frame"]
-Score = Literal["mean", "best_quarter"]
+CandidateRule = Literal["first_frames", "any_frame"]
+ScoreRule = Literal["mean", "best_quarter"]
 
 
 @dataclass(frozen=True)
@@ -25,37 +25,37 @@ class InferenceOptions:
     """How the tracks of a video are chosen, and scored.
 
     Attributes:
-        candidates: ``first_frames``, the paper: the most confident pairs of the first frames, and nothing that enters
-            later. ``any_frame``: the pairs with the best score at the end, among the ``max_tracks`` queries that were
-            the most confident at any frame; a query's track, and the mean over frames, begin when the network first
-            takes it for an instance, by its ``min_confidence`` and ``max_overlap``, and its masks when it is among
-            those queries. A query that the network takes for a duplicate of another makes no track.
+        candidates: which (query, class) pairs become tracks. ``first_frames``, the paper: the most confident pairs of
+            the first frames, and nothing that enters later. ``any_frame``: the pairs with the best score at the end,
+            among the ``max_tracks`` queries that were the most confident in any frame. A query that never holds an
+            instance (``TrackState.held``) makes no track; the track and the mean over frames of another begin where it
+            first does, its masks where it is among those queries.
         candidate_frames: how many frames count as the first ones.
         max_tracks: most tracks of a video.
         score: ``mean``, the paper: a track is a (query, class) pair, and its score the mean of the class's probability
-            over all frames. ``best_quarter``, as the authors' release can: a track is a query, of the class that is
-            the most frequent among the query's highest probabilities, of any frame and class, a quarter as many as
-            there are frames, and at least one; its score is the mean of those that are the class's. What is seldom
-            visible, or known only where it is seen well, is not held down by its other frames. ``test`` reports AP
-            under both.
+            over all frames. ``best_quarter``, an option of the authors' release: a track is a query, and its highest
+            probabilities count, of any frame and class, a quarter as many as there are frames, and at least one; its
+            class is the most frequent among them, its score the mean of those that are the class's. An instance that is
+            seldom visible, or recognized only where it is seen well, is not held down by its other frames. ``test``
+            reports AP under both.
     """
 
-    candidates: Candidates = "first_frames"
+    candidates: CandidateRule = "first_frames"
     candidate_frames: int = 3
     max_tracks: int = 50
-    score: Score = "mean"
+    score: ScoreRule = "mean"
 
     def __post_init__(self) -> None:
         for name in ("candidate_frames", "max_tracks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"inference.{name}: found {getattr(self, name)}, expected at least 1")
-        for name, known in (("candidates", Candidates), ("score", Score)):
+        for name, known in (("candidates", CandidateRule), ("score", ScoreRule)):
             if getattr(self, name) not in get_args(known):
                 expected = " or ".join(get_args(known))
                 raise ValueError(f"inference.{name}: found {getattr(self, name)!r}, expected {expected}")
 
     @property
-    def other_score(self) -> Score:
+    def other_score(self) -> ScoreRule:
         """The one that is not ``score``."""
         return "best_quarter" if self.score == "mean" else "mean"
 
@@ -77,13 +77,14 @@ class VideoInference:
         self.state = network.initial_state(1)
         self.frames = 0
         self.masks: list[dict[int, RLE | None]] = []
-        self._hidden: list[Tensor] = []  # of each frame
+        self._any_frame = options.candidates == "any_frame"
         device = self.state.queries.device
         queries = network.num_queries
-        self._total = torch.zeros(queries, network.num_classes, device=device)  # of probabilities since the birth
+        self._hidden: list[Tensor] = []  # (N,) of each frame
+        self._counted = torch.zeros(queries, device=device)  # frames: all, or under any_frame those since it is held
+        self._total = torch.zeros(queries, network.num_classes, device=device)  # of the probabilities in these
         self._highest = torch.zeros(queries, 0, device=device)  # of them, a quarter as many as the video has frames
         self._highest_labels = torch.zeros(queries, 0, dtype=torch.int64, device=device)
-        self._alive = torch.zeros(queries, device=device)  # frames since the birth
         self._best = torch.zeros(queries, device=device)  # confidence so far
         self._first_pairs: list[tuple[int, int]] = []
         self._waiting: list[tuple[FrameFeatures, FramePrediction, tuple[int, int]]] = []
@@ -103,19 +104,17 @@ class VideoInference:
         features = self.network.encode(chunk.frames)
         for t in range(chunk.frames.shape[1]):
             prediction = self.network.decode(features[t], self.state)
-            held = self.state.held
-            self.state = self.network.advance(self.state, prediction)
+            before, self.state = self.state, self.network.advance(self.state, prediction)
             self.frames += 1
             self._hidden.append(self.state.hidden[0])
-            self._count(prediction.scores[0], (self.state.held & ~held)[0], max(1, chunk.length // 4))
+            self._count(prediction.scores[0], (self.state.held & ~before.held)[0], max(1, chunk.length // 4))
             self._waiting.append((features[t], prediction, (chunk.frames.shape[-2], chunk.frames.shape[-1])))
-            first_frames = self.options.candidates == "first_frames"
-            if first_frames and self.frames == min(self.options.candidate_frames, chunk.length):
+            if not self._any_frame and self.frames == min(self.options.candidate_frames, chunk.length):
                 self._first_pairs = _best_pairs(self._total, self.options.max_tracks)
-            if not first_frames or self._first_pairs:
+            if self._any_frame or self._first_pairs:
                 self._segment_waiting()
 
-    def tracks(self, video_id: int, category_ids: Sequence[int], score: Score | None = None) -> list[Track]:
+    def tracks(self, video_id: int, category_ids: Sequence[int], score: ScoreRule | None = None) -> list[Track]:
         """The tracks of the whole video, best first.
 
         Args:
@@ -124,7 +123,7 @@ class VideoInference:
             score: in place of that of the options.
         """
         by_mean = (score or self.options.score) == "mean"
-        births = (self.frames - self._alive).long().tolist()
+        begins = (self.frames - self._counted).long().tolist()
         hidden = torch.stack(self._hidden).tolist()
         tracks = [
             Track(
@@ -132,75 +131,70 @@ class VideoInference:
                 category_id=category_ids[label],
                 score=confidence,
                 segmentations=[
-                    masks.get(query) if t >= births[query] and not hidden[t][query] else None
+                    masks.get(query) if t >= begins[query] and not hidden[t][query] else None
                     for t, masks in enumerate(self.masks)
                 ],
             )
             for query, label, confidence in (self._by_mean() if by_mean else self._by_best_quarter())
-            if confidence >= 0
         ]
         return sorted(tracks, key=lambda track: -track.score)
 
     def _by_mean(self) -> list[tuple[int, int, float]]:
         """Queries, classes and scores of tracks that are (query, class) pairs."""
-        scores = (self._total / self._alive[:, None]).cpu()
+        scores = (self._total / self._counted[:, None]).cpu()
         pairs = self._first_pairs
-        if self.options.candidates == "any_frame":
-            chosen = torch.zeros(len(scores), dtype=torch.bool)
-            chosen[self._entered()] = True
-            scores.masked_fill_(~chosen[:, None], -1.0)
-            pairs = _best_pairs(scores, self.options.max_tracks)
+        if self._any_frame:
+            queries = self._track_queries()
+            best = _best_pairs(scores[queries], self.options.max_tracks)
+            pairs = [(queries[row], label) for row, label in best]
         return [(query, label, float(scores[query, label])) for query, label in pairs]
 
     def _by_best_quarter(self) -> list[tuple[int, int, float]]:
         """Queries, classes and scores of tracks that are queries, each with one class."""
         highest, labels = self._highest.cpu(), self._highest_labels.cpu()
-        counts = (self._alive.long() // 4).clamp(min=1).tolist()
-        found = []
-        for query in self._entered():
+        counts = (self._counted.long() // 4).clamp(min=1).tolist()
+        tracks = []
+        for query in self._track_queries():
             values, classes = highest[query, : counts[query]], labels[query, : counts[query]]
             label = int(classes.mode().values)
-            found.append((query, label, float(values[classes == label].mean())))
-        return found
+            tracks.append((query, label, float(values[classes == label].mean())))
+        return tracks
 
-    def _entered(self) -> list[int]:
-        """Queries that make a track."""
-        if self.options.candidates == "first_frames":
-            return self._candidates()
+    def _track_queries(self) -> list[int]:
+        """Queries that make a track: of those with masks, under ``any_frame``, the ones that hold an instance."""
         held = self.state.held[0].tolist()
-        return [query for query in self._candidates() if held[query]]
+        return [query for query in self._masked_queries() if held[query] or not self._any_frame]
+
+    def _masked_queries(self) -> list[int]:
+        """Queries whose masks are made, as far as is known by now."""
+        if not self._any_frame:
+            return sorted({query for query, _ in self._first_pairs})
+        count = min(self.options.max_tracks, len(self._best))
+        return sorted(self._best.topk(count).indices.tolist())
 
     def _count(self, probabilities: Tensor, entering: Tensor, quarter: int) -> None:
-        """Add the (N, K) probabilities of a frame; under ``any_frame`` the count starts anew where a query is born.
+        """Add the probabilities of a frame; under ``any_frame`` the count of an entering query starts with it.
 
         Args:
-            probabilities: of the frame.
-            entering: (N,) bool, whether the network takes the query for an instance from this frame on.
+            probabilities: (N, K) of the frame, in [0, 1].
+            entering: (N,) bool, queries that hold an instance from this frame on.
             quarter: of the frames of the video.
         """
-        confidence = probabilities.amax(dim=-1)
-        if self.options.candidates == "any_frame":
+        if self._any_frame:
             self._total.masked_fill_(entering[:, None], 0.0)
             self._highest.masked_fill_(entering[:, None], -1.0)
-            self._alive.masked_fill_(entering, 0.0)
+            self._counted.masked_fill_(entering, 0.0)
         labels = torch.arange(probabilities.shape[1], device=probabilities.device).expand_as(probabilities)
         highest = torch.cat((self._highest, probabilities), dim=1)
         self._highest, order = highest.topk(min(quarter, highest.shape[1]), dim=1)
         self._highest_labels = torch.cat((self._highest_labels, labels), dim=1).gather(1, order)
         self._total += probabilities
-        self._alive += 1
-        self._best = torch.maximum(self._best, confidence)
-
-    def _candidates(self) -> list[int]:
-        """Queries whose masks are wanted, as far as is known by now."""
-        if self.options.candidates == "first_frames":
-            return sorted({query for query, _ in self._first_pairs})
-        count = min(self.options.max_tracks, len(self._best))
-        return sorted(self._best.topk(count).indices.tolist())
+        self._counted += 1
+        self._best = torch.maximum(self._best, probabilities.amax(dim=-1))
 
     def _segment_waiting(self) -> None:
-        """Make the masks of the frames that had to wait until the candidates were known."""
-        queries = self._candidates()
+        """Make the masks of the frames that had to wait until it was known of which queries."""
+        queries = self._masked_queries()
         for features, prediction, size in self._waiting:
             indices = torch.tensor([queries], device=features.tokens.device)
             logits = self.network.segment(features, prediction, indices)[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from instanceformer.data.batch import VideoChunk
-from instanceformer.evaluation.postprocess import InferenceOptions, VideoInference, resize_masks
+from instanceformer.evaluation.protocol import InferenceOptions, VideoInference, resize_masks
 from instanceformer.evaluation.results import Track, decode_mask
 
 SIZE, IDS = (50, 70), [3, 5, 8, 13, 21]
@@ -95,8 +95,8 @@ def test_the_best_quarter_scores_a_query_with_one_class(tiny, candidates, length
 
 
 @pytest.mark.parametrize("history", [{"free_queries": "renew"}, {"class_history": "held"}])
-def test_the_best_quarter_is_of_the_frames_since_the_birth(tiny, monkeypatch, history) -> None:
-    """A query that is born in frame 4 of 12 has 8: the two best of them count, whatever it was before."""
+def test_the_best_quarter_is_of_the_frames_since_the_query_is_held(tiny, monkeypatch, history) -> None:
+    """A query that holds an instance from frame 4 of 12 on has 8: the two best of them count, whatever came before."""
     video = VideoInference(
         tiny(min_confidence=0.5, **history), InferenceOptions("any_frame", score="best_quarter"), SIZE
     )
@@ -121,15 +121,15 @@ def test_tracks_begin_where_queries_are_held_though_all_propagate(tiny, frames) 
     network = tiny(class_history="held", min_confidence=0.05)
     scores = network(frames)[0].logits[0].sigmoid().amax(-1)
     network.min_confidence = float(scores.max(0).values.median())
-    state, births = network.initial_state(1), {}
+    state, begins = network.initial_state(1), {}
     for t in range(8):
         features = network.encode(frames[:, t : t + 1])[0]
         state = network.advance(state, network.decode(features, state))
-        births.update({int(q): t for q in state.held[0].nonzero() if int(q) not in births})
+        begins.update({int(q): t for q in state.held[0].nonzero() if int(q) not in begins})
     video = VideoInference(network, InferenceOptions("any_frame", max_tracks=60), SIZE)
     video.add(VideoChunk(frames, 7, 0, 8, SIZE))
-    assert len(set(births.values())) > 1
-    assert {q: 8 - int(video._alive[q]) for q in births} == births
+    assert len(set(begins.values())) > 1
+    assert {q: 8 - int(video._counted[q]) for q in begins} == begins
 
 
 @pytest.mark.parametrize(
@@ -157,9 +157,9 @@ def test_a_track_begins_where_its_query_is_first_confident(tiny, frames) -> None
     assert late, "the example should have a query that becomes confident late"
     tracks = run(network, frames, 8, candidates="any_frame", max_tracks=60)
     begins = {next((t for t, s in enumerate(track.segmentations) if s is not None), None) for track in tracks}
-    births = {int(confident[:, q].int().argmax()) for q in range(12)}
-    assert begins - {None} <= {t for birth in births for t in range(birth, 8)}
-    assert min(b for b in begins if b is not None) == min(births)
+    held_from = {int(confident[:, q].int().argmax()) for q in range(12)}
+    assert begins - {None} <= {t for first in held_from for t in range(first, 8)}
+    assert min(b for b in begins if b is not None) == min(held_from)
     assert len(begins - {None}) > 1
 
 
