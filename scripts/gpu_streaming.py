@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity
 from instanceformer import InstanceFormer, VideoInstanceSegmenter
 from instanceformer.data.augment import normalise
 from instanceformer.inference.optimise import optimise, packs
-from instanceformer.inference.options import SegmenterOptions
+from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.model.state import TrackState
 from measure_streaming import moving_squares, time_steps
 from timing import Activity, allow_tf32

@@ -21,7 +21,7 @@ from instanceformer import VideoInstanceSegmenter
 from instanceformer.data.annotations import Video
 from instanceformer.data.clips import read_frames
 from instanceformer.data.reading import read_annotations
-from instanceformer.inference.instances import FrameInstances
+from instanceformer.inference.tracks import FrameInstances
 
 
 def owners(video: Video, frame: int, found: FrameInstances) -> dict[int, int | None]:

@@ -27,8 +27,8 @@ from instanceformer import InstanceFormer, VideoInstanceSegmenter
 from instanceformer.data.augment import normalise
 from instanceformer.evaluation.results import iterate_results
 from instanceformer.inference.allocator import keep_memory
-from instanceformer.inference.options import SegmenterOptions
-from instanceformer.inference.segment import SegmentOutputs, segment_video
+from instanceformer.inference.outputs import SegmentOutputs, segment_video
+from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.video.frames import Frame
 from instanceformer.video.reading import open_video
 

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from instanceformer.inference.instances import FrameInstances
 from instanceformer.inference.render import (
     add_title,
     contact_sheet,
@@ -10,6 +9,7 @@ from instanceformer.inference.render import (
     instance_color,
     readable_scale,
 )
+from instanceformer.inference.tracks import FrameInstances
 
 NAMES = ["dog", "car"]
 FRAME = np.full((96, 160, 3), 90, dtype=np.uint8)

@@ -11,9 +11,9 @@ from threading import current_thread, main_thread
 
 from instanceformer.commands.parsing import Parser
 from instanceformer.inference.allocator import keep_memory
-from instanceformer.inference.options import SegmenterOptions
-from instanceformer.inference.segment import SegmentOutputs, refuse_same, segment_video
+from instanceformer.inference.outputs import SegmentOutputs, refuse_same, segment_video
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
+from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.video.reading import open_video
 
 

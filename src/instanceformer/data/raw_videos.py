@@ -16,8 +16,7 @@ from instanceformer.data.augment import normalise, resize
 from instanceformer.data.batch import VideoChunk
 from instanceformer.data.streaming import NO_CHUNK, share_of_rank
 from instanceformer.files import natural_order
-from instanceformer.video.frames import BrokenVideo, Frame, TimedFrame
-from instanceformer.video.pictures import find_images
+from instanceformer.video.frames import BrokenVideo, Frame, TimedFrame, find_images
 from instanceformer.video.reading import open_video
 
 VIDEO_SUFFIXES = (

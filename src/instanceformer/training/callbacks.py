@@ -18,7 +18,7 @@ from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.evaluation.parts import ResultParts
 from instanceformer.evaluation.results import Track
 from instanceformer.files import replacing
-from instanceformer.inference.film import film_results, select_tracks, select_video
+from instanceformer.inference.render import film_results, select_tracks, select_video
 from instanceformer.model.network import InstanceFormer
 from instanceformer.training.module import InstanceFormerModule
 
