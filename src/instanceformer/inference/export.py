@@ -18,8 +18,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -176,32 +177,30 @@ def export_files(checkpoint: str | Path, folder: Path, options: ExportOptions) -
     source = checkpoints.read(checkpoint)
     network = InstanceFormer.from_checkpoint(source)
     exported = export_programs(network, options)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
+    state = network.initial_state(1).tensors()
+    contents: dict[str, bytes] = {}
     for name, program in zip(("encode", "step"), exported, strict=True):
-        files.append(folder / f"{name}.{options.format}")
-        with replacing(files[-1]) as temporary, temporary.open("wb") as file:
-            if options.format == "pt2":
-                torch.export.save(program, file)
-            else:
-                file.write(to_onnx(program, tuple(network.initial_state(1).tensors())))
+        if options.format == "pt2":
+            torch.export.save(program, buffer := BytesIO())
+            contents[f"{name}.pt2"] = buffer.getvalue()
+        else:
+            contents[f"{name}.onnx"] = to_onnx(program, tuple(state))
     categories = source.categories or [Category(k, f"class {k}") for k in range(1, network.num_classes + 1)]
     about = {
         "frame": {"height": options.height, "width": options.width, "type": "uint8", "channels": "RGB"},
-        "state": {name: _describe(value) for name, value in network.initial_state(1).tensors().items()},
+        "state": {
+            name: {"shape": list(value.shape), "type": str(value.dtype).removeprefix("torch.")}
+            for name, value in state.items()
+        },
         "categories": [vars(category) for category in categories],
     }
-    files.append(folder / "about.json")
-    with replacing(files[-1]) as temporary:
-        temporary.write_text(json.dumps(about, indent=2) + "\n")
-    files.append(folder / "run.py")
-    with replacing(files[-1]) as temporary:
-        temporary.write_text((Path(__file__).parent / "programs" / f"run_{options.format}.py").read_text())
-    return files
-
-
-def _describe(value: Tensor) -> dict[str, Any]:
-    return {"shape": list(value.shape), "type": str(value.dtype).removeprefix("torch.")}
+    contents["about.json"] = (json.dumps(about, indent=2) + "\n").encode()
+    contents["run.py"] = (Path(__file__).parent / "programs" / f"run_{options.format}.py").read_bytes()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_bytes(content)
+    return [folder / name for name in contents]
 
 
 def to_onnx(program: ExportedProgram, state: Sequence[str]) -> bytes:

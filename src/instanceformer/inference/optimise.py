@@ -22,20 +22,19 @@ from instanceformer.model.network import InstanceFormer
 
 
 def optimise(network: InstanceFormer, dtype: torch.dtype = torch.float32) -> InstanceFormer:
-    """A copy of a network for inference, on the device where it is.
+    """A copy of a network for inference, on the network's device.
 
-    In float32 its outputs are those of the network, up to rounding. The copy stays in evaluation mode, has no
-    gradients, and neither saves its weights nor moves to another device: it is made where it is used.
+    In float32 its outputs equal those of the network up to rounding. The copy is in evaluation mode and without
+    gradients; it can neither be saved nor moved to another device.
 
     Args:
-        network: in any mode; left as it is.
-        dtype: float32, or bfloat16 for the large matrix products on a CPU: faster where the processor multiplies
-            bfloat16 (AVX512-BF16, AMX), several times slower where it has AVX512 only. What is added up from layer to
-            layer, locations, softmax, and all that is read off a query (class, box, mask weights) stay float32. On a
-            GPU, run the float32 network under ``torch.autocast``.
+        network: in any mode; left unchanged.
+        dtype: float32, or bfloat16 for the large matrix products on a CPU: faster on processors with bfloat16 products
+            (AVX512-BF16, AMX), several times slower with AVX512 only. Residual sums, locations, softmax and the heads
+            (class, box, mask weights) stay float32. On a GPU, run the float32 network under ``torch.autocast``.
 
     Raises:
-        ValueError: another dtype, bfloat16 on a device that oneDNN has no products of it for, or an optimised network.
+        ValueError: another dtype, bfloat16 without oneDNN support on this device, or an optimized network.
     """
     device = network.query_content.device
     if any(isinstance(module, PackedConv2d | PackedLinear) for module in network.modules()):
@@ -44,8 +43,8 @@ def optimise(network: InstanceFormer, dtype: torch.dtype = torch.float32) -> Ins
         raise ValueError(f"dtype: found {dtype}, expected torch.float32 or torch.bfloat16")
     if dtype == torch.bfloat16 and not (packs(device) and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         raise ValueError(
-            f"dtype: found bfloat16 on {device}, where oneDNN has no products of it; expected float32, or on a CPU one "
-            "with AVX512 or AMX; on a GPU run the float32 network under torch.autocast"
+            f"dtype: found bfloat16 on {device}, where oneDNN has no products of it; expected float32, or a CPU with "
+            "AVX512 or AMX; on a GPU run the float32 network under torch.autocast"
         )
     network = copy.deepcopy(network).eval().requires_grad_(False)
     network.backbone.body = fold_batch_norm(network.backbone.body)
@@ -57,7 +56,7 @@ def optimise(network: InstanceFormer, dtype: torch.dtype = torch.float32) -> Ins
 
 
 def packs(device: torch.device) -> bool:
-    """Whether layers are packed for oneDNN: on CPUs, but not on ARM, where its products with a ReLU or sum are slow."""
+    """Whether layers are packed for oneDNN: on CPUs except ARM, where its products fused with ReLU or sum are slow."""
     return (
         device.type == "cpu"
         and torch.backends.mkldnn.is_available()
@@ -83,7 +82,7 @@ def fold_batch_norm(body: fx.GraphModule) -> fx.GraphModule:
 
 
 def pack_convolutions(body: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    """Replace each convolution, the sum and the ReLU that follow it included, by a PackedConv2d."""
+    """Replace each convolution, with the sum and the ReLU after it, by a PackedConv2d."""
     modules = dict(body.named_modules())
     for node in body.graph.nodes:
         conv = modules.get(node.target)
@@ -110,7 +109,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def pack_layers(module: nn.Module, dtype: torch.dtype) -> None:
-    """Pack the linear layers and convolutions of a module, in place, but for those that see queries only."""
+    """Pack the linear layers and convolutions of a module in place, except those applied to queries only."""
     children = list(module.named_children())
     for i, (name, child) in enumerate(children):
         if isinstance(child, nn.Conv2d):
@@ -125,7 +124,7 @@ def pack_layers(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer, with or without a ReLU, by oneDNN: (..., inputs) of any dtype to (..., outputs) of ``dtype``."""
+    """A linear layer in oneDNN, with an optional ReLU: (..., inputs) of any dtype to (..., outputs) of ``dtype``."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, relu: bool) -> None:
         super().__init__()
@@ -142,27 +141,27 @@ class PackedLinear(nn.Module):
 
 
 class PackedConv2d(nn.Module):
-    """relu(conv(x) + other) by oneDNN, sum and ReLU left out where there are none: in ``dtype``, channels last.
+    """relu(conv(x) + other) in oneDNN, with optional sum and ReLU, in ``dtype`` and channels last.
 
-    Which layout is fast depends on the size of the input and on the threads: with them, weights are packed again.
+    The fastest layout depends on the input's size and the number of threads: if they change, weights are packed again.
     """
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, relu: bool) -> None:
         super().__init__()
         self.dtype, self.activation = dtype, "relu" if relu else "none"
-        self.where = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        self.geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
         self.weight = conv.weight.detach().to(dtype)
         self.bias = None if conv.bias is None else conv.bias.detach().to(dtype)
         self.packed_for = (torch.Size(), 0)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """(X, inputs, H, W), and what is added to the (X, outputs, h, w) result."""
+        """(X, inputs, H, W) and an optional (X, outputs, h, w) summand, to (X, outputs, h, w)."""
         x = x.to(self.dtype, memory_format=torch.channels_last)
         if self.packed_for != (x.shape, torch.get_num_threads()):
             self.packed_for = (x.shape, torch.get_num_threads())
             plain = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
-            self.weight = torch.ops.mkldnn._reorder_convolution_weight(plain, *self.where, x.shape)
-        convolve, weights = torch.ops.mkldnn._convolution_pointwise, (self.weight, self.bias, *self.where)
+            self.weight = torch.ops.mkldnn._reorder_convolution_weight(plain, *self.geometry, x.shape)
+        convolve, weights = torch.ops.mkldnn._convolution_pointwise, (self.weight, self.bias, *self.geometry)
         y: Tensor
         if other is None:
             y = convolve(x, *weights, self.activation, [], "")

@@ -188,10 +188,10 @@ def segment_video(
             for instances in segmenter.segment(images()):
                 frame = waiting.popleft()
                 beginning = beginning if count else frame.seconds
-                drawn = None if film is None else draw_instances(frame.image, instances, names, boxes=True)
+                drawn = frame.image if film is None else draw_instances(frame.image, instances, names, boxes=True)
                 if results is not None:
                     results.write(instances)
-                if film is not None and drawn is not None:
+                if film is not None:
                     film.write(drawn, frame.seconds - beginning)
                 if masks is not None:
                     masks.write(start + count * stride, instances)
