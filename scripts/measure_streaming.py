@@ -26,7 +26,7 @@ import yaml
 from instanceformer import InstanceFormer, VideoInstanceSegmenter
 from instanceformer.data.augment import normalise
 from instanceformer.evaluation.results import iterate_results
-from instanceformer.inference.allocator import keep_memory
+from instanceformer.inference.optimise import keep_memory
 from instanceformer.inference.outputs import SegmentOutputs, segment_video
 from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.video.frames import Frame

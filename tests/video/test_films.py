@@ -73,7 +73,7 @@ def test_a_clock_that_is_set_does_not_stop_the_film(tmp_path):
 
 
 @pytest.mark.parametrize("height", [480, 720])
-def test_colours_survive_a_film_of_any_size(tmp_path, height):
+def test_colors_survive_a_film_of_any_size(tmp_path, height):
     """Also for players, which go by what the film says of them."""
     path, frame = tmp_path / "film.mp4", np.full((height, 64, 3), (250, 10, 20), dtype=np.uint8)
     with VideoWriter(path, fps=10) as writer:
@@ -196,7 +196,7 @@ def test_written_frames_are_read_back(tmp_path, height, width):
             writer.write(frame)
     found = read(path)
     assert all(frame.dtype == np.uint8 and frame.shape == (48, 64, 3) for frame in found)
-    # lossy, so on the average: order of colours and frames, and where things are
+    # lossy, so on the average: order of colors and frames, and where things are
     assert difference([frame[:height, :width] for frame in found], frames) < 6
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import current_thread, main_thread
 
 from instanceformer.commands.parsing import Parser
-from instanceformer.inference.allocator import keep_memory
+from instanceformer.inference.optimise import keep_memory
 from instanceformer.inference.outputs import SegmentOutputs, refuse_same, segment_video
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
 from instanceformer.inference.tracks import SegmenterOptions

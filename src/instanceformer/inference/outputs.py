@@ -44,7 +44,7 @@ class SegmentOutputs:
         results: file to write, tracks in the challenge's format, of video 1, with an entry for each frame that was
             looked at. A track has the category and score that its last frame shows.
         masks: folder for a PNG of ids of each frame, named by the frame's number in the video, from 0.
-        overwrite: replace what an earlier run wrote, when this one has something to put in its place.
+        overwrite: replace the outputs of an earlier run when those of this run are complete.
     """
 
     output: Path | None = None

@@ -128,10 +128,10 @@ class VideoInstanceSegmenter:
             frame: (H, W, 3) uint8 RGB, of the same size as the frames before it.
 
         Returns:
-            The instances visible in it, on the CPU, masks and boxes in its own pixels.
+            The instances visible in it, on the CPU, with masks and boxes in the frame's pixels.
 
         Raises:
-            ValueError: the frame is something else, or too small.
+            ValueError: the frame has another shape, type or size, or is too small.
         """
         return self._track(self._encode([self._checked(frame)])[0])
 
