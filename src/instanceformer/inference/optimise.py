@@ -3,8 +3,8 @@
 Batch norm is folded into the convolutions before it. On a CPU with oneDNN, convolutions and linear layers then keep
 their weights in oneDNN's layout, and sum and ReLU are computed while the result is in the cache. These are the private
 operators that PyTorch's compiler uses (``torch.ops.mkldnn``), without minutes of compilation. Speed of a frame of
-360x640 by its processor time, relative to batch norm folded only (the paper's network on AVX512, median of the ratios of
-frames in turns):
+360x640 by its processor time, relative to batch norm folded only (the paper's network, AVX512, median of the ratios
+of frames in turns):
 
     packed           two threads   one thread
     linear layers    1.48          1.38
