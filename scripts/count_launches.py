@@ -50,8 +50,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from instanceformer import InstanceFormer
 from instanceformer.data.batch import ClipBatch
 from instanceformer.inference import segmenter as segmenter_module
-from instanceformer.inference.options import SegmenterOptions
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
+from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.training.module import InstanceFormerModule, cached_autocast
 from instanceformer.training.optim import OptimizerOptions, build_optimizer
 from measure_training_step import make_clips

@@ -1,4 +1,4 @@
-"""A video as it streams through a network on a GPU: frame by frame from Python, compiled, and as a CUDA graph."""
+"""Streams a video through a network on a GPU: frame by frame from Python, compiled, and as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity
 from instanceformer import InstanceFormer, VideoInstanceSegmenter
 from instanceformer.data.augment import normalise
 from instanceformer.inference.optimise import optimise, packs
-from instanceformer.inference.options import SegmenterOptions
+from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.model.state import TrackState
 from measure_streaming import moving_squares, time_steps
 from timing import Activity, allow_tf32
@@ -32,14 +32,14 @@ Step = Callable[[Tensor, TrackState], tuple[Tensor, TrackState]]
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one way to stream.
+    """Measurements of one way to stream.
 
     Attributes:
         fps: frames a second, the masks of each on the CPU before the next begins.
-        first_s: seconds of the first frame, with what is compiled in it.
-        error: of the mask logits, relative to those of float32 without a compiler, in the Euclidean norm.
-        iou: mean IoU of the masks with those of float32, where these have an outline; random weights may give none.
-        lowest_iou: of a mask.
+        first_s: seconds of the first frame, compilation included.
+        error: relative error of the mask logits in the Euclidean norm, against float32 without a compiler.
+        iou: mean IoU of the masks with those of float32 that have an outline; None if none has, as with random weights.
+        lowest_iou: lowest IoU of such a mask.
         activity: of the GPU in a frame.
     """
 
@@ -51,20 +51,20 @@ class Figures:
     activity: Activity | None
 
     def flat(self) -> dict[str, float | None]:
-        """One level, for a line of JSON."""
+        """A flat dict, for a line of JSON."""
         figures = asdict(self)
         activity = figures.pop("activity") or {}
         return figures | activity
 
 
 def precise(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """The context in which a network computes so."""
+    """A context in which a network computes in this precision."""
     allow_tf32(precision == "tf32")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 def eager(network: InstanceFormer, precision: Precision, shown: Tensor) -> Step:
-    """Encode, decode, segment the (1, SHOWN) queries and advance, as they are."""
+    """Encode, decode, segment the (1, SHOWN) queries and advance, without a compiler."""
     device = network.query_content.device
 
     def step(frame: Tensor, state: TrackState) -> tuple[Tensor, TrackState]:
@@ -86,7 +86,7 @@ def compiled(network: InstanceFormer, precision: Precision, shown: Tensor, backe
 
 
 def captured(step: Step, frame: Tensor, state: TrackState) -> Step:
-    """A step as one CUDA graph: frame, state and masks have their places, and a replay writes the next state there."""
+    """A step as one CUDA graph with static buffers: a replay overwrites its masks and state."""
     frame, state = frame.clone(), deepcopy(state)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -115,7 +115,7 @@ def overwrite(state: TrackState, by: TrackState) -> None:
 
 
 def stream(step: Step, frames: Sequence[Tensor], state: TrackState) -> list[Tensor]:
-    """Mask logits of all frames, on the CPU."""
+    """Mask logits of each frame, on the CPU."""
     masks = []
     for frame in frames:
         logits, state = step(frame, state)
@@ -124,7 +124,7 @@ def stream(step: Step, frames: Sequence[Tensor], state: TrackState) -> list[Tens
 
 
 def measure(step: Step, frames: Sequence[Tensor], state: TrackState, truth: Sequence[Tensor]) -> Figures:
-    """Stream the frames twice, once to warm up and compare, once to time; ``truth`` are the right mask logits."""
+    """Stream the frames twice: to warm up and compare with the expected mask logits ``truth``, then to time."""
     begin = time.perf_counter()
     stream(step, frames[:1], state)
     first = time.perf_counter() - begin
@@ -138,11 +138,11 @@ def measure(step: Step, frames: Sequence[Tensor], state: TrackState, truth: Sequ
             stream(step, frames[:2], state)
         activity = Activity.of(profile, 2)
     overlaps = torch.cat([overlap(a, b) for a, b in zip(masks, truth, strict=True)])
-    found, right = torch.cat(masks), torch.cat(list(truth))
+    logits, expected = torch.cat(masks), torch.cat(list(truth))
     return Figures(
         fps=len(frames) / seconds,
         first_s=first,
-        error=float((found - right).norm() / right.norm()),
+        error=float((logits - expected).norm() / expected.norm()),
         iou=float(overlaps.mean()) if len(overlaps) else None,
         lowest_iou=float(overlaps.min()) if len(overlaps) else None,
         activity=activity,
@@ -150,7 +150,7 @@ def measure(step: Step, frames: Sequence[Tensor], state: TrackState, truth: Sequ
 
 
 def overlap(masks: Tensor, truth: Tensor) -> Tensor:
-    """IoU of (1, n, h, w) mask logits with the true ones: (m,), of those that have an outline."""
+    """(m,) IoUs of (1, n, h, w) mask logits with the expected ones, for the m masks that have an outline."""
     a, b = masks > 0, truth > 0
     inside = b.sum((-1, -2))
     outlined = (inside >= OUTLINED) & (b[0, 0].numel() - inside >= OUTLINED)
@@ -160,9 +160,9 @@ def overlap(masks: Tensor, truth: Tensor) -> Tensor:
 def ways(
     network: InstanceFormer, frame: Tensor, shown: Tensor, compiles: bool, backend: str
 ) -> Iterator[tuple[str, Step | Exception]]:
-    """Names of the ways to stream, those that compile or those that do not, and their steps, or why there is none.
+    """Names and steps of the ways to stream, with or without a compiler; an exception for a step that cannot be made.
 
-    Those that do not compile come in the order in which an error of one is least likely to spoil the next.
+    The order is such that a failure is least likely to affect the ways after it.
     """
     state = network.initial_state(1)
     makers: dict[str, Callable[[], Step]] = {}
@@ -182,7 +182,7 @@ def ways(
             continue
         try:
             steps[name] = make()
-        except Exception as error:  # whatever a compiler or a capture comes to; the others go on
+        except Exception as error:  # of any kind, from a compiler or a capture; the others go on
             yield name, error
         else:
             yield name, steps[name]

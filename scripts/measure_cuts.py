@@ -22,6 +22,8 @@ from instanceformer.data.annotations import Video
 from instanceformer.data.clips import read_frames
 from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.inference.instances import FrameInstances
+from instanceformer.data.reading import read_annotations
+from instanceformer.inference.tracks import FrameInstances
 
 
 def owners(video: Video, frame: int, found: FrameInstances) -> dict[int, int | None]:

@@ -3,10 +3,10 @@
     python scripts/measure_streaming.py                  # 2,000 frames of 96x160 through the demo's network
     python scripts/measure_streaming.py full --frames 80 # frames of 360x640 through the paper's network
 
-Random weights and moving squares, with thresholds such that tracks come and go. Memory is that of all that
-`instanceformer segment` does, film, result file and label images: the peak of the process (VmHWM) after 50 frames and
-at the end. Time is that of `step`, by which the segmenter that has seen all frames and one that has seen 50 go on in
-turns, so that a machine that others use too is as busy for one as for the other.
+Random weights and moving squares, with thresholds such that tracks come and go. Memory is the peak of the process
+(VmHWM) after 50 frames and at the end, with the film, results file and label images of `instanceformer segment`. Time
+is that of `step`: the segmenter that has seen all frames and one that has seen 50 take turns, so that other processes
+slow both alike.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ import yaml
 from instanceformer import InstanceFormer, VideoInstanceSegmenter
 from instanceformer.data.augment import normalise
 from instanceformer.evaluation.results import iterate_results
-from instanceformer.inference.allocator import keep_memory
-from instanceformer.inference.options import SegmenterOptions
-from instanceformer.inference.segment import SegmentOutputs, segment_video
+from instanceformer.inference.optimise import keep_memory
+from instanceformer.inference.outputs import SegmentOutputs, segment_video
+from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.video.frames import Frame
 from instanceformer.video.reading import open_video
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
-EARLY = 50  # frames after which memory should have found its level
-TURN = 5  # frames that one segmenter sees before it is the other's turn
+EARLY = 50  # frames after which memory should no longer grow
+TURN = 5  # frames of a segmenter's turn
 
 
 def peak_memory() -> float:
-    """The most that this process has had in memory, in MB."""
+    """Peak resident memory of this process in MB."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
 def moving_squares(height: int, width: int, t: int) -> Frame:
-    """Four squares that go to and fro over a ground that changes slowly."""
+    """Four squares that move to and fro over a slowly changing background."""
     frame = np.full((height, width, 3), (40 + t % 60, 80, 120), dtype=np.uint8)
     side = height // 4
     for i in range(4):
@@ -65,7 +65,7 @@ def time_steps(segmenter: VideoInstanceSegmenter, frames: list[Frame]) -> list[f
 
 
 def build(name: str) -> tuple[InstanceFormer, int, int]:
-    """The network and the (height, width) of the frames for it."""
+    """A network, and the height and width of its frames."""
     torch.manual_seed(0)
     if name == "full":
         return InstanceFormer().eval(), 360, 640
@@ -73,7 +73,7 @@ def build(name: str) -> tuple[InstanceFormer, int, int]:
 
 
 def threshold(network: InstanceFormer, frame: Frame, shown: int) -> float:
-    """The confidence that so many queries of the untrained network reach in a frame."""
+    """The confidence that ``shown`` queries of the untrained network reach in a frame."""
     pixels = normalise(torch.from_numpy(frame).permute(2, 0, 1)[None])[None]
     with torch.no_grad():
         prediction, _ = network(pixels.to(network.query_content.device))
@@ -86,12 +86,12 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=2000)
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    found = parser.parse_args()
-    if found.frames <= EARLY:
-        parser.error(f"--frames: found {found.frames}, expected more than {EARLY}")
+    arguments = parser.parse_args()
+    if arguments.frames <= EARLY:
+        parser.error(f"--frames: found {arguments.frames}, expected more than {EARLY}")
     keep_memory()
-    network, height, width = build(found.name)
-    network.to(found.device)
+    network, height, width = build(arguments.name)
+    network.to(arguments.device)
     confident = threshold(network, moving_squares(height, width, 0), shown=10)
     network.min_confidence, network.free_queries = confident, "renew"
     options = SegmenterOptions(birth=confident, show=confident, patience=5, max_tracks=20, size=height, max_size=width)
@@ -108,21 +108,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
         outputs = SegmentOutputs(Path(folder) / "film.mp4", results, Path(folder) / "masks")
-        segment_video(open_video(frames(0, found.frames)), old, outputs)
+        segment_video(open_video(frames(0, arguments.frames)), old, outputs)
         late = peak_memory()
         lengths = [sum(mask is not None for mask in track.segmentations) for track in iterate_results(results)]
     time_steps(young, list(frames(0, EARLY)))
     seconds: dict[VideoInstanceSegmenter, list[float]] = {old: [], young: []}
-    for turn in range(found.turns):
+    for turn in range(arguments.turns):
         sight = list(frames(EARLY + turn * TURN, TURN))  # the same for both
         for segmenter in (young, old) if turn % 2 else (old, young):
             seconds[segmenter] += time_steps(segmenter, sight)
     first, last = statistics.median(seconds[young]), statistics.median(seconds[old])
-    where = torch.cuda.get_device_name() if found.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{where}, {platform.machine()}, torch {torch.__version__}; {found.name}, {found.frames} frames")
-    print(f"{len(lengths)} tracks, {sum(lengths) / found.frames:.1f} masks a frame")
+    where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{where}, {platform.machine()}, torch {torch.__version__}; {arguments.name}, {arguments.frames} frames")
+    print(f"{len(lengths)} tracks, {sum(lengths) / arguments.frames:.1f} masks a frame")
     print(f"peak memory after {EARLY} frames {early:.0f} MB, at the end {late:.0f} MB: {late - early:+.1f} MB")
-    print(f"frame {EARLY} {1000 * first:.1f} ms, frame {found.frames} {1000 * last:.1f} ms: {last / first:.3f} times")
+    print(
+        f"frame {EARLY} {1000 * first:.1f} ms, frame {arguments.frames} {1000 * last:.1f} ms: {last / first:.3f} times"
+    )
 
 
 if __name__ == "__main__":

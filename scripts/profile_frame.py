@@ -32,8 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from instanceformer import InstanceFormer
 from instanceformer.data.augment import normalise
-from instanceformer.inference.allocator import keep_memory
-from instanceformer.inference.optimise import optimise
+from instanceformer.inference.optimise import keep_memory, optimise
 from instanceformer.model.attention import DeformableAttention
 from instanceformer.model.encoder import FeedForward
 from instanceformer.video.reading import open_video

@@ -17,8 +17,7 @@ from PIL import Image
 
 from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.evaluation.results import read_results
-from instanceformer.inference.film import film_results, select_tracks, select_video
-from instanceformer.inference.render import contact_sheet
+from instanceformer.inference.render import contact_sheet, film_results, select_tracks, select_video
 
 SHEET_COLUMNS = 2
 

@@ -19,7 +19,7 @@ from instanceformer.video.reading import open_video
 
 
 def moving_square(count: int = 6, height: int = 48, width: int = 64) -> list[Frame]:
-    """A bright square that moves to the right over a smooth ground, in colours that 4:2:0 keeps."""
+    """A bright square that moves to the right over a smooth ground, in colors that 4:2:0 keeps."""
     frames = []
     for t in range(count):
         frame = np.full((height, width, 3), (40, 80, 160), dtype=np.uint8)
@@ -117,7 +117,7 @@ def read_until_broken(source: Any) -> tuple[int, str]:
 
 
 def difference(frames: Sequence[Frame], originals: Sequence[Frame]) -> float:
-    """The greatest mean distance of a frame from its original, in grey levels."""
+    """The greatest mean distance of a frame from its original, in gray levels."""
     return max(np.abs(a.astype(int) - b).mean() for a, b in zip(frames, originals, strict=True))
 
 

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from instanceformer.inference.instances import FrameInstances
 from instanceformer.inference.render import (
     add_title,
     contact_sheet,
@@ -10,6 +9,7 @@ from instanceformer.inference.render import (
     instance_color,
     readable_scale,
 )
+from instanceformer.inference.tracks import FrameInstances
 
 NAMES = ["dog", "car"]
 FRAME = np.full((96, 160, 3), 90, dtype=np.uint8)
@@ -29,7 +29,7 @@ def make_instances(*places: tuple[int, int, int, int], ids: list[int] | None = N
     )
 
 
-def test_masks_are_translucent_and_contours_solid_in_the_colour_of_the_id():
+def test_masks_are_translucent_and_contours_solid_in_the_color_of_the_id():
     drawn = draw_instances(FRAME, make_instances((40, 40, 100, 80), ids=[7]), NAMES)
     color = np.array(instance_color(7))
     np.testing.assert_array_equal(drawn[79, 60], color)  # the lower edge
@@ -56,7 +56,7 @@ def test_small_instances_lie_in_front_whatever_their_order():
         np.testing.assert_array_equal(drawn[69, 65], instance_color(1))
 
 
-def test_colors_are_stable_and_differ_between_neighbours():
+def test_colors_are_stable_and_differ_between_neighbors():
     first = [instance_color(i) for i in range(60)]
     assert first == [instance_color(i) for i in range(60)]
     assert len(set(first)) == 60

@@ -19,11 +19,10 @@ from tests.inference.films import cut, moving_square, turn, write_film, write_so
 from instanceformer import VideoInstanceSegmenter
 from instanceformer.cli import main
 from instanceformer.evaluation.results import decode_mask, read_results
-from instanceformer.inference.options import SegmenterOptions
-from instanceformer.inference.outputs import ResultsWriter
-from instanceformer.inference.segment import SegmentOutputs, segment_video
+from instanceformer.inference.outputs import SegmentOutputs, TracksWriter, segment_video
+from instanceformer.inference.tracks import SegmenterOptions
+from instanceformer.video.films import VideoWriter
 from instanceformer.video.reading import open_video
-from instanceformer.video.writing import VideoWriter
 
 
 def test_a_film_results_and_masks_of_a_video(tmp_path, checkpoint, folder):
@@ -254,13 +253,13 @@ def test_a_file_that_cannot_be_finished_takes_no_other_with_it(tmp_path, checkpo
         begin(writer)._database.execute("PRAGMA max_page_count = 1")
         return writer
 
-    begin = ResultsWriter.__enter__
+    begin = TracksWriter.__enter__
     if what == "film":
         monkeypatch.setattr(VideoWriter, "_finish", fails)
     elif what == "results":
         monkeypatch.setattr("instanceformer.inference.outputs.write_results", fails)
     else:
-        monkeypatch.setattr(ResultsWriter, "__enter__", small)
+        monkeypatch.setattr(TracksWriter, "__enter__", small)
     message = fail(write_film(tmp_path / "video.mp4", moving_square(60)), checkpoint, folder)
     assert ("masks cannot be kept until the end" if what == "database" else "no space left") in message.lower()
     assert (folder / "film.mp4").exists() == (what != "film")

@@ -15,7 +15,9 @@ from instanceformer.data.annotations import Category
 from instanceformer.data.augment import fit_size, normalise, resize
 from instanceformer.evaluation.protocol import resize_masks
 from instanceformer.inference.options import SegmenterOptions
+from instanceformer.evaluation.postprocess import resize_masks
 from instanceformer.inference.segmenter import chunks
+from instanceformer.inference.tracks import SegmenterOptions
 
 EVERYTHING = {"birth": 0.0, "show": 0.0, "max_overlap": 1.0, "size": 64}
 """Every query has a track from the first frame on."""

@@ -3,8 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from instanceformer.inference.options import SegmenterOptions
-from instanceformer.inference.tracks import Tracks
+from instanceformer.inference.tracks import SegmenterOptions, Tracks
 
 APART = torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.5, 0.5, 0.1, 0.1], [0.8, 0.8, 0.1, 0.1]])  # three boxes
 TOGETHER = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.51, 0.5, 0.2, 0.2], [0.8, 0.8, 0.1, 0.1]])

@@ -99,7 +99,7 @@ def test_the_first_video_is_the_default_and_may_have_no_instances(monkeypatch, d
     [
         (["--video-id", "5"], r"no video has the id 5, there are \[4, 9\]"),
         (["--images", "nowhere"], r"nowhere.4.0\.jpg"),
-        (["--fps", "0"], "fps = 0"),
+        (["--fps", "0"], "fps: found 0"),
     ],
 )
 def test_wrong_input_ends_with_one_message(monkeypatch, dataset, change, message):

@@ -10,10 +10,10 @@ from pathlib import Path
 from threading import current_thread, main_thread
 
 from instanceformer.commands.parsing import Parser
-from instanceformer.inference.allocator import keep_memory
-from instanceformer.inference.options import SegmenterOptions
-from instanceformer.inference.segment import SegmentOutputs, refuse_same, segment_video
+from instanceformer.inference.optimise import keep_memory
+from instanceformer.inference.outputs import SegmentOutputs, refuse_same, segment_video
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
+from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.video.reading import open_video
 
 
@@ -25,8 +25,8 @@ def run(args: Sequence[str]) -> None:
     parser.add_class_arguments(SegmentOutputs, skip={"overwrite"})
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
     parser.add_argument("--start", type=int, default=0, help="number of the first frame, from 0")
-    parser.add_argument("--end", type=int, help="number of the first frame not to look at any more")
-    parser.add_argument("--stride", type=int, default=1, help="every how many frames to look at one")
+    parser.add_argument("--end", type=int, help="number of the frame before which to stop")
+    parser.add_argument("--stride", type=int, default=1, help="look at one frame in so many")
     parser.add_argument("--fps", type=float, default=25.0, help="frames per second of a folder of images")
     parser.add_argument(
         "--reconnect",
@@ -37,19 +37,19 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("--device", help="such as cpu or cuda:1; a GPU if there is one when left out")
     parser.add_class_arguments(SegmenterOptions, skip={"compile"})
     parser.add_argument("--compile", action="store_true", help="compile the network: slow to begin with, faster later")
-    found = parser.parse_args(list(args))
-    outputs = SegmentOutputs(**{field.name: found[field.name] for field in fields(SegmentOutputs)})
-    options = SegmenterOptions(**{field.name: found[field.name] for field in fields(SegmenterOptions)})
-    refuse_same({"video": found.video, "checkpoint": found.checkpoint, **outputs.paths})
-    outputs.refuse_existing()  # rather now than when the network is there
+    parsed = parser.parse_args(list(args))
+    outputs = SegmentOutputs(**{field.name: parsed[field.name] for field in fields(SegmentOutputs)})
+    options = SegmenterOptions(**{field.name: parsed[field.name] for field in fields(SegmenterOptions)})
+    refuse_same({"video": parsed.video, "checkpoint": parsed.checkpoint, **outputs.paths})
+    outputs.refuse_existing()  # before the network is loaded
     keep_memory()
-    for name in ("SIGTERM", "SIGHUP"):  # whoever stops a camera so gets what was seen, as by Ctrl-C
+    for name in ("SIGTERM", "SIGHUP"):  # complete the outputs, as after Ctrl-C
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL and current_thread() is main_thread():
             signal.signal(number, signal.default_int_handler)
-    video = open_video(found.video, found.fps, found.reconnect)
-    segmenter = VideoInstanceSegmenter.from_checkpoint(found.checkpoint, found.device, options)
-    part = {"start": found.start, "end": found.end, "stride": found.stride}
+    video = open_video(parsed.video, parsed.fps, parsed.reconnect)
+    segmenter = VideoInstanceSegmenter.from_checkpoint(parsed.checkpoint, parsed.device, options)
+    part = {"start": parsed.start, "end": parsed.end, "stride": parsed.stride}
     try:
         count = segment_video(video, segmenter, outputs, **part, progress=True)
     except KeyboardInterrupt:

@@ -1,14 +1,14 @@
-"""The network as programs: of torch.export, which need this package for their types, or in ONNX, which need nothing.
+"""The network as programs: of torch.export, which need this package for their types, or ONNX, which need nothing.
 
-A video is two programs in turn. ``encode`` knows nothing of other frames; ``step`` takes what it gives and the state
-that the frame before left, and gives the outputs of the frame and the next state. Before the first frame all of the
-state is zero. ``run.py``, which is written beside them, runs them on a video.
+Two programs run in turn on a video. ``encode`` computes a frame's features from the frame alone; ``step`` takes them
+and the state after the frame before, and returns the frame's outputs and the next state. Before the first frame the
+whole state is zero. ``run.py``, written beside the programs, runs them on a video.
 
-In ONNX the state is tensors, in by their names and out as ``next_...``. Deformable attention is spelt out as grid
-sampling there, since ONNX has no operator for it. Not every runtime samples as the standard says: TensorRT is known to
-take the nearest value where operator set 20 asks for linear interpolation (NVIDIA/TensorRT#4646), which is why the
-programs are of set 18, and ONNX Runtime's WebGPU provider to give other values than its CPU provider
-(microsoft/onnxruntime#32275). The tests run ONNX Runtime on a CPU; compare with it where another runtime is used.
+In ONNX the state is tensors, inputs by their names and outputs as ``next_...``. Deformable attention becomes grid
+sampling there, since ONNX has no operator for it. Not every runtime samples as the standard says. TensorRT takes the
+nearest value where operator set 20 asks for linear interpolation (NVIDIA/TensorRT#4646), so the programs use set 18.
+ONNX Runtime's WebGPU provider gives other values than its CPU provider (microsoft/onnxruntime#32275). The tests run
+ONNX Runtime on a CPU; compare another runtime with that.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,7 @@ from instanceformer import checkpoints
 from instanceformer.data.annotations import Category
 from instanceformer.data.augment import normalise
 from instanceformer.files import replacing
-from instanceformer.inference import programs
-from instanceformer.inference.options import MIN_SIDE
+from instanceformer.inference.tracks import MIN_SIDE
 from instanceformer.model.attention import DeformableAttention
 from instanceformer.model.network import InstanceFormer
 from instanceformer.model.state import Identities, TrackState
@@ -40,41 +40,41 @@ register_dataclass(TrackState, serialized_type_name="instanceformer.TrackState")
 torch.serialization.add_safe_globals([TrackState, Identities])  # a saved program holds an example of its arguments
 
 OPERATORS = 18
-"""ONNX's operator set; in later ones GridSample has other names for its modes, which not all runtimes know."""
+"""ONNX's operator set; later ones rename the modes of GridSample, and not all runtimes know the new names."""
 
 FEATURES = ("tokens", "mask_features", "looks")
-"""What ``encode`` gives; the last of them only for a network that recognizes instances."""
+"""Outputs of ``encode``; the last only of a network that recognizes instances."""
 
 OUTPUTS = ("scores", "boxes", "shown", "masks")
 
 
 class Encode(nn.Module):
-    """All that happens to a frame on its own, see ``InstanceFormer.encode``."""
+    """The stateless part of a frame, ``InstanceFormer.encode``."""
 
     def __init__(self, network: InstanceFormer) -> None:
         super().__init__()
         self.network = _without(network, "decoder")
 
     def forward(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(1, 3, H, W) uint8 RGB gives what depends on it of one frame's FrameFeatures."""
+        """(1, 3, H, W) uint8 RGB to the fields of FrameFeatures that depend on the pixels."""
         features = self.network.encode(normalise(frame)[:, None])[0]
         return features.tokens, features.mask_features, features.looks
 
 
 class Step(nn.Module):
-    """All that happens to a frame after ``Encode``: decode, segment, advance, as in inference.
+    """The rest of a frame, after ``Encode``: decode, segment, advance, as in inference.
 
     Args:
         network: in evaluation mode.
         size: (height, width) of the frames in pixels.
-        shown: n, how many masks to make.
+        shown: n, number of masks to compute.
     """
 
     def __init__(self, network: InstanceFormer, size: tuple[int, int], shown: int) -> None:
         super().__init__()
         self.network, self.shown = _without(network, "backbone", "projection", "encoder"), shown
         blank = torch.zeros(1, 1, 3, *size, device=network.query_content.device)
-        self.features = network.encode(blank)[0]  # but for what Encode gives the same for every frame
+        self.features = network.encode(blank)[0]  # the fields that Encode does not return are the same for every frame
 
     def forward(
         self, tokens: Tensor, mask_features: Tensor, looks: Tensor | None, state: TrackState
@@ -82,9 +82,9 @@ class Step(nn.Module):
         """One frame.
 
         Args:
-            tokens: of Encode.
-            mask_features: of Encode.
-            looks: of Encode.
+            tokens: from Encode, as the next two.
+            mask_features: see ``FrameFeatures``.
+            looks: see ``FrameFeatures``.
             state: after the frame before.
 
         Returns:
@@ -100,7 +100,7 @@ class Step(nn.Module):
 
 
 def _without(network: InstanceFormer, *parts: str) -> InstanceFormer:
-    """A copy without the weights that a program does not need."""
+    """A copy without the modules that a program does not need."""
     network = copy.deepcopy(network)
     for part in parts:
         delattr(network, part)
@@ -109,12 +109,12 @@ def _without(network: InstanceFormer, *parts: str) -> InstanceFormer:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What programs are made of a network.
+    """Which programs to make of a network.
 
     Attributes:
         height: of the frames in pixels; the programs are bound to it.
         width: of the frames in pixels; the programs are bound to it.
-        shown: how many masks a step makes, those of the most confident queries.
+        shown: number of masks that a step computes, those of the most confident queries.
         format: ``pt2``, of torch.export; ``onnx``, which needs the packages onnx and onnxscript.
     """
 
@@ -137,11 +137,11 @@ def export_programs(network: InstanceFormer, options: ExportOptions) -> tuple[Ex
     """Programs of Encode and Step.
 
     Args:
-        network: in evaluation mode, not optimised: packed weights cannot be saved.
+        network: in evaluation mode, not optimized: packed weights cannot be saved.
         options: sizes; with the format ``onnx``, no operator of this package is left in the programs.
 
     Raises:
-        ValueError: more masks are to be shown than there are queries.
+        ValueError: ``shown`` exceeds the number of queries.
     """
     if options.shown > network.num_queries:
         raise ValueError(f"shown: found {options.shown}, expected at most the network's {network.num_queries} queries")
@@ -156,20 +156,20 @@ def export_programs(network: InstanceFormer, options: ExportOptions) -> tuple[Ex
 
 
 def export_files(checkpoint: str | Path, folder: Path, options: ExportOptions) -> list[Path]:
-    """Write ``encode`` and ``step`` of a checkpoint as programs, what one has to know of them, and how to run them.
+    """Write the programs ``encode`` and ``step`` of a checkpoint, ``about.json`` and ``run.py``.
 
-    The latter are ``about.json``, with the frame's size, the state's shapes and the categories, and ``run.py``.
+    ``about.json`` holds the frame's size, the state's shapes and types, and the categories.
 
     Args:
         checkpoint: any file that ``InstanceFormer.from_checkpoint`` reads.
-        folder: to write to, made if it is not there.
+        folder: to write to, created if missing.
         options: sizes and format.
 
     Returns:
-        The files.
+        Paths of the files.
 
     Raises:
-        ValueError: the checkpoint holds no network, or the packages that ONNX needs are not there.
+        ValueError: the checkpoint holds no network, or the packages that ONNX needs are missing.
     """
     missing = [name for name in ("onnx", "onnxscript") if options.format == "onnx" and find_spec(name) is None]
     if missing:
@@ -177,39 +177,37 @@ def export_files(checkpoint: str | Path, folder: Path, options: ExportOptions) -
     source = checkpoints.read(checkpoint)
     network = InstanceFormer.from_checkpoint(source)
     exported = export_programs(network, options)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
+    state = network.initial_state(1).tensors()
+    contents: dict[str, bytes] = {}
     for name, program in zip(("encode", "step"), exported, strict=True):
-        files.append(folder / f"{name}.{options.format}")
-        with replacing(files[-1]) as temporary, temporary.open("wb") as file:
-            if options.format == "pt2":
-                torch.export.save(program, file)
-            else:
-                file.write(to_onnx(program, tuple(network.initial_state(1).tensors())))
+        if options.format == "pt2":
+            torch.export.save(program, buffer := BytesIO())
+            contents[f"{name}.pt2"] = buffer.getvalue()
+        else:
+            contents[f"{name}.onnx"] = to_onnx(program, tuple(state))
     categories = source.categories or [Category(k, f"class {k}") for k in range(1, network.num_classes + 1)]
     about = {
         "frame": {"height": options.height, "width": options.width, "type": "uint8", "channels": "RGB"},
-        "state": {name: _describe(value) for name, value in network.initial_state(1).tensors().items()},
+        "state": {
+            name: {"shape": list(value.shape), "type": str(value.dtype).removeprefix("torch.")}
+            for name, value in state.items()
+        },
         "categories": [vars(category) for category in categories],
     }
-    files.append(folder / "about.json")
-    with replacing(files[-1]) as temporary:
-        temporary.write_text(json.dumps(about, indent=2) + "\n")
-    files.append(folder / "run.py")
-    with replacing(files[-1]) as temporary:
-        temporary.write_text((Path(programs.__file__).parent / f"run_{options.format}.py").read_text())
-    return files
-
-
-def _describe(value: Tensor) -> dict[str, Any]:
-    return {"shape": list(value.shape), "type": str(value.dtype).removeprefix("torch.")}
+    contents["about.json"] = (json.dumps(about, indent=2) + "\n").encode()
+    contents["run.py"] = (Path(__file__).parent / "programs" / f"run_{options.format}.py").read_bytes()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_bytes(content)
+    return [folder / name for name in contents]
 
 
 def to_onnx(program: ExportedProgram, state: Sequence[str]) -> bytes:
-    """An ONNX file of a program of ``export_programs``, whose inputs and outputs have the names given above.
+    """A program as the content of an ONNX file, with ``FEATURES``, ``OUTPUTS`` and the state as names.
 
     Args:
-        program: ``encode`` or ``step``.
+        program: ``encode`` or ``step``, from ``export_programs``.
         state: names of the state's tensors.
     """
     encodes = len(program.graph_signature.user_inputs) == 1

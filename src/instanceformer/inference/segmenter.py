@@ -18,9 +18,9 @@ from instanceformer.data.annotations import Category
 from instanceformer.data.augment import fit_size, normalise, resize
 from instanceformer.evaluation.protocol import resize_masks
 from instanceformer.inference.instances import FrameInstances
+from instanceformer.evaluation.postprocess import resize_masks
 from instanceformer.inference.optimise import optimise, packs
-from instanceformer.inference.options import MIN_SIDE, SegmenterOptions
-from instanceformer.inference.tracks import Tracks
+from instanceformer.inference.tracks import MIN_SIDE, FrameInstances, SegmenterOptions, Tracks
 from instanceformer.model.decoder import FramePrediction
 from instanceformer.model.encoder import FrameFeatures
 from instanceformer.model.network import InstanceFormer
@@ -28,25 +28,25 @@ from instanceformer.video.frames import Frame
 from instanceformer.video.reading import Source, open_video
 
 SPARE = 8
-"""On a GPU so many masks are made at least, and their number is a multiple of it."""
+"""On a GPU the number of masks that a frame computes is a multiple of this, and at least this."""
 
 
 @final
 class VideoInstanceSegmenter:
     """Finds, segments, classifies and follows the instances of a video, frame by frame.
 
-    What is said of a frame depends on it and on earlier frames of the video only. Time and memory per frame do not
-    depend on how many came before.
+    The instances of a frame depend on this and earlier frames of the video only. Time and memory per frame do not
+    depend on the number of earlier frames.
 
     A track begins when a query becomes confident, keeps its id while it is hidden, and ends when it has been hidden for
-    long (``SegmenterOptions`` has the rules). A network with ``identity`` also says when one is hidden behind another,
-    and finds it again elsewhere. Ids count from 1 and no id is used twice in a video. A track's label and
-    score in a frame come from the mean of its class probabilities over the frames in which it was visible so far.
+    long (``SegmenterOptions`` has the rules). A network with ``identity`` also knows when an instance is hidden behind
+    another, and finds it again elsewhere. Ids count from 1 and none is used twice in a video. A track's label and
+    score in a frame come from its mean class probabilities over the frames in which it was visible so far.
 
     Args:
-        network: of which an optimised copy is used (see ``optimise``), or, if it is to be compiled, the network itself.
+        network: an optimized copy of it is used (see ``optimise``), or the network itself with ``options.compile``.
         categories: of the classes, in class order; None numbers them from 1 and calls them ``class 1`` and so on.
-        options: rules of the tracks, sizes, speed. Without sizes, frames are seen at those of the paper.
+        options: rules of the tracks, sizes, speed. Sizes that are None are the paper's.
 
     Attributes:
         categories: of the classes, in class order.
@@ -90,8 +90,8 @@ class VideoInstanceSegmenter:
         Args:
             path: any file that ``InstanceFormer.from_checkpoint`` reads.
             device: to run on; None takes a GPU if there is one.
-            options: rules of the tracks, sizes, speed. Sizes that are not given are the checkpoint's own; one that has
-                none, since it is from before checkpoints had them, is taken for one of the paper's, with a warning.
+            options: rules of the tracks, sizes, speed. Sizes that are None are the checkpoint's; an old checkpoint
+                without sizes gets the paper's, with a warning.
 
         Raises:
             ValueError: the file holds no network of this package, or there is no such device.
@@ -101,28 +101,27 @@ class VideoInstanceSegmenter:
         try:
             torch.zeros((), device=device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-            expected = " or ".join(["cpu", *there])
+            expected = " or ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
             reason = str(error).partition("\n")[0]
             raise ValueError(f"device: found {device}, expected {expected}, which are here ({reason})") from error
         checkpoint = checkpoints.read(path)
         network = InstanceFormer.from_checkpoint(checkpoint).to(device)
-        own = checkpoint.frame_size or checkpoints.PAPER_SIZE
+        size = checkpoint.frame_size or checkpoints.PAPER_SIZE
         if checkpoint.frame_size is None and options.size is None:
             warnings.warn(
-                f"{path}: does not say at which size its training evaluated it; frames are seen at {own.size} pixels "
+                f"{path}: does not say at which size its training evaluated it; frames are seen at {size.size} pixels "
                 "on the shorter side; if that was another, give it by --size (data.eval_size of the training)",
                 stacklevel=2,
             )
-        return cls(network, checkpoint.categories or None, replace(options, **vars(options.frame_size(own))))
+        return cls(network, checkpoint.categories or None, replace(options, **vars(options.frame_size(size))))
 
     def reset(self) -> None:
         """Forget the video: the next frame is the first of another one."""
         self._state = self.network.initial_state(1)
         self._tracks = Tracks(self.network.num_queries, self.network.num_classes, self.options, self._device)
-        self._room = SPARE  # for masks, on a GPU
-        self._size = self._input_size = (0, 0)  # (height, width) of frames, and as the network sees them
-        self._video = object()  # which one it is
+        self._num_masks = SPARE  # to compute in the next frame on a GPU
+        self._size = self._input_size = (0, 0)  # (height, width) of the frames, and of the network's input
+        self._video = object()  # identifies the current video
 
     def step(self, frame: Frame) -> FrameInstances:
         """The next frame of the video.
@@ -131,10 +130,10 @@ class VideoInstanceSegmenter:
             frame: (H, W, 3) uint8 RGB, of the same size as the frames before it.
 
         Returns:
-            The instances visible in it, on the CPU, masks and boxes in its own pixels.
+            The instances visible in it, on the CPU, with masks and boxes in the frame's pixels.
 
         Raises:
-            ValueError: the frame is something else, or too small.
+            ValueError: the frame has another shape, type or size, or is too small.
         """
         return self._track(self._encode([self._checked(frame)])[0])
 
@@ -145,12 +144,12 @@ class VideoInstanceSegmenter:
             source: anything that ``open_video`` takes.
 
         Returns:
-            The instances of each frame, in order, computed as they are asked for. Where the source breaks off, the
-            instances of all frames up to there come before its error.
+            The instances of each frame, in order, computed lazily. If the source breaks off, the instances of all
+            frames up to there come before its error.
 
         Raises:
-            ValueError: the source cannot be opened (at the call); as in ``step`` and ``open_video``, or another video
-                was begun before this one had ended (later).
+            ValueError: at the call: the source cannot be opened; during the iteration: as in ``step`` and
+                ``open_video``, or another video was begun before the end of this one.
         """
         frames = (frame.image for frame in open_video(source).frames)
         self.reset()
@@ -170,7 +169,7 @@ class VideoInstanceSegmenter:
 
     @torch.no_grad()
     def _encode(self, frames: Sequence[Frame]) -> FrameFeatures:
-        """The stateless part, of a few frames at once."""
+        """The stateless part, for several frames at once."""
         images = (
             torch.from_numpy(np.stack(frames))
             .permute(0, 3, 1, 2)
@@ -182,7 +181,7 @@ class VideoInstanceSegmenter:
 
     @torch.no_grad()
     def _track(self, features: FrameFeatures) -> FrameInstances:
-        """The rest, of one frame."""
+        """The rest, for one frame."""
         with self._autocast():
             prediction = self.network.decode(features, self._state)
             state = self.network.advance(self._state, prediction)
@@ -193,35 +192,34 @@ class VideoInstanceSegmenter:
             columns = (visible[:, None], self._tracks.ids[:, None], labels[:, None], scores[:, None], boxes)
             table = torch.cat([column.double() for column in columns], dim=-1)
             order = visible.byte().argsort(descending=True, stable=True)
-            # how many masks to make would have to be waited for: a GPU makes as many as it did before, and a few more
-            room = int(visible.sum()) if self._device.type == "cpu" else self._room
-            found, masks = to_host(table[order], self._masks(features, prediction, order[:room]))
-            count = int(found[:, 0].sum())
-            if count > room:
+            # To know the number of masks, the host would wait for the GPU: take that of the frame before, rounded up.
+            num_masks = int(visible.sum()) if self._device.type == "cpu" else self._num_masks
+            rows, masks = to_host(table[order], self._masks(features, prediction, order[:num_masks]))
+            count = int(rows[:, 0].sum())
+            if count > num_masks:
                 (masks,) = to_host(self._masks(features, prediction, order[:count]))
-            self._room = max(1, -(-count // SPARE)) * SPARE
-        shown = (
-            masks[:count].view(torch.uint8).amax(dim=(1, 2)) > 0
-        )  # the maximum is ten times as fast as any() of bool
-        unseen = torch.cat((found[:count][~shown], found[count:]))
-        masks, found = masks[:count][shown], found[:count][shown]
+            self._num_masks = max(1, -(-count // SPARE)) * SPARE
+        masks = masks[:count]
+        shown = masks.view(torch.uint8).amax(dim=(1, 2)) > 0  # ten times as fast as any() of bool
+        unseen = torch.cat((rows[:count][~shown], rows[count:]))
+        rows = rows[:count][shown]
         height, width = self._size
-        corners = box_convert(found[:, 4:].float(), "cxcywh", "xyxy").clamp(0, 1)
+        corners = box_convert(rows[:, 4:].float(), "cxcywh", "xyxy").clamp(0, 1)
         return FrameInstances(
-            ids=found[:, 1].long(),
-            labels=found[:, 2].long(),
-            scores=found[:, 3].float(),
+            ids=rows[:, 1].long(),
+            labels=rows[:, 2].long(),
+            scores=rows[:, 3].float(),
             boxes=corners * torch.tensor((width, height, width, height)),
-            masks=masks,
+            masks=masks[shown],
             hidden=unseen[unseen[:, 1] > 0, 1].long(),
         )
 
     def _masks(self, features: FrameFeatures, prediction: FramePrediction, queries: Tensor) -> Tensor:
-        """(n,) queries give (n, H, W) bool in the frame's own size."""
+        """(n, H, W) bool masks of (n,) queries, in pixels of the original frame."""
         masks = torch.zeros(len(queries), *self._size, dtype=torch.bool, device=self._device)
         if len(queries):
             logits = self.network.segment(features, prediction, queries[None])[0]
-            for index, mask in enumerate(logits):  # one at a time: in float32 and full size all are large
+            for index, mask in enumerate(logits):  # one at a time: all of them in float32 would take much memory
                 masks[index] = resize_masks(mask[None], self._input_size, self._size)[0] > 0
         return masks
 
@@ -229,7 +227,7 @@ class VideoInstanceSegmenter:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocasts)
 
     def _checked(self, frame: Frame) -> Frame:
-        """The frame; refused if it is none, or not of the video's size, which its first frame sets."""
+        """The frame, after a check that it has the right shape, type and the size of the video's first frame."""
         if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
             found = (
                 f"shape {frame.shape}, type {frame.dtype}" if isinstance(frame, np.ndarray) else type(frame).__name__
@@ -249,7 +247,7 @@ class VideoInstanceSegmenter:
 
 
 def chunks(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
-    """Lists of so many frames; where no further one can be had, those before come first and then the error."""
+    """Lists of ``size`` frames; an error of the source is raised after the frames before it."""
     frames, stopped = iter(frames), None
     while stopped is None:
         chunk: list[Frame] = []
@@ -265,7 +263,7 @@ def chunks(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
 
 
 def to_host(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Copies on the CPU, for all of which the device is waited for once."""
+    """Copies on the CPU, with one wait for the device."""
     copies = tuple(x.to("cpu", non_blocking=True) for x in tensors)
     if tensors[0].is_cuda:
         torch.cuda.current_stream(tensors[0].device).synchronize()

@@ -1,21 +1,113 @@
-"""The life of tracks: which query is which identity, from birth to end."""
+"""Tracks of the online segmenter: what a frame shows of them, the rules they follow, and their life."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from instanceformer.inference.options import SegmenterOptions
+from instanceformer.checkpoints import FrameSize
 from instanceformer.model.network import duplicates
+
+MIN_SIDE = 16
+"""Least height and width of a frame in pixels."""
+
+
+@dataclass(frozen=True)
+class FrameInstances:
+    """The n instances visible in one frame of H x W pixels; n may be 0.
+
+    Attributes:
+        ids: (n,) int64, identities: the same number is the same object in every frame of the video.
+        labels: (n,) int64, class index in [0, K).
+        scores: (n,) float32, confidence in [0, 1].
+        boxes: (n, 4) float32, (x1, y1, x2, y2) in pixels, x2 and y2 exclusive.
+        masks: (n, H, W) bool.
+        hidden: (m,) int64, ids of the tracks that live but are not visible in this frame.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    scores: Tensor
+    boxes: Tensor
+    masks: Tensor
+    hidden: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class SegmenterOptions:
+    """The rules by which tracks begin, show and end, and how frames pass through the network.
+
+    A query's confidence in a frame is its highest class probability.
+
+    Attributes:
+        birth: confidence in [0, 1] from which a query without a track begins one. A network with ``min_confidence`` and
+            ``free_queries: renew`` or ``class_history: held`` must also hold an instance there (``TrackState.held``).
+        show: confidence in [0, 1] below which a track is hidden in a frame. It keeps its query and its id.
+        patience: how many frames in a row a track may be hidden; after one more it ends. Its query starts again from
+            its learned content and may begin another track, with another id.
+        max_overlap: box IoU in (0, 1] with a visible track, or with a more confident new one, above which a query does
+            not begin a track: it would be a second one of the same instance.
+        max_tracks: most tracks that live at a time; while there are so many, none begins.
+        size: shorter side in pixels of the frames that the network sees, less where the longer side would exceed
+            ``max_size``. Masks and boxes are in the pixels of the original frame. None: the size of the evaluation
+            during the network's training, as its checkpoint says.
+        max_size: longest side in pixels of the frames that the network sees; None likewise.
+        chunk: how many frames ``segment`` encodes at once. More are faster on a GPU. A frame's instances come when its
+            chunk is full, but never depend on later frames.
+        precision: ``bf16`` computes the large products in bfloat16, on a GPU under autocast; on a processor with AVX512
+            but no bfloat16 products it is several times slower, and one with less is refused.
+        compile: compile the network's parts, which makes the first frames slow and the others faster.
+    """
+
+    birth: float = 0.5
+    show: float = 0.3
+    patience: int = 30
+    max_overlap: float = 0.7
+    max_tracks: int = 50
+    size: int | None = None
+    max_size: int | None = None
+    chunk: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("birth", "show"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected a confidence in [0, 1]")
+        if self.show > self.birth:
+            raise ValueError(f"show: found {self.show}, expected at most birth={self.birth}, or tracks begin hidden")
+        if not 0 < self.max_overlap <= 1:
+            raise ValueError(f"max_overlap: found {self.max_overlap}, expected an IoU in (0, 1]")
+        if self.patience < 0:
+            raise ValueError(f"patience: found {self.patience}, expected 0 or more frames")
+        for name in ("max_tracks", "size", "max_size", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: found {value}, expected at least 1")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision: found {self.precision!r}, expected fp32 or bf16")
+
+    def frame_size(self, default: FrameSize) -> FrameSize:
+        """Sizes of the frames that the network sees: those of ``default`` where the options give none."""
+        return FrameSize(
+            default.size if self.size is None else self.size,
+            default.max_size if self.max_size is None else self.max_size,
+        )
 
 
 class Tracks:
     """The tracks of one video, at most one for each of the network's N queries.
 
-    Everything is a tensor of fixed size on the network's device, and nothing here waits for the device.
+    All tensors have a fixed size and stay on the network's device; nothing here waits for it.
 
     Attributes:
-        ids: (N,) int64, the track that each query holds, counted from 1 in the order of birth; 0 where it holds none.
+        ids: (N,) int64, the id of each query's track, counted from 1 in the order of birth; 0 without a track.
 
     Args:
         num_queries: N.
@@ -30,7 +122,7 @@ class Tracks:
         self._last_id = torch.zeros((), dtype=torch.int64, device=device)
         self._total = torch.zeros(num_queries, num_classes, device=device)  # of probabilities while visible
         self._seen = torch.zeros(num_queries, device=device)  # frames in which the track was visible
-        self._hidden = torch.zeros(num_queries, device=device)  # frames since then
+        self._unseen = torch.zeros(num_queries, device=device)  # frames since it was last visible
 
     @property
     def probabilities(self) -> Tensor:
@@ -38,13 +130,13 @@ class Tracks:
         return self._total / self._seen.clamp(min=1)[:, None]
 
     def update(self, scores: Tensor, boxes: Tensor, held: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in the next frame: begin and end tracks.
+        """Begin and end tracks with the next frame.
 
         Args:
             scores: (N, K) class probabilities.
             boxes: (N, 4) cxcywh.
-            held: (N,) bool, queries that the network takes for an instance: only they can hold a track.
-            hidden: (N,) bool, those of them that are not on their instance in this frame, as the network sees it.
+            held: (N,) bool, see ``TrackState.held``; only these queries begin tracks.
+            hidden: (N,) bool, see ``TrackState.hidden``; tracks of these queries are not visible in this frame.
 
         Returns:
             (N,) bool, queries whose tracks are visible in this frame; (N,) bool, queries whose tracks end with it.
@@ -53,8 +145,8 @@ class Tracks:
         confidence = scores.amax(dim=-1)
         visible = (self.ids > 0) & ~hidden & (confidence >= options.show)
         born = (self.ids == 0) & held & ~hidden & (confidence >= options.birth)
-        candidates = (born | visible)[None]
-        born &= ~duplicates(boxes[None], confidence[None], candidates, visible[None], options.max_overlap)[0]
+        compared = (born | visible)[None]
+        born &= ~duplicates(boxes[None], confidence[None], compared, visible[None], options.max_overlap)[0]
         rank = confidence.masked_fill(~born, -1.0).argsort(descending=True, stable=True).argsort()
         born &= rank < options.max_tracks - (self.ids > 0).sum()
 
@@ -65,9 +157,9 @@ class Tracks:
         visible |= born
         self._total = self._total + torch.where(visible[:, None], scores, 0.0)
         self._seen = self._seen + visible
-        self._hidden = torch.where(visible, 0.0, self._hidden + 1)
+        self._unseen = torch.where(visible, 0.0, self._unseen + 1)
 
-        ended = (self.ids > 0) & (self._hidden > options.patience)
+        ended = (self.ids > 0) & (self._unseen > options.patience)
         self.ids = torch.where(ended, 0, self.ids)
         self._total = torch.where(ended[:, None], 0.0, self._total)
         self._seen = torch.where(ended, 0.0, self._seen)

@@ -17,7 +17,7 @@ from instanceformer import __version__
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.evaluation.results import ResultParts, Track
 from instanceformer.files import replacing
-from instanceformer.inference.film import film_results, select_tracks, select_video
+from instanceformer.inference.render import film_results, select_tracks, select_video
 from instanceformer.model.network import InstanceFormer
 from instanceformer.training.module import InstanceFormerModule
 

@@ -1,4 +1,4 @@
-"""Reading videos."""
+"""Opening videos of every kind: files, folders of images, streams, cameras, arrays."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from instanceformer.video.frames import Frame, OpenVideo, TimedFrame
-from instanceformer.video.pictures import open_animation, open_folder
+from instanceformer.video.frames import Frame, OpenVideo, TimedFrame, open_animation, open_folder
 
 Source = str | Path | int | Iterable[Frame]  # see open_video
 
@@ -17,25 +16,25 @@ CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")} 
 def open_video(source: Source, fps: float = 25.0, reconnect: float = 0.0) -> OpenVideo:
     """Open a video.
 
-    A video file is shown as its display matrix asks, turned by quarters and mirrored; its pixels are taken for square.
-    Packets that cannot be decoded are passed over, and reported by BrokenVideo when the rest has been read; so is a
-    file that is cut off, where its container lets it be known.
+    Frames of a video file are turned by quarters and mirrored as its display matrix asks; pixels count as square.
+    Packets that cannot be decoded are skipped, and BrokenVideo reports them after the rest has been read; it also
+    reports a file that is cut off, if its container lets that be known.
 
     Args:
         source: a video file in any container and codec that FFmpeg reads; an animated GIF, PNG or WebP; a folder of
             images, one a frame, in the order of their names with numbers as numbers, turned as their EXIF
             orientation says; the address of a stream, such as rtsp://...; the index of a camera, also as text; or
             frames (H, W, 3) uint8 RGB.
-        fps: frames per second of images, frames, and files that do not say when a frame is to be shown.
-        reconnect: seconds for which to go on trying to open a camera or live stream that dropped, with growing pauses;
-            the time that passes counts as the film's. 0: a stream's end is the video's.
+        fps: frames per second of images, arrays, and files without timestamps.
+        reconnect: seconds for which to try, with growing pauses, to open a camera or live stream again that dropped;
+            frame times include them. 0: a stream's end is the video's.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: fps is not positive, reconnect is negative, or what is there is no video; the images of a folder
-            differ in size.
+        ValueError: fps is not positive, reconnect is negative, the source is no video, or the images of a folder differ
+            in size.
     """
-    from instanceformer.video.films import open_film  # needs FFmpeg, which much that reads no film does without
+    from instanceformer.video.films import open_film  # PyAV is needed for films only
 
     if not fps > 0:
         raise ValueError(f"fps: found {fps}, expected a positive number of frames per second")
@@ -57,6 +56,5 @@ def open_video(source: Source, fps: float = 25.0, reconnect: float = 0.0) -> Ope
         raise FileNotFoundError(f"{path}: no such video file or folder of images")
     if path.is_dir():
         return open_folder(path, fps)
-    return open_animation(path) or open_film(
-        str(path.absolute()), fps
-    )  # FFmpeg would take what precedes a colon for a protocol
+    # FFmpeg would take a relative path up to a colon for a protocol
+    return open_animation(path) or open_film(str(path.absolute()), fps)

@@ -1,7 +1,7 @@
-"""Whether a file ends before it should, by what its container says of itself.
+"""Whether a video file is cut off, by the lengths that its container declares.
 
-FFmpeg reads most containers to whatever end there is and says nothing. A file that was cut between two of its parts
-and declares no length, as streams are recorded, cannot be told from a whole one.
+FFmpeg reads most containers to wherever they end, without an error. A recorded stream that declares no length and is
+cut between two of its parts cannot be told from a whole file.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ TAGS = (8, 9, 18)  # of FLV: sound, video, data
 PACKETS = {188: 0, 192: 4, 204: 0}  # bytes of a transport stream's packets, and where in them 0x47 stands
 
 
-def cut_off(path: Path, container: str) -> str | None:
-    """What is wrong with the end of a file; None if nothing is, or nothing can be known.
+def find_truncation(path: Path, container: str) -> str | None:
+    """Say how much of a file is missing at its end; None if nothing is, or if that cannot be known.
 
     Args:
         path: of the file.
-        container: FFmpeg's names for it, such as ``matroska,webm``.
+        container: FFmpeg's names for its container, such as ``matroska,webm``.
     """
     size = path.stat().st_size
     for name in container.split(","):
@@ -37,7 +37,7 @@ def cut_off(path: Path, container: str) -> str | None:
     return None
 
 
-# Each of these gives the byte at which the last part that has begun is to end, or one within the file if unknown.
+# Each of these returns the byte offset at which the file's last part should end; one within the file if unknown.
 
 
 def _matroska(file: BinaryIO, size: int) -> int:
@@ -53,7 +53,7 @@ def _matroska(file: BinaryIO, size: int) -> int:
             return size + 1
         unknown = (1 << 7 * width) - 1
         length = int.from_bytes(field[:width], "big") & unknown
-        if length == unknown:  # written as a stream: what it holds comes next
+        if length == unknown:  # written as a stream: its content comes next
             if name not in UNSIZED:
                 return 0
             length = 0
@@ -62,7 +62,7 @@ def _matroska(file: BinaryIO, size: int) -> int:
 
 
 def _width(byte: bytes) -> int:
-    """Bytes of a number of Matroska's, by the first of them; 9 where it is none."""
+    """Length in bytes of a Matroska number, by its first byte; 9 if it is none."""
     return 9 - int.from_bytes(byte, "big").bit_length()
 
 
@@ -75,7 +75,7 @@ def _iso(file: BinaryIO, size: int) -> int:
         length, name = int.from_bytes(head[:4], "big"), head[4:8]
         if length == 1:
             length = int.from_bytes(head[8:], "big")
-        if name not in BOXES or length < 8:  # to the file's end, or no box
+        if name not in BOXES or length < 8:  # extends to the file's end, or is no box
             return 0
         at += length
     return at
@@ -86,10 +86,10 @@ def _avi(file: BinaryIO, size: int) -> int:
     while at < size:
         head = _read(file, at, 8)
         length = int.from_bytes(head[4:], "little")
-        if head[:4] != b"RIFF" or length in (0, 2**32 - 1):  # none, or written as a stream
+        if head[:4] != b"RIFF" or length in (0, 2**32 - 1):  # no chunk, or written as a stream
             return 0
         at += 8 + length
-    return at - 8  # some count the eight bytes before
+    return at - 8  # some writers count the header's 8 bytes too
 
 
 def _asf(file: BinaryIO, size: int) -> int:
@@ -124,13 +124,13 @@ def _transport(file: BinaryIO, size: int) -> int:
 
 def _gif(file: BinaryIO, size: int) -> int:
     def blocks(at: int) -> int:
-        """The end of data blocks, the last of which is empty."""
+        """Where a sequence of data blocks ends; its last block is empty."""
         while at < size and (length := _read(file, at, 1)[0]):
             at += 1 + length
         return at + 1
 
     def colors(at: int) -> int:
-        """Bytes of the table of colours that flags at a place tell of."""
+        """Bytes of the color table that the flags at this offset declare."""
         flags = int.from_bytes(_read(file, at, 1), "big")
         return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
@@ -141,7 +141,7 @@ def _gif(file: BinaryIO, size: int) -> int:
                 at = blocks(at + 2)
             case b"\x2c":
                 at = blocks(at + 11 + colors(at + 9))
-            case _:  # its end, or something that is not of it
+            case _:  # the trailer, or bytes after it
                 return size
     return max(at, size + 1)
 
