@@ -207,8 +207,7 @@ class FakeGpu(TorchDispatchMode):
         if not isinstance(outputs, tuple):
             return (outputs,)
         if call is not node:  # what it gives for arguments that are no tensors is left out
-            others = (1, 4) if len(outputs) == 5 else (1, 5)
-            return [x for i, x in enumerate(outputs) if i not in others]
+            return [x for i, x in enumerate(outputs) if i not in (1, 5)]
         return outputs
 
     def _place_of(self, node: Any) -> str:
@@ -247,11 +246,10 @@ def kernels_of(name: str, args: Any, tensors: Sequence[Tensor]) -> int:
         return sum(args[10])
     if name in ("index_put", "index_put_"):
         return 8 if len(args) > 3 and args[3] else 1  # by sorting
-    if name in ("fused", "ms_deform_attn"):
-        return 1 + sum(not x.is_contiguous() for x in tensors if x is not tensors[1] or name != "fused")
-    if name in ("fused_backward", "ms_deform_attn_backward"):
-        _, value, *others = tensors
-        return 1 + len(("value", "reference")) + sum(x.dtype != torch.float32 for x in (value, *others))
+    if name == "ms_deform_attn":  # of value, coordinates, weights and perhaps a reference
+        return 1 + sum(not x.is_contiguous() for x in tensors[:3])
+    if name == "ms_deform_attn_backward":  # which begins with the gradient
+        return len(("value", "reference", "kernel")) + sum(x.dtype != torch.float32 for x in tensors[1:])
     return KERNELS.get(name, 1)
 
 
