@@ -13,8 +13,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +27,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import COCOeval
 
 from instanceformer.evaluation.evaluate import evaluate_files
+from timing import Machine, peak_memory
 
 HEIGHT, WIDTH, CATEGORIES = 360, 640, 40
 
@@ -171,8 +170,7 @@ def measure(folder: Path, what: str) -> dict[str, float]:
     else:
         ap = evaluate_files(*files).summary["AP"]
     seconds = time.perf_counter() - start
-    status = Path("/proc/self/status").read_text()  # getrusage would count what this process was forked from
-    return {"seconds": seconds, "AP": ap, "peak": int(status.split("VmHWM:")[1].split()[0]) / 2**10}
+    return {"seconds": seconds, "AP": ap, "peak": peak_memory()}
 
 
 def main() -> None:
@@ -190,7 +188,7 @@ def main() -> None:
         size = sum(path.stat().st_size for path in Path(folder).iterdir()) / 2**20
         print(
             f"{options.videos} videos of {options.frames} frames of {HEIGHT}x{WIDTH}, {size:.0f} MiB of JSON; "
-            f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}"
+            f"{Machine.this('numpy')}"
         )
         titles = {"evaluation": "this package", "plain": "plain way", "json": "json.loads"}
         runs: dict[str, list[dict[str, float]]] = {what: [] for what in titles}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -69,11 +68,11 @@ def attempt(what: str) -> Iterator[None]:
 @stage
 def machine() -> None:
     """Versions, and what the machine can do: copies, matrix products, launches."""
-    from timing import Clock, allow_tf32, operating_system, processor, version
+    from timing import Clock, Machine, allow_tf32
 
-    packages = ("triton", "lightning", "torchvision", "torchmetrics", "numpy", "scipy")
-    emit("versions", python=platform.python_version(), torch=torch.__version__, **{p: version(p) for p in packages})
-    emit("machine", processor=processor(), cores=os.cpu_count(), system=operating_system())
+    described = Machine.this("triton", "lightning", "torchvision", "torchmetrics", "numpy", "scipy")
+    emit("versions", **described.versions)
+    emit("machine", processor=described.processor, cores=described.cores, system=described.system)
     clock = Clock(DEVICE)
     if clock.on_gpu:
         properties = torch.cuda.get_device_properties(DEVICE)

@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import resource
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -31,6 +29,7 @@ from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.data.pseudo_video import PseudoClips
 from instanceformer.data.splits import JointImages, Split
 from instanceformer.data.synthetic import SyntheticOptions, synthesize
+from timing import Machine, peak_memory, positive
 
 SIZES = ((480, 640), (640, 480), (427, 640), (640, 427), (640, 640))
 POLYGONS = 2000
@@ -128,10 +127,6 @@ def _memory() -> dict[str, float]:
     return {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines}
 
 
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def run_rank(folder: Path, clips: int, rank: int, barrier: Barrier, output: Path) -> None:
     """What a rank does with annotations; writes its ``Measured`` as JSON."""
     torch.set_num_threads(1)
@@ -162,7 +157,7 @@ def run_rank(folder: Path, clips: int, rank: int, barrier: Barrier, output: Path
         pss=after["Pss"] - before["Pss"],
         rss=after["Rss"] - before["Rss"],
         private=private[1] - private[0],
-        peak=_peak() - before["Rss"],
+        peak=peak_memory() - before["Rss"],
     )
     output.write_text(json.dumps(asdict(measured)))
 
@@ -187,20 +182,17 @@ def measure(folder: Path, ranks: int, clips: int) -> list[Measured]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=118_000)
-    parser.add_argument("--instances", type=int, default=860_000)
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--clips", type=int, default=2000, help="images that each rank draws")
+    parser.add_argument("--images", type=positive, default=118_000)
+    parser.add_argument("--instances", type=positive, default=860_000)
+    parser.add_argument("--ranks", type=positive, default=4)
+    parser.add_argument("--clips", type=positive, default=2000, help="images that each rank draws")
     options = parser.parse_args()
-    for name, value in vars(options).items():
-        if value < 1:
-            parser.error(f"--{name}: expected 1 or more, found {value}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_file(folder, options.images, options.instances)
         make_videos(folder / "videos")
         size = (folder / "instances.json").stat().st_size / 2**20
-        print(f"{options.images} images, {options.instances} instances, {size:.0f} MiB of JSON; {os.cpu_count()} cores")
+        print(f"{options.images} images, {options.instances} instances, {size:.0f} MiB of JSON; {Machine.this()}")
         print("start   rank  setup s    CPU s  clips s  PSS MiB  RSS MiB  private MiB  peak MiB")
         for start, ranks in (("first", 1), ("second", options.ranks)):
             for rank, found in enumerate(measure(folder, ranks, options.clips)):

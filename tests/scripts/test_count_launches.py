@@ -1,17 +1,12 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from tests.conftest import TINY
 
+from count_launches import count_frame, count_training_step, report
+from fake_gpu import launches
 from instanceformer import InstanceFormer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-from count_launches import count_frame, count_training_step, launches, report
 from measure_training_step import make_clips
 
 OPTIONS = {**TINY, "backbone": "resnet18", "backbone_norm": "frozen"}
