@@ -11,7 +11,7 @@ offsets and logits, as a network's linear maps give them. The providers of each:
     cpu composed, ...   fused only: softmax and location arithmetic in PyTorch, then the plain operator of the backend
     reference           the definition by ``grid_sample``
     torch_ms_deform_attn, ...
-                        packages found installed, composed where they have no fused operator; PEERS lists them
+                        installed packages, composed where they have no fused operator; PEERS lists them
 
 and three passes: ``forward`` without gradients, ``backward`` alone, and ``forward + backward``; the gradients are those
 of value, locations and weights, or of value, offsets and logits. ``value`` has the ``--dtype``, all else is float32.
@@ -201,7 +201,7 @@ def provider_colors(rows: Sequence[Row]) -> dict[str, str]:
     return colors
 
 
-def plot(rows: Sequence[Row], footer: Sequence[str], path: Path) -> None:
+def plot(rows: Sequence[Row], footer: str, path: Path) -> None:
     """Speed relative to the reference, one panel per operator and pass, one group of bars per size; a footer."""
     import matplotlib
 
@@ -230,16 +230,16 @@ def plot(rows: Sequence[Row], footer: Sequence[str], path: Path) -> None:
             panel = axes[line][column]
             for group, size in enumerate(sizes):
                 key = (size.name, operator, direction)
-                own = [row for row in rows if (row.size, row.operator, row.direction) == key]
-                own.sort(key=lambda row: list(colors).index(row.provider))
-                first = group * (bars[operator] + 1) + (bars[operator] - len(own)) / 2
+                group_rows = [row for row in rows if (row.size, row.operator, row.direction) == key]
+                group_rows.sort(key=lambda row: list(colors).index(row.provider))
+                first = group * (bars[operator] + 1) + (bars[operator] - len(group_rows)) / 2
                 drawn = panel.barh(
-                    [first + index for index in range(len(own))],
-                    [row.times_reference for row in own],
+                    [first + index for index in range(len(group_rows))],
+                    [row.times_reference for row in group_rows],
                     height=0.9,
-                    color=[colors[row.provider] for row in own],
+                    color=[colors[row.provider] for row in group_rows],
                 )
-                panel.bar_label(drawn, [readable(row.median_ms) for row in own], padding=3, fontsize=7.5)
+                panel.bar_label(drawn, [readable(row.median_ms) for row in group_rows], padding=3, fontsize=7.5)
             panel.axvline(1, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)))
             panel.set_xlim(0, 1.22 * max(row.times_reference for row in rows if row.direction == direction))
             panel.set_ylim(heights[line] - 1, -1)
@@ -262,7 +262,7 @@ def plot(rows: Sequence[Row], footer: Sequence[str], path: Path) -> None:
     )
     axis = "times as fast as the reference (longer is better); beside each bar its median time"
     figure.text(0.5, 0.68 / height, axis, ha="center", va="center", fontsize=10)
-    figure.text(0.5, 0.28 / height, "\n".join(footer), ha="center", va="center", fontsize=7.5, color="#666666")
+    figure.text(0.5, 0.28 / height, footer, ha="center", va="center", fontsize=7.5, color="#666666")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -303,7 +303,9 @@ def main() -> None:
     options = Options(args.device, DTYPES[args.dtype], args.repeats, args.budget, not args.no_check)
     peers = usable_peers(options.device)
     machine = Machine.this("triton", "scipy", *(peer.package for peer in peers), device=options.device)
-    print(*machine.lines(), f"value in {args.dtype}\n", Row.HEADER, sep="\n", flush=True)
+    hardware, versions = machine.lines()
+    described = f"{hardware}\n{versions}, value in {args.dtype}"
+    print(described, Row.HEADER, sep="\n\n", flush=True)
     clock = Clock(options.device)
     rows: list[Row] = []
     for size in SIZES:
@@ -319,11 +321,12 @@ def main() -> None:
                         f"{error_limit(options.dtype):.0e} allowed in {args.dtype}. --no-check times it all the same."
                     )
     if args.json:
-        described = asdict(machine)
-        described |= {**described.pop("versions"), "dtype": args.dtype}
-        args.json.write_text(json.dumps({"machine": described, "rows": [asdict(row) for row in rows]}, indent=2))
+        peers_used = [f"{peer.module} {machine.versions[peer.package]}" for peer in peers]
+        content = {**asdict(machine), **machine.versions, "dtype": args.dtype, "peers": peers_used}
+        rows_as_json = [asdict(row) for row in rows]
+        args.json.write_text(json.dumps({"machine": content, "rows": rows_as_json}, indent=2))
     if args.plot:
-        plot(rows, [*machine.lines()[:1], f"{machine.lines()[1]}, value in {args.dtype}"], args.plot)
+        plot(rows, described, args.plot)
 
 
 if __name__ == "__main__":

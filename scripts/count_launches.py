@@ -125,7 +125,7 @@ def report(title: str, counts: Counts) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["train", "stream"], default=["train", "stream"])
+    parser.add_argument("what", nargs="*", choices=["train", "stream"], help="both if left out")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "float32"])
     parser.add_argument("--clips", type=int, default=1)
     parser.add_argument("--frames", type=int, default=4)
@@ -133,15 +133,16 @@ def main() -> None:
     parser.add_argument("--entering", default="first", choices=["first", "each"])
     parser.add_argument("--by", default="file", choices=["file", "line", "operator"])
     options = parser.parse_args()
+    what = options.what or ["train", "stream"]
     height, width = options.size
-    if "train" in options.what:
+    if "train" in what:
         batch = make_clips(options.clips, options.frames, height, width, 5, 40)
         if options.entering == "each":
             entering = batch.targets.entering
             entering[:] = torch.eye(*entering.shape[::2], dtype=torch.bool)[:, None]
         counts = count_training_step(InstanceFormer(), batch, options.precision, options.by)
         print(report(f"training step, {options.clips} x {options.frames} frames, {options.precision}", counts))
-    if "stream" in options.what:
+    if "stream" in what:
         print(
             report(
                 f"streamed frame, {options.precision}",

@@ -228,19 +228,19 @@ def operator() -> None:
                 options = Options(DEVICE, DTYPES[dtype], 2 if QUICK else 20, 0.3, check=True)
                 for name in ("fused",) if compiles else OPERATORS:  # as the network has it
                     with attempt(f"{size.name}, {name}, {dtype}"):
-                        found = providers(name, DEVICE, peers)
-                        found = [p for p in found if ("compiled" in p.name) == compiles]
-                        figures: dict[str, dict[str, object]] = {provider.name: {} for provider in found}
-                        for row in measure(size, name, found, clock, options):
+                        timed = providers(name, DEVICE, peers)
+                        timed = [p for p in timed if ("compiled" in p.name) == compiles]
+                        figures: dict[str, dict[str, object]] = {provider.name: {} for provider in timed}
+                        for row in measure(size, name, timed, clock, options):
                             if row.direction != "forward + backward":
-                                own = figures[row.provider]
-                                own |= {"error": row.error, f"{row.direction}_ms": row.median_ms}
-                                own[f"{row.direction}_queue_ms"] = row.queue_ms
-                        for provider, own in figures.items():
+                                entry = figures[row.provider]
+                                entry |= {"error": row.error, f"{row.direction}_ms": row.median_ms}
+                                entry[f"{row.direction}_queue_ms"] = row.queue_ms
+                        for provider, entry in figures.items():
                             what = f"{size.name}, {name}, {dtype}, {provider}"
-                            emit(what, **own)
-                            if own["error"] > error_limit(options.dtype):
-                                fail(what, f"relative error {own['error']:.1e}")
+                            emit(what, **entry)
+                            if entry["error"] > error_limit(options.dtype):
+                                fail(what, f"relative error {entry['error']:.1e}")
 
 
 def train(names: tuple[str, ...], compiles: bool = False, ddp: bool = False) -> None:

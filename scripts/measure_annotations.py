@@ -29,7 +29,7 @@ from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.data.pseudo_video import PseudoClips
 from instanceformer.data.splits import JointImages, Split
 from instanceformer.data.synthetic import SyntheticOptions, synthesize
-from timing import Machine, peak_memory, positive
+from timing import Machine, peak_memory, positive, table
 
 SIZES = ((480, 640), (640, 480), (427, 640), (640, 427), (640, 640))
 POLYGONS = 2000
@@ -193,13 +193,18 @@ def main() -> None:
         make_videos(folder / "videos")
         size = (folder / "instances.json").stat().st_size / 2**20
         print(f"{options.images} images, {options.instances} instances, {size:.0f} MiB of JSON; {Machine.this()}")
-        print("start   rank  setup s    CPU s  clips s  PSS MiB  RSS MiB  private MiB  peak MiB")
-        for start, ranks in (("first", 1), ("second", options.ranks)):
-            for rank, found in enumerate(measure(folder, ranks, options.clips)):
-                print(
-                    f"{start:6} {rank:5} {found.setup:8.2f} {found.cpu:8.2f} {found.clips:8.2f} {found.pss:8.0f} "
-                    f"{found.rss:8.0f} {found.private:12.0f} {found.peak:9.0f}"
-                )
+        columns = ("start", "rank", "setup s", "CPU s", "clips s", "PSS MiB", "RSS MiB", "private MiB", "peak MiB")
+        rows = [
+            (
+                start,
+                rank,
+                *(f"{x:.2f}" for x in (r.setup, r.cpu, r.clips)),
+                *(f"{x:.0f}" for x in (r.pss, r.rss, r.private, r.peak)),
+            )
+            for start, ranks in (("first", 1), ("second", options.ranks))
+            for rank, r in enumerate(measure(folder, ranks, options.clips))
+        ]
+        print(table(columns, rows))
 
 
 if __name__ == "__main__":

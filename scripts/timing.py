@@ -87,8 +87,8 @@ def take_turns(
     times: list[list[float]] = [[] for _ in functions]
     deadline = time.monotonic() + total
     while len(times[0]) < repeats and (len(times[0]) < MIN_REPEATS or time.monotonic() < deadline):
-        for function, own in zip(functions, times, strict=True):
-            own.append(clock.time(function))
+        for function, series in zip(functions, times, strict=True):
+            series.append(clock.time(function))
     return times
 
 
@@ -210,7 +210,7 @@ def peak_memory() -> float:
 def positive(text: str) -> int:
     """An argument of the command line."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
+        raise argparse.ArgumentTypeError(f"found {text}, expected 1 or more")
     return int(text)
 
 
