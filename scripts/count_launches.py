@@ -35,6 +35,7 @@ from measure_training_step import make_clips
 from timing import table
 
 Precision = Literal["bf16", "float32"]
+KINDS = ("train", "stream")
 
 
 def clip(module: InstanceFormerModule) -> None:
@@ -125,7 +126,7 @@ def report(title: str, counts: Counts) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["train", "stream"], help="both if left out")
+    parser.add_argument("what", nargs="*", metavar="train | stream", default=list(KINDS), help="both if left out")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "float32"])
     parser.add_argument("--clips", type=int, default=1)
     parser.add_argument("--frames", type=int, default=4)
@@ -133,16 +134,19 @@ def main() -> None:
     parser.add_argument("--entering", default="first", choices=["first", "each"])
     parser.add_argument("--by", default="file", choices=["file", "line", "operator"])
     options = parser.parse_args()
-    what = options.what or ["train", "stream"]
+    if not set(options.what) <= set(KINDS):
+        parser.error(
+            f"found {' '.join(options.what)}, expected {' or '.join(KINDS)}"
+        )  # argparse refuses no word at all
     height, width = options.size
-    if "train" in what:
+    if "train" in options.what:
         batch = make_clips(options.clips, options.frames, height, width, 5, 40)
         if options.entering == "each":
             entering = batch.targets.entering
             entering[:] = torch.eye(*entering.shape[::2], dtype=torch.bool)[:, None]
         counts = count_training_step(InstanceFormer(), batch, options.precision, options.by)
         print(report(f"training step, {options.clips} x {options.frames} frames, {options.precision}", counts))
-    if "stream" in what:
+    if "stream" in options.what:
         print(
             report(
                 f"streamed frame, {options.precision}",
