@@ -66,7 +66,7 @@ def fused_ms_deform_attn(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Do as ``ms_deform_attn``, with what a network's linear maps give: offsets and logits.
+    """Compute ``ms_deform_attn`` from what a network's linear maps give: offsets and logits.
 
     Locations are reference + offset / (width, height) of the level around points, and reference + offset * (width,
     height) of the box * 0.5 / P around boxes (Deformable DETR, section 4.1 and appendix A.4); weights are the softmax

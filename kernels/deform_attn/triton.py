@@ -30,10 +30,10 @@ def _positions(coordinate_ptr, reference_ptr, stride_r, point, mask, height, wid
 
     Returns the centres, the shifts, how far points move with their coordinates, and these coordinates.
     """
-    coordinate_x = tl.load(coordinate_ptr + 2 * point, mask=mask, other=0.0).to(tl.float32)
-    coordinate_y = tl.load(coordinate_ptr + (2 * point + 1), mask=mask, other=0.0).to(tl.float32)
+    given_x = tl.load(coordinate_ptr + 2 * point, mask=mask, other=0.0).to(tl.float32)
+    given_y = tl.load(coordinate_ptr + (2 * point + 1), mask=mask, other=0.0).to(tl.float32)
     if R == 0:  # sampling locations
-        return coordinate_x, coordinate_y, 0.0, 0.0, width, height, coordinate_x, coordinate_y
+        return given_x, given_y, 0.0, 0.0, width, height, given_x, given_y
     else:
         centre_x = tl.load(reference_ptr).to(tl.float32)
         centre_y = tl.load(reference_ptr + stride_r).to(tl.float32)
@@ -42,16 +42,7 @@ def _positions(coordinate_ptr, reference_ptr, stride_r, point, mask, height, wid
         if R == 4:  # offsets count half boxes, divided by the number of points
             scale_x = tl.load(reference_ptr + 2 * stride_r).to(tl.float32) * width * (0.5 / P)
             scale_y = tl.load(reference_ptr + 3 * stride_r).to(tl.float32) * height * (0.5 / P)
-        return (
-            centre_x,
-            centre_y,
-            coordinate_x * scale_x,
-            coordinate_y * scale_y,
-            scale_x,
-            scale_y,
-            coordinate_x,
-            coordinate_y,
-        )
+        return centre_x, centre_y, given_x * scale_x, given_y * scale_y, scale_x, scale_y, given_x, given_y
 
 
 @triton.jit
@@ -175,15 +166,7 @@ def forward_kernel(
         height, width = _size(sizes, level, L)
         point = block * (M * L * P) + k + level * P
         centre_x, centre_y, shift_x, shift_y, _, _, _, _ = _positions(
-            coordinate_ptr,
-            reference_ptr + level * stride_l,
-            stride_r,
-            point,
-            known,
-            height,
-            width,
-            R,
-            P,
+            coordinate_ptr, reference_ptr + level * stride_l, stride_r, point, known, height, width, R, P
         )
         column, x = _split(centre_x, shift_x, width)
         row, y = _split(centre_y, shift_y, height)
@@ -297,16 +280,8 @@ def backward_kernel(
     for level in range(levels):
         height, width = _size(sizes, level, L)
         point = block * (M * L * P) + k + level * P
-        centre_x, centre_y, shift_x, shift_y, scale_x, scale_y, coordinate_x, coordinate_y = _positions(
-            coordinate_ptr,
-            reference_ptr + level * stride_l,
-            stride_r,
-            point,
-            known,
-            height,
-            width,
-            R,
-            P,
+        centre_x, centre_y, shift_x, shift_y, scale_x, scale_y, given_x, given_y = _positions(
+            coordinate_ptr, reference_ptr + level * stride_l, stride_r, point, known, height, width, R, P
         )
         column, x = _split(centre_x, shift_x, width)
         row, y = _split(centre_y, shift_y, height)
@@ -348,13 +323,9 @@ def backward_kernel(
             tl.atomic_add(pointer, tl.sum(x_grad, axis=1)[:, None] * width, mask=here, sem="relaxed")
             tl.atomic_add(pointer + 1, tl.sum(y_grad, axis=1)[:, None] * height, mask=here, sem="relaxed")
             if R == 4:
-                size_grad = tl.sum(tl.where(x_grad != 0, x_grad * coordinate_x, 0.0), axis=1)[:, None] * (
-                    width * (0.5 / P)
-                )
+                size_grad = tl.sum(tl.where(x_grad != 0, x_grad * given_x, 0.0), axis=1)[:, None] * (width * (0.5 / P))
                 tl.atomic_add(pointer + 2, size_grad, mask=here, sem="relaxed")
-                size_grad = tl.sum(tl.where(y_grad != 0, y_grad * coordinate_y, 0.0), axis=1)[:, None] * (
-                    height * (0.5 / P)
-                )
+                size_grad = tl.sum(tl.where(y_grad != 0, y_grad * given_y, 0.0), axis=1)[:, None] * (height * (0.5 / P))
                 tl.atomic_add(pointer + 3, size_grad, mask=here, sem="relaxed")
         tl.store(weight_grad_ptr + point, weight_grad, mask=known)
         # A point that lies nowhere has no gradient, be the factor that put it there infinite.

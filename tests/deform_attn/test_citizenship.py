@@ -1,4 +1,4 @@
-"""That the operators behave as PyTorch's own: compiling, exporting, autocast, determinism, errors."""
+"""That the operator behaves as PyTorch's own: compiling, exporting, autocast, determinism, errors."""
 
 import math
 import subprocess
