@@ -11,7 +11,7 @@ offsets and logits, as a network's linear maps give them. The providers of each:
     cpu composed, ...   fused only: softmax and location arithmetic in PyTorch, then the plain operator of the backend
     reference           the definition by ``grid_sample``
     torch_ms_deform_attn, ...
-                        packages found installed, composed where they have no fused operator; PEERS lists them
+                        installed packages, composed where they have no fused operator; PEERS lists them
 
 and three passes: ``forward`` without gradients, ``backward`` alone, and ``forward + backward``; the gradients are those
 of value, locations and weights, or of value, offsets and logits. ``value`` has the ``--dtype``, all else is float32.
@@ -37,13 +37,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import platform
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import scipy
 import torch
 from torch import Tensor
 
@@ -57,7 +55,6 @@ from deform_attn_providers import (
     Maps,
     Operator,
     OperatorName,
-    Peer,
     Provider,
     Results,
     Size,
@@ -67,7 +64,7 @@ from deform_attn_providers import (
     true_results,
     usable_peers,
 )
-from timing import Clock, operating_system, processor, take_turns, version
+from timing import Clock, Machine, take_turns
 
 
 def forward_memory(operator: Operator, inputs: Sequence[Tensor]) -> float:
@@ -176,47 +173,6 @@ def measure(
             )
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What the numbers depend on."""
-
-    processor: str
-    threads: int
-    gpu: str | None
-    system: str
-    dtype: str
-    python: str
-    torch: str
-    triton: str | None
-    scipy: str
-    peers: tuple[str, ...]
-
-    @classmethod
-    def this(cls, options: Options, peers: Sequence[Peer]) -> Machine:
-        """The machine and packages that this process has."""
-        return cls(
-            processor(),
-            torch.get_num_threads(),
-            torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else None,
-            operating_system(),
-            str(options.dtype).removeprefix("torch."),
-            platform.python_version(),
-            torch.__version__,
-            version("triton"),
-            scipy.__version__,
-            tuple(f"{peer.module} {version(peer.package)}" for peer in peers),
-        )
-
-    def lines(self) -> tuple[str, str]:
-        """The machine, and the versions."""
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        machine = f"{self.processor}, {threads}, {self.system}"
-        if self.gpu:
-            machine = f"{self.gpu}; {machine}"
-        versions = [f"Python {self.python}", f"torch {self.torch}", f"Triton {self.triton or '-'}"]
-        return machine, ", ".join([*versions, f"SciPy {self.scipy}", *self.peers, f"value in {self.dtype}"])
-
-
 def readable(milliseconds: float) -> str:
     """With three digits."""
     value, unit = milliseconds, "ms"
@@ -245,8 +201,8 @@ def provider_colors(rows: Sequence[Row]) -> dict[str, str]:
     return colors
 
 
-def plot(rows: Sequence[Row], machine: Machine, path: Path) -> None:
-    """Speed relative to the reference, one panel per operator and pass, one group of bars per size."""
+def plot(rows: Sequence[Row], footer: str, path: Path) -> None:
+    """Speed relative to the reference, one panel per operator and pass, one group of bars per size; a footer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -274,16 +230,16 @@ def plot(rows: Sequence[Row], machine: Machine, path: Path) -> None:
             panel = axes[line][column]
             for group, size in enumerate(sizes):
                 key = (size.name, operator, direction)
-                own = [row for row in rows if (row.size, row.operator, row.direction) == key]
-                own.sort(key=lambda row: list(colors).index(row.provider))
-                first = group * (bars[operator] + 1) + (bars[operator] - len(own)) / 2
+                group_rows = [row for row in rows if (row.size, row.operator, row.direction) == key]
+                group_rows.sort(key=lambda row: list(colors).index(row.provider))
+                first = group * (bars[operator] + 1) + (bars[operator] - len(group_rows)) / 2
                 drawn = panel.barh(
-                    [first + index for index in range(len(own))],
-                    [row.times_reference for row in own],
+                    [first + index for index in range(len(group_rows))],
+                    [row.times_reference for row in group_rows],
                     height=0.9,
-                    color=[colors[row.provider] for row in own],
+                    color=[colors[row.provider] for row in group_rows],
                 )
-                panel.bar_label(drawn, [readable(row.median_ms) for row in own], padding=3, fontsize=7.5)
+                panel.bar_label(drawn, [readable(row.median_ms) for row in group_rows], padding=3, fontsize=7.5)
             panel.axvline(1, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)))
             panel.set_xlim(0, 1.22 * max(row.times_reference for row in rows if row.direction == direction))
             panel.set_ylim(heights[line] - 1, -1)
@@ -306,8 +262,7 @@ def plot(rows: Sequence[Row], machine: Machine, path: Path) -> None:
     )
     axis = "times as fast as the reference (longer is better); beside each bar its median time"
     figure.text(0.5, 0.68 / height, axis, ha="center", va="center", fontsize=10)
-    versions = "\n".join(machine.lines())
-    figure.text(0.5, 0.28 / height, versions, ha="center", va="center", fontsize=7.5, color="#666666")
+    figure.text(0.5, 0.28 / height, footer, ha="center", va="center", fontsize=7.5, color="#666666")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -347,8 +302,10 @@ def main() -> None:
         torch.cuda.set_device(args.device)  # where events are recorded
     options = Options(args.device, DTYPES[args.dtype], args.repeats, args.budget, not args.no_check)
     peers = usable_peers(options.device)
-    machine = Machine.this(options, peers)
-    print("\n".join(machine.lines()), Row.HEADER, sep="\n\n", flush=True)
+    machine = Machine.this("triton", "scipy", *(peer.package for peer in peers), device=options.device)
+    hardware, versions = machine.lines()
+    described = f"{hardware}\n{versions}, value in {args.dtype}"
+    print(described, Row.HEADER, sep="\n\n", flush=True)
     clock = Clock(options.device)
     rows: list[Row] = []
     for size in SIZES:
@@ -364,9 +321,12 @@ def main() -> None:
                         f"{error_limit(options.dtype):.0e} allowed in {args.dtype}. --no-check times it all the same."
                     )
     if args.json:
-        args.json.write_text(json.dumps({"machine": asdict(machine), "rows": [asdict(row) for row in rows]}, indent=2))
+        peers_used = [f"{peer.module} {machine.versions[peer.package]}" for peer in peers]
+        content = {**asdict(machine), **machine.versions, "dtype": args.dtype, "peers": peers_used}
+        rows_as_json = [asdict(row) for row in rows]
+        args.json.write_text(json.dumps({"machine": content, "rows": rows_as_json}, indent=2))
     if args.plot:
-        plot(rows, machine, args.plot)
+        plot(rows, described, args.plot)
 
 
 if __name__ == "__main__":

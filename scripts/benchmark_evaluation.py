@@ -13,8 +13,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +27,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import COCOeval
 
 from instanceformer.evaluation.evaluate import evaluate_files
+from timing import Machine, peak_memory
 
 HEIGHT, WIDTH, CATEGORIES = 360, 640, 40
 
@@ -111,25 +110,25 @@ def make_files(folder: Path, videos: int, frames: int) -> None:
 def evaluate_plainly(ground_truth: Path, results: Path) -> float:
     """AP by merging masks frame by frame and by COCOeval; for files as ``make_files`` writes them only."""
     truth, tracks = (json.loads(path.read_text()) for path in (ground_truth, results))
-    true, found = defaultdict(list), defaultdict(list)
+    true, predicted = defaultdict(list), defaultdict(list)
     for annotation in truth["annotations"]:
         true[annotation["video_id"], annotation["category_id"]].append(annotation | {"ignore": 0})
     for index, track in enumerate(tracks):
         track |= {"id": index + 1, "areas": [mask and coco_mask.area(mask) for mask in track["segmentations"]]}
-        found[track["video_id"], track["category_id"]].append(track)
-    for annotation in [track for cell in [*true.values(), *found.values()] for track in cell]:
+        predicted[track["video_id"], track["category_id"]].append(track)
+    for annotation in [track for cell in [*true.values(), *predicted.values()] for track in cell]:
         visible = [area for area in annotation["areas"] if area]
         annotation["area"] = np.mean(visible) if visible else 0
     video_ids, category_ids = ([entry["id"] for entry in truth[key]] for key in ("videos", "categories"))
     evaluator = COCOeval(iouType="segm")
     evaluator.params.imgIds, evaluator.params.catIds, evaluator.params.maxDets = video_ids, category_ids, [1, 10, 100]
     evaluator.params.areaRng = [[0, 1e10], [0, 128**2], [128**2, 256**2], [256**2, 1e10]]
-    evaluator._paramsEval, evaluator._gts, evaluator._dts = evaluator.params, true, found
+    evaluator._paramsEval, evaluator._gts, evaluator._dts = evaluator.params, true, predicted
     evaluator.ious = {
         (v, c): np.array(
             [
                 [merge_frames(track, other) for other in true[v, c]]
-                for track in sorted(found[v, c], key=lambda t: -t["score"])
+                for track in sorted(predicted[v, c], key=lambda t: -t["score"])
             ]
         )
         for v in video_ids
@@ -171,8 +170,7 @@ def measure(folder: Path, what: str) -> dict[str, float]:
     else:
         ap = evaluate_files(*files).summary["AP"]
     seconds = time.perf_counter() - start
-    status = Path("/proc/self/status").read_text()  # getrusage would count what this process was forked from
-    return {"seconds": seconds, "AP": ap, "peak": int(status.split("VmHWM:")[1].split()[0]) / 2**10}
+    return {"seconds": seconds, "AP": ap, "peak": peak_memory()}
 
 
 def main() -> None:
@@ -190,7 +188,7 @@ def main() -> None:
         size = sum(path.stat().st_size for path in Path(folder).iterdir()) / 2**20
         print(
             f"{options.videos} videos of {options.frames} frames of {HEIGHT}x{WIDTH}, {size:.0f} MiB of JSON; "
-            f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}"
+            f"{Machine.this('numpy')}"
         )
         titles = {"evaluation": "this package", "plain": "plain way", "json": "json.loads"}
         runs: dict[str, list[dict[str, float]]] = {what: [] for what in titles}

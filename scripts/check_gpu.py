@@ -106,11 +106,11 @@ def run(stage: Stage, quick: bool, deadline: float) -> Iterator[dict[str, Any]]:
     )
     tail: deque[str] = deque(maxlen=TAIL)
     for line in lines_until(deadline, process):
-        found = parse(line)
-        if found is None and line.strip():
+        entry = parse(line)
+        if entry is None and line.strip():
             tail.append(line.rstrip()[:300])
-        if found is not None:
-            yield {"stage": stage.name, **found}
+        if entry is not None:
+            yield {"stage": stage.name, **entry}
     outcome: dict[str, Any] = {"stage": stage.name, "outcome": "ok", "seconds": time.monotonic() - begin}
     if process.returncode != 0:
         late = process.returncode == -signal.SIGKILL and time.monotonic() >= deadline
@@ -133,12 +133,12 @@ def readable(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
-    """One line for each object that was found, below the outcome of its stage."""
+def table(entries: Sequence[dict[str, Any]]) -> str:
+    """One line for each object that was printed, below the outcome of its stage."""
     rows = []
-    for end in (entry for entry in found if "outcome" in entry):
+    for end in (entry for entry in entries if "outcome" in entry):
         rows.append(f"{end['stage']}: {end['outcome']}, {end['seconds']:.0f} s")
-        for entry in (entry for entry in found if entry["stage"] == end["stage"] and "what" in entry):
+        for entry in (entry for entry in entries if entry["stage"] == end["stage"] and "what" in entry):
             figures = {key: x for key, x in entry.items() if key not in ("stage", "what") and x is not None}
             text = ", ".join(f"{key} {readable(x)}" for key, x in figures.items())
             rows.append(f"  {entry['what']:46} {' '.join(text.split())[:200]}")
@@ -156,7 +156,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="file for the JSON lines, too")
     options = parser.parse_args()
     output = open(options.output, "w") if options.output else None  # noqa: SIM115  (open as long as the script runs)
-    found = []
+    entries = []
     deadline = time.monotonic()
     for stage in STAGES:
         if stage.name not in options.stages:
@@ -167,9 +167,9 @@ def main() -> int:
             print(line, flush=True)
             if output is not None:
                 print(line, file=output, flush=True)
-            found.append(entry)
-    print(f"\n{table(found)}")
-    return int(any(entry.get("outcome", "ok") != "ok" for entry in found))
+            entries.append(entry)
+    print(f"\n{table(entries)}")
+    return int(any(entry.get("outcome", "ok") != "ok" for entry in entries))
 
 
 if __name__ == "__main__":

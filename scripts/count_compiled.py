@@ -29,6 +29,7 @@ from instanceformer import InstanceFormer
 from instanceformer.training.losses import LossWeights
 from instanceformer.training.module import InstanceFormerModule, cached_autocast
 from measure_training_step import make_clips
+from timing import table
 
 CALLS = re.compile(r"cpp_fused_\w+\(|extern_kernels\.\w+\(|torch\.ops\.[\w.]+\(")
 PARTS = ("backbone", "projection", "encoder", "decoder")
@@ -90,12 +91,12 @@ def count_graphs(network: InstanceFormer, frames: int, size: tuple[int, int], cl
 def main() -> None:
     network, frames = InstanceFormer(), 4
     graphs = count_graphs(network, frames, (64, 96), 40)
-    print(f"{'':22} calls   fused library    in all")
-    for graph in graphs:
-        print(f"{graph.name:22} {graph.calls:5} {graph.fused:7} {graph.library:7} {graph.total:9}")
+    rows: list[tuple[object, ...]] = [
+        (graph.name, graph.calls, graph.fused, graph.library, graph.total) for graph in graphs
+    ]
     sums = (frames - 1) * sum(p.requires_grad for p in network.decoder.parameters())
-    print(f"{'sums over frames':22} {sums:31}")
-    print(f"{'all':22} {sum(graph.total for graph in graphs) + sums:31}")
+    rows += [("sums over frames", "", "", "", sums), ("all", "", "", "", sum(graph.total for graph in graphs) + sums)]
+    print(table(("", "calls", "fused", "library", "in all"), rows))
 
 
 if __name__ == "__main__":

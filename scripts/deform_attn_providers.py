@@ -145,16 +145,16 @@ def compiled(bind: Callable[[Maps], Operator]) -> Callable[[Maps], Operator]:
 def providers(operator: OperatorName, device: torch.device, peers: Sequence[Peer]) -> list[Provider]:
     backend: Backend = "cpu" if device.type == "cpu" else "triton"
     bind = bind_plain if operator == "plain" else bind_fused
-    found = [Provider(backend, "ours", bind(backend))]
+    result = [Provider(backend, "ours", bind(backend))]
     if backend == "cpu" and any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        found.append(Provider("cpu compiled", "ours", compiled(bind("cpu")), has_backward=False))
+        result.append(Provider("cpu compiled", "ours", compiled(bind("cpu")), has_backward=False))
     if operator == "fused":
-        found.append(Provider(f"{backend} composed", "ours", composed(bind_plain(backend))))
-    found.append(Provider("reference", "reference", bind("reference")))
+        result.append(Provider(f"{backend} composed", "ours", composed(bind_plain(backend))))
+    result.append(Provider("reference", "reference", bind("reference")))
     if backend == "triton":
-        found.append(Provider("reference compiled", "reference", compiled(bind("reference"))))
+        result.append(Provider("reference compiled", "reference", compiled(bind("reference"))))
     wrap = composed if operator == "fused" else lambda bind: bind
-    return found + [Provider(peer.module, "peer", wrap(peer.bind)) for peer in peers]
+    return result + [Provider(peer.module, "peer", wrap(peer.bind)) for peer in peers]
 
 
 @dataclass(frozen=True)
@@ -174,16 +174,16 @@ class Inputs:
         """Random inputs, always the same for a size."""
         rng = torch.Generator().manual_seed(0)
         length = sum(height * width for height, width in size.shapes)
-        places = (size.batch, size.queries, size.heads, len(size.shapes), size.points)
+        shape = (size.batch, size.queries, size.heads, len(size.shapes), size.points)
         # As in a network, each query looks around a place of its own, by about a twentieth of the image.
         centres = torch.rand(1, size.queries, 1, 1, 1, 2, generator=rng)
         sizes = torch.tensor([(width, height) for height, width in size.shapes])[:, None]
-        cells = (centres + 0.05 * torch.randn(*places, 2, generator=rng)) * sizes - 0.5
+        cells = (centres + 0.05 * torch.randn(*shape, 2, generator=rng)) * sizes - 0.5
         # The gradient of a location jumps where a point crosses the centre of a cell. Rounding must not decide on which
         # side it is, or the gradients of two correct providers differ; so points keep away from there.
         cells = cells.floor() + cells.remainder(1).clamp(1e-3, 1 - 1e-3)
         locations = (cells + 0.5) / sizes
-        logits = torch.randn(places, generator=rng)
+        logits = torch.randn(shape, generator=rng)
         value = torch.randn(size.batch, length, size.heads, size.channels, generator=rng)
         grad = torch.randn(size.batch, size.queries, size.heads * size.channels, generator=rng)
         reference = centres.to(device).reshape(1, -1, 1, 2).expand(size.batch, -1, len(size.shapes), -1)
@@ -193,7 +193,7 @@ class Inputs:
             ((locations - centres) * sizes).to(device).requires_grad_(),
             logits.to(device).requires_grad_(),
             locations.to(device).requires_grad_(),
-            logits.flatten(3).softmax(-1).view(places).to(device).requires_grad_(),
+            logits.flatten(3).softmax(-1).view(shape).to(device).requires_grad_(),
             grad.to(device, dtype),
         )
 
@@ -266,7 +266,7 @@ def runner(name: str, operator: Operator, inputs: Sequence[Tensor], grad: Tensor
 
 def usable_peers(device: torch.device) -> list[Peer]:
     """The peers that are installed and run on the device; says which do not run."""
-    found = []
+    usable = []
     tiny = Size("tiny", 1, 2, 1, 8, ((2, 2),))
     for peer in PEERS:
         if importlib.util.find_spec(peer.module) is None:
@@ -276,5 +276,5 @@ def usable_peers(device: torch.device) -> list[Peer]:
         except Exception as error:  # whatever another package raises where it was built without this device
             print(f"{peer.module} is installed, but does not run on {device}: {error}")
         else:
-            found.append(peer)
-    return found
+            usable.append(peer)
+    return usable

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -69,11 +68,11 @@ def attempt(what: str) -> Iterator[None]:
 @stage
 def machine() -> None:
     """Versions, and what the machine can do: copies, matrix products, launches."""
-    from timing import Clock, allow_tf32, operating_system, processor, version
+    from timing import Clock, Machine, allow_tf32
 
-    packages = ("triton", "lightning", "torchvision", "torchmetrics", "numpy", "scipy")
-    emit("versions", python=platform.python_version(), torch=torch.__version__, **{p: version(p) for p in packages})
-    emit("machine", processor=processor(), cores=os.cpu_count(), system=operating_system())
+    described = Machine.this("triton", "lightning", "torchvision", "torchmetrics", "numpy", "scipy")
+    emit("versions", **described.versions)
+    emit("machine", processor=described.processor, cores=described.cores, system=described.system)
     clock = Clock(DEVICE)
     if clock.on_gpu:
         properties = torch.cuda.get_device_properties(DEVICE)
@@ -229,19 +228,19 @@ def operator() -> None:
                 options = Options(DEVICE, DTYPES[dtype], 2 if QUICK else 20, 0.3, check=True)
                 for name in ("fused",) if compiles else OPERATORS:  # as the network has it
                     with attempt(f"{size.name}, {name}, {dtype}"):
-                        found = providers(name, DEVICE, peers)
-                        found = [p for p in found if ("compiled" in p.name) == compiles]
-                        figures: dict[str, dict[str, object]] = {provider.name: {} for provider in found}
-                        for row in measure(size, name, found, clock, options):
+                        timed = providers(name, DEVICE, peers)
+                        timed = [p for p in timed if ("compiled" in p.name) == compiles]
+                        figures: dict[str, dict[str, object]] = {provider.name: {} for provider in timed}
+                        for row in measure(size, name, timed, clock, options):
                             if row.direction != "forward + backward":
-                                own = figures[row.provider]
-                                own |= {"error": row.error, f"{row.direction}_ms": row.median_ms}
-                                own[f"{row.direction}_queue_ms"] = row.queue_ms
-                        for provider, own in figures.items():
+                                entry = figures[row.provider]
+                                entry |= {"error": row.error, f"{row.direction}_ms": row.median_ms}
+                                entry[f"{row.direction}_queue_ms"] = row.queue_ms
+                        for provider, entry in figures.items():
                             what = f"{size.name}, {name}, {dtype}, {provider}"
-                            emit(what, **own)
-                            if own["error"] > error_limit(options.dtype):
-                                fail(what, f"relative error {own['error']:.1e}")
+                            emit(what, **entry)
+                            if entry["error"] > error_limit(options.dtype):
+                                fail(what, f"relative error {entry['error']:.1e}")
 
 
 def train(names: tuple[str, ...], compiles: bool = False, ddp: bool = False) -> None:

@@ -21,7 +21,7 @@ GUARD = 4096
 class GuardedKernel:
     """A kernel that runs on copies of its tensors, which lie between NaN, and copies them back.
 
-    What it reads beyond a tensor turns its results into NaN, what it writes there is found.
+    What it reads beyond a tensor turns its results into NaN, what it writes there is noticed.
 
     Attributes:
         kernel: of Triton.

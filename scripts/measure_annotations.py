@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import resource
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -30,6 +28,7 @@ from instanceformer.data.catalog import CATALOG, Split
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.data.pseudo_video import JointImages, PseudoClips
 from instanceformer.data.synthetic import SyntheticOptions, synthesize
+from timing import Machine, peak_memory, positive, table
 
 SIZES = ((480, 640), (640, 480), (427, 640), (640, 427), (640, 640))
 POLYGONS = 2000
@@ -127,10 +126,6 @@ def _memory() -> dict[str, float]:
     return {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines}
 
 
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def run_rank(folder: Path, clips: int, rank: int, barrier: Barrier, output: Path) -> None:
     """What a rank does with annotations; writes its ``Measured`` as JSON."""
     torch.set_num_threads(1)
@@ -161,7 +156,7 @@ def run_rank(folder: Path, clips: int, rank: int, barrier: Barrier, output: Path
         pss=after["Pss"] - before["Pss"],
         rss=after["Rss"] - before["Rss"],
         private=private[1] - private[0],
-        peak=_peak() - before["Rss"],
+        peak=peak_memory() - before["Rss"],
     )
     output.write_text(json.dumps(asdict(measured)))
 
@@ -186,27 +181,29 @@ def measure(folder: Path, ranks: int, clips: int) -> list[Measured]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=118_000)
-    parser.add_argument("--instances", type=int, default=860_000)
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--clips", type=int, default=2000, help="images that each rank draws")
+    parser.add_argument("--images", type=positive, default=118_000)
+    parser.add_argument("--instances", type=positive, default=860_000)
+    parser.add_argument("--ranks", type=positive, default=4)
+    parser.add_argument("--clips", type=positive, default=2000, help="images that each rank draws")
     options = parser.parse_args()
-    for name, value in vars(options).items():
-        if value < 1:
-            parser.error(f"--{name}: expected 1 or more, found {value}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_file(folder, options.images, options.instances)
         make_videos(folder / "videos")
         size = (folder / "instances.json").stat().st_size / 2**20
-        print(f"{options.images} images, {options.instances} instances, {size:.0f} MiB of JSON; {os.cpu_count()} cores")
-        print("start   rank  setup s    CPU s  clips s  PSS MiB  RSS MiB  private MiB  peak MiB")
-        for start, ranks in (("first", 1), ("second", options.ranks)):
-            for rank, found in enumerate(measure(folder, ranks, options.clips)):
-                print(
-                    f"{start:6} {rank:5} {found.setup:8.2f} {found.cpu:8.2f} {found.clips:8.2f} {found.pss:8.0f} "
-                    f"{found.rss:8.0f} {found.private:12.0f} {found.peak:9.0f}"
-                )
+        print(f"{options.images} images, {options.instances} instances, {size:.0f} MiB of JSON; {Machine.this()}")
+        columns = ("start", "rank", "setup s", "CPU s", "clips s", "PSS MiB", "RSS MiB", "private MiB", "peak MiB")
+        rows = [
+            (
+                start,
+                rank,
+                *(f"{x:.2f}" for x in (r.setup, r.cpu, r.clips)),
+                *(f"{x:.0f}" for x in (r.pss, r.rss, r.private, r.peak)),
+            )
+            for start, ranks in (("first", 1), ("second", options.ranks))
+            for rank, r in enumerate(measure(folder, ranks, options.clips))
+        ]
+        print(table(columns, rows))
 
 
 if __name__ == "__main__":

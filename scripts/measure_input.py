@@ -11,7 +11,6 @@ beyond them is the transfer to the training process. One thread each.
 from __future__ import annotations
 
 import argparse
-import platform
 import tempfile
 import time
 from collections import Counter
@@ -32,6 +31,7 @@ from instanceformer.data.clips import ClipDataset, collate_clips
 from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.data.pseudo_video import PseudoClips, PseudoVideo
 from instanceformer.data.synthetic import SyntheticOptions, synthesize
+from timing import Machine, positive
 
 WARM_UP = 10
 STAGES: dict[str, list[tuple[Any, str]]] = {  # the functions of each stage, none of which calls another's
@@ -95,14 +95,11 @@ def measure_stages(clips: Clips, count: int) -> Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs=2, type=int, default=(360, 640), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--instances", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--clips", type=int, default=100)
+    parser.add_argument("--instances", type=positive, default=5)
+    parser.add_argument("--workers", type=positive, default=1)
+    parser.add_argument("--clips", type=positive, default=100)
     parser.add_argument("--as-is", action="store_true", help="frames of their own size, no augmentation")
     options = parser.parse_args()
-    for name in ("instances", "workers", "clips"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: expected 1 or more, found {getattr(options, name)}")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     augmentation = None if options.as_is else Augmentation()
@@ -127,7 +124,7 @@ def main() -> None:
         dataset = read_annotations(Path(folder) / "train.json")
         kibibytes = sum(file.stat().st_size for file in files) / len(files) / 1024
         print(
-            f"{platform.machine()}, torch {torch.__version__}; {height}x{width}, {options.instances} instances, JPEG "
+            f"{Machine.this()}; {height}x{width}, {options.instances} instances, JPEG "
             f"files of {kibibytes:.0f} KiB; {'no' if options.as_is else 'default'} augmentation"
         )
         kinds: dict[str, Clips] = {

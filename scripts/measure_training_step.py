@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import platform
-import resource
 import subprocess
 import sys
 import time
@@ -35,7 +33,7 @@ from instanceformer import InstanceFormer
 from instanceformer.data.batch import ClipBatch, ClipTargets, DenseTargets
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.training.module import InstanceFormerModule
-from timing import Activity
+from timing import Activity, Machine, peak_memory
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
@@ -156,10 +154,7 @@ class Meter(Callback):
         """Once the training has ended."""
         times = self.ends[self.warm_up : self.timed + 1]
         each = [after - before for before, after in pairwise(times)]
-        if self.on_gpu:
-            peak = torch.cuda.max_memory_allocated() / 2**30
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else peak_memory() / 2**10
         return Figures(
             step_s=sum(each) / len(each),
             fastest_s=min(each),
@@ -212,21 +207,20 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     if options.name is None:
-        where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-        print(f"{where}, {platform.machine()}, torch {torch.__version__}, {options.precision}", flush=True)
+        print(f"{Machine.this('lightning')}; {options.precision}", flush=True)
         for name in ("demo", "paper"):
             subprocess.run([sys.executable, __file__, name, *sys.argv[1:]], check=True)
         return
     network, batch = build(options.name)
     if options.compile:
         network.compile_parts()
-    found = measure(network, batch, options.steps, options.precision)
+    figures = measure(network, batch, options.steps, options.precision)
     print(
-        f"{options.name:6} {found.step_s:8.3f} s a step ({found.fastest_s:.3f} to {found.slowest_s:.3f}, "
-        f"{options.steps} steps), peak memory {found.peak_gib:.2f} GiB"
+        f"{options.name:6} {figures.step_s:8.3f} s a step ({figures.fastest_s:.3f} to {figures.slowest_s:.3f}, "
+        f"{options.steps} steps), peak memory {figures.peak_gib:.2f} GiB"
     )
-    if found.activity is not None:
-        print(found.activity)
+    if figures.activity is not None:
+        print(figures.activity)
 
 
 if __name__ == "__main__":

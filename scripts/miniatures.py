@@ -4,8 +4,8 @@
 
 makes ``coco``, ``ytvis19``, ``ytvis21``, ``ytvis22``, ``ovis``, ``davis-mini``, ``demo`` and ``mine`` in FOLDER: a few
 frames of noise with rectangles that move, under the official categories. Each has a video of another size, one without
-any instance, a crowd, an instance that enters late and one that is hidden for a while. What the archives have and
-nobody needs (dates, licenses, links) is there as well, and so is what sets them apart: run lengths as lists or as text,
+any instance, a crowd, an instance that enters late and one that is hidden for a while. What the archives
+have besides (dates, licenses, links) is there as well, and so is what sets them apart: run lengths as lists or as text,
 polygons, OVIS's ``length`` of 1, its areas of boxes and its labels of occlusion.
 """
 

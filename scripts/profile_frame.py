@@ -36,6 +36,7 @@ from instanceformer.inference.optimise import keep_memory, optimise
 from instanceformer.model.attention import DeformableAttention
 from instanceformer.model.encoder import FeedForward
 from instanceformer.video.reading import open_video
+from timing import Machine, table
 
 VARIANTS = ("plain", "optimised", "identity", "bf16", "compiled")
 ORDER = (
@@ -195,10 +196,11 @@ def load_frames(options: argparse.Namespace) -> list[Tensor]:
 
 def report(stream: Stream, floor: float) -> None:
     frames = stream.watch.frames[1:]
-    print(f"\n{stream.variant:34} wall, median    best   processor")
+    rows = []
     for name in sorted(frames[0], key=ORDER.index):
         wall, processor = zip(*(frame[name] for frame in frames), strict=True)
-        print(f"{name:34} {median(wall):9.3f} s {min(wall):7.3f} {median(processor):9.3f}")
+        rows.append((name, f"{median(wall):.3f} s", f"{min(wall):.3f}", f"{median(processor):.3f}"))
+    print("\n" + table((stream.variant, "wall, median", "best", "processor"), rows))
     whole = [frame["frame"] for frame in frames]
     print(f"{floor / min(w for w, _ in whole):.0%} of the best frame is the floor")
 
@@ -232,7 +234,7 @@ def main() -> None:
     rate = max(rates["float32 linear"], rates["float32 3x3 convolution"])
     height, width = options.size
     capability, load = torch.backends.cpu.get_cpu_capability(), os.getloadavg()[0]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capability}, load {load:.1f}")
+    print(f"{Machine.this()}; {capability}, load {load:.1f}")
     print(f"{height}x{width}, {options.shown} masks: {operations / 1e9:.1f} GFLOP a frame by PyTorch's counter")
     print(", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()))
 

@@ -120,11 +120,11 @@ class Outcome:
 
 def read_rehearsals(configs: Path = CONFIGS) -> dict[str, Rehearsal]:
     """All configurations by name, those that others start from first."""
-    found: dict[str, Rehearsal] = {}
+    rehearsals: dict[str, Rehearsal] = {}
     for path in sorted(configs.glob("*.yaml")):
         config = yaml.safe_load(path.read_text())
         if "program" in config:
-            found[path.stem] = _read_sweep(path.stem, config, configs)
+            rehearsals[path.stem] = _read_sweep(path.stem, config, configs)
             continue
         files = [ON_TOP_OF[path.stem], path.stem] if path.stem in ON_TOP_OF else [path.stem]
         content: dict[str, Any] = {}
@@ -132,10 +132,10 @@ def read_rehearsals(configs: Path = CONFIGS) -> dict[str, Rehearsal]:
             content = _merge(content, _read(configs, name))
         init_from = content.get("model", {}).get("init_from")
         train = [f"--config=configs/{name}.yaml" for name in files] + GIVEN.get(path.stem, [])
-        found[path.stem] = Rehearsal(path.stem, train, content, Path(init_from).parent.name if init_from else None)
+        rehearsals[path.stem] = Rehearsal(path.stem, train, content, Path(init_from).parent.name if init_from else None)
     for name, (like, flags) in VARIANTS.items():
-        found[name] = replace(found[like], name=name, train=[*found[like].train, *flags])
-    return dict(sorted(found.items(), key=lambda item: (_depth(item[1], found), item[0])))
+        rehearsals[name] = replace(rehearsals[like], name=name, train=[*rehearsals[like].train, *flags])
+    return dict(sorted(rehearsals.items(), key=lambda item: (_depth(item[1], rehearsals), item[0])))
 
 
 def _read_sweep(name: str, config: dict[str, Any], configs: Path) -> Rehearsal:
@@ -361,7 +361,7 @@ def main() -> None:
         folder = Path(temporary if options.folder is None else options.folder).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            parser.error(f"--folder: expected an empty or new one, found files in {folder}")
+            parser.error(f"--folder: found files in {folder}, expected an empty or new one")
         for rehearsal in chosen:
             line = commands(rehearsal, options.real_size)["fit"]
             print(f"{rehearsal.name}: instanceformer {' '.join(line)}")

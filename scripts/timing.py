@@ -1,13 +1,18 @@
-"""The clock of the scripts that measure, and the machine they name."""
+"""What the scripts that measure share: a clock, a GPU's activity, the machine that they name, a table."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import os
 import platform
+import resource
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
@@ -82,31 +87,9 @@ def take_turns(
     times: list[list[float]] = [[] for _ in functions]
     deadline = time.monotonic() + total
     while len(times[0]) < repeats and (len(times[0]) < MIN_REPEATS or time.monotonic() < deadline):
-        for function, own in zip(functions, times, strict=True):
-            own.append(clock.time(function))
+        for function, series in zip(functions, times, strict=True):
+            series.append(clock.time(function))
     return times
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def operating_system() -> str:
-    try:
-        return platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):
-        return f"{platform.system()} {platform.release()}"
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @dataclass(frozen=True)
@@ -146,3 +129,100 @@ class Activity:
 def allow_tf32(allowed: bool) -> None:
     """Whether matrix products and convolutions of float32 may round their factors to TF32, on a GPU."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+def version(package: str) -> str | None:
+    """None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def operating_system() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return f"{platform.system()} {platform.release()}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What times depend on.
+
+    Attributes:
+        processor: its name.
+        cores: that the operating system counts.
+        threads: that PyTorch computes with.
+        gpu: its name, if there is one.
+        system: name of the operating system.
+        versions: of python and of packages, None for one that is not installed.
+    """
+
+    processor: str
+    cores: int | None
+    threads: int
+    gpu: str | None
+    system: str
+    versions: dict[str, str | None]
+
+    @classmethod
+    def this(cls, *packages: str, device: torch.device | None = None) -> Machine:
+        """The machine of this process, with the versions of these packages beside PyTorch's."""
+        on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+        return cls(
+            processor(),
+            os.cpu_count(),
+            torch.get_num_threads(),
+            torch.cuda.get_device_name(device) if on_gpu else None,
+            operating_system(),
+            {"python": platform.python_version(), "torch": torch.__version__}
+            | {name: version(name) for name in packages},
+        )
+
+    def lines(self) -> tuple[str, str]:
+        """The machine, and the versions."""
+        cpu = f"{self.processor}, {self.threads} thread{'s' if self.threads > 1 else ''}, {self.system}"
+        versions = ", ".join(f"{name} {version or '-'}" for name, version in self.versions.items())
+        return f"{self.gpu}; {cpu}" if self.gpu else cpu, versions
+
+    def __str__(self) -> str:
+        return "; ".join(self.lines())
+
+
+def peak_memory() -> float:
+    """MiB that this process has had in memory at most."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10  # getrusage would count what it was forked from, too
+
+
+def positive(text: str) -> int:
+    """An argument of the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected 1 or more")
+    return int(text)
+
+
+def table(columns: Sequence[object], rows: Iterable[Sequence[object]], text: int = 1) -> str:
+    """Lines of cells, each column as wide as need be: the first ``text`` ones to the left, the others to the right."""
+    cells = [list(map(str, row)) for row in (columns, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        [
+            cell.ljust(width) if i < text else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in cells
+    )
+    return "\n".join("  ".join(line).rstrip() for line in lines)

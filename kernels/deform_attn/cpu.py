@@ -89,57 +89,56 @@ _cached_canvas = lru_cache(maxsize=64)(_build_canvas)
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Sampling points in cells: ``origin + scale * steps``, whose last factor alone is as large as it gets.
+class _Points:
+    """Sampling points in cells: ``origin + scale * coordinates``, whose last factor alone is as large as it gets.
 
     Attributes:
         origin: (), or (2, B, 1, Q, K) float64.
         scale: () or (2, 1, 1, 1, K) or (2, B, 1, Q, K).
-        steps: (B, Q, M, L, P, 2), the locations or offsets that the caller gave.
+        coordinates: (B, Q, M, L, P, 2), the locations or offsets that the caller gave.
     """
 
     origin: Tensor
     scale: Tensor
-    steps: Tensor
+    coordinates: Tensor
 
     @classmethod
-    def at(cls, canvas: _Canvas, locations: Tensor) -> _Places:
-        return cls(canvas.sizes.new_full((), _BORDER - 0.5), canvas.sizes, locations)
-
-    @classmethod
-    def around(cls, canvas: _Canvas, reference: Tensor, offsets: Tensor) -> _Places:
-        points = offsets.shape[4]
+    def of(cls, canvas: _Canvas, coordinates: Tensor, reference: Tensor | None) -> _Points:
+        if reference is None:
+            return cls(canvas.sizes.new_full((), _BORDER - 0.5), canvas.sizes, coordinates)
+        points = coordinates.shape[4]
         planes = reference.to(canvas.sizes.dtype).repeat_interleave(points, dim=2).movedim(-1, 0).unsqueeze(2)
         # The centre of pixel i, at i + 0.5, is cell _BORDER + i.
         origin = planes[:2].double() * canvas.sizes + (_BORDER - 0.5)
         scale = planes[2:] * canvas.sizes * (0.5 / points) if len(planes) == 4 else canvas.sizes.new_ones(())
-        return cls(origin, scale, offsets)
+        return cls(origin, scale, coordinates)
 
     def planes(self, heads: slice) -> Tensor:
-        """A copy of the steps of some heads, (2, B, m, Q, K) and contiguous."""
-        steps = self.steps[:, :, heads].flatten(3, 4).transpose(1, 2).contiguous()  # heads apart first: half the time
-        return steps.movedim(-1, 0).to(self.scale.dtype, copy=True, memory_format=torch.contiguous_format)
+        """A copy of the coordinates of some heads, (2, B, m, Q, K) and contiguous."""
+        chunk = self.coordinates[:, :, heads]
+        by_head = chunk.flatten(3, 4).transpose(1, 2).contiguous()  # heads apart first: half the time
+        return by_head.movedim(-1, 0).to(self.scale.dtype, copy=True, memory_format=torch.contiguous_format)
 
     def split(self, canvas: _Canvas, heads: slice) -> tuple[Tensor, Tensor]:
         """The cell of each point of some heads and how far behind it the point lies: (2, B, m, Q, K) int32 and floats.
 
         Whole cells of the origin are kept apart, so that a fraction is as exact as a number of a few cells is.
         """
-        steps = self.planes(heads)
+        planes = self.planes(heads)
         limit = canvas.sizes + _BORDER
         if torch.compiler.is_compiling():  # which would round the product, but widens numbers at little cost
-            position = _inside(self.origin + steps.double() * self.scale, limit)
+            position = _inside(self.origin + planes.double() * self.scale, limit)
             cell = position.to(torch.int32)
-            return cell, (position - cell).to(steps.dtype)
+            return cell, (position - cell).to(planes.dtype)
         whole = self.origin.floor()
-        rest = (self.origin - whole).to(steps.dtype)
+        rest = (self.origin - whole).to(planes.dtype)
         if self.scale.ndim:
-            cell = torch.addcmul(rest, steps, self.scale).floor_()
-            fraction = torch.sub(rest, cell).addcmul_(steps, self.scale).clamp_(0, 1)  # rounded once
+            cell = torch.addcmul(rest, planes, self.scale).floor_()
+            fraction = torch.sub(rest, cell).addcmul_(planes, self.scale).clamp_(0, 1)  # rounded once
         else:
-            place = steps.add_(rest)
-            cell = place.floor()
-            fraction = place.sub_(cell)
+            position = planes.add_(rest)
+            cell = position.floor()
+            fraction = position.sub_(cell)
         cell = _inside(cell.add_(whole.to(cell.dtype)), limit)
         return cell.to(torch.int32), fraction.nan_to_num_(nan=0.0)
 
@@ -170,10 +169,10 @@ class _Matrix:
     below: Tensor
 
     @classmethod
-    def of(cls, canvas: _Canvas, places: _Places, weights: Tensor, heads: slice) -> _Matrix:
+    def of(cls, canvas: _Canvas, points: _Points, weights: Tensor, heads: slice) -> _Matrix:
         """``weights`` (B, m, Q, K) are those of the ``heads`` already."""
-        batch, count, queries, points = weights.shape
-        (column, row), (right, below) = places.split(canvas, heads)
+        batch, count, queries, total = weights.shape
+        (column, row), (right, below) = points.split(canvas, heads)
 
         image = torch.arange(batch * count, dtype=torch.int32).view(batch, count, 1, 1) * canvas.length
         first = column + row * canvas.stride + (canvas.start + image)
@@ -186,13 +185,13 @@ class _Matrix:
             coefficients = torch.stack((upper - upper_right, upper_right, lower - lower_right, lower_right), dim=3)
         else:
             index = first.unsqueeze(3) + canvas.corners
-            coefficients = weights.new_empty(batch, count, queries, 4, points)
+            coefficients = weights.new_empty(batch, count, queries, 4, total)
             above_left, above_right, below_left, below_right = coefficients.unbind(3)
             torch.mul(upper, right, out=above_right)
             torch.sub(upper, above_right, out=above_left)
             torch.mul(lower, right, out=below_right)
             torch.sub(lower, below_right, out=below_left)
-        starts = torch.arange(batch * count * queries + 1, dtype=torch.int32) * (4 * points)
+        starts = torch.arange(batch * count * queries + 1, dtype=torch.int32) * (4 * total)
         return cls(index.view(-1), coefficients.view(-1), starts, right, below)
 
 
@@ -218,13 +217,41 @@ def _by_head(tensor: Tensor, heads: slice, dtype: torch.dtype) -> Tensor:
     return tensor[:, :, heads].flatten(3).transpose(1, 2).to(dtype)
 
 
-def _sample(value: Tensor, canvas: _Canvas, places: _Places, weights: Tensor) -> Tensor:
+def _is_empty(value: Tensor, weights: Tensor) -> bool:
+    return not (weights.numel() and value.numel())
+
+
+def forward(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    coordinates: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
+) -> Tensor:
+    """Compute ``ms_deform_attn``, or ``fused_ms_deform_attn`` if there is a reference.
+
+    Args:
+        value: (B, S, M, D).
+        spatial_shapes: (height, width) of each of the L levels.
+        coordinates: (B, Q, M, L, P, 2) locations, or offsets if there is a reference.
+        weights: (B, Q, M, L, P), or their logits if there is a reference.
+        reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes.
+
+    Returns:
+        (B, Q, M * D), dtype of ``value``.
+    """
     batch, queries, heads_total = weights.shape[:3]
     channels = value.shape[3]
+    if _is_empty(value, weights):
+        return value.new_zeros(batch, queries, heads_total * channels)
+    canvas = _prepare(value, spatial_shapes, weights)
     dtype = canvas.sizes.dtype
+    points = _Points.of(canvas, coordinates, reference)
+    if reference is not None:
+        weights = _softmax(weights, dtype)
     output = value.new_empty(batch, queries, heads_total, channels)
     for heads in _chunks(weights):
-        matrix = _Matrix.of(canvas, places, _by_head(weights, heads, dtype), heads)
+        matrix = _Matrix.of(canvas, points, _by_head(weights, heads, dtype), heads)
         rows = torch.embedding_bag(
             canvas.paint(value[:, :, heads], dtype),
             matrix.index,
@@ -237,73 +264,38 @@ def _sample(value: Tensor, canvas: _Canvas, places: _Places, weights: Tensor) ->
     return output.flatten(2)
 
 
-def _is_empty(value: Tensor, weights: Tensor) -> bool:
-    return not (weights.numel() and value.numel())
-
-
-def forward(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """Compute ``ms_deform_attn``; arguments and result are its own, unchecked."""
-    if _is_empty(value, weights):
-        return value.new_zeros(*weights.shape[:2], value.shape[2] * value.shape[3])
-    canvas = _prepare(value, spatial_shapes, weights)
-    return _sample(value, canvas, _Places.at(canvas, locations), weights)
-
-
-def fused_forward(
-    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], reference: Tensor, offsets: Tensor, logits: Tensor
-) -> Tensor:
-    """Compute ``forward`` at offsets around reference points or boxes, with the softmax of ``logits`` as weights.
-
-    Args:
-        value: (B, S, M, D).
-        spatial_shapes: (height, width) of each of the L levels.
-        reference: (B, Q, L, 2) points (x, y) or (B, Q, L, 4) boxes (x, y of the centre, width, height), as fractions
-            of each level's width and height.
-        offsets: (B, Q, M, L, P, 2), from points in cells of the level, from a box's centre in units of its half width
-            and half height divided by P.
-        logits: (B, Q, M, L, P); their softmax over L and P is taken in float32, or in float64 if ``value`` is.
-
-    Returns:
-        (B, Q, M * D), dtype of ``value``.
-    """
-    if _is_empty(value, logits):
-        return value.new_zeros(*logits.shape[:2], value.shape[2] * value.shape[3])
-    canvas = _prepare(value, spatial_shapes, logits)
-    return _sample(value, canvas, _Places.around(canvas, reference, offsets), _softmax(logits, canvas.sizes.dtype))
-
-
 def _softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.flatten(3).softmax(-1, dtype=dtype).view(logits.shape)
 
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Of the arguments of ``_sample``; those of a constant origin or scale are zero and not computed."""
+    """Of value, points and weights; those of a constant origin or scale are zero and not computed."""
 
     value: Tensor
-    steps: Tensor
+    coordinates: Tensor
     weights: Tensor
     origin: Tensor
     scale: Tensor
 
 
-def _sample_backward(grad: Tensor, value: Tensor, canvas: _Canvas, places: _Places, weights: Tensor) -> _Gradients:
+def _sample_backward(grad: Tensor, value: Tensor, canvas: _Canvas, points: _Points, weights: Tensor) -> _Gradients:
     batch, queries = weights.shape[:2]
     channels = value.shape[3]
     dtype = canvas.sizes.dtype
     result = _Gradients(
         value.new_empty(value.shape),
-        places.steps.new_empty(places.steps.shape),
+        points.coordinates.new_empty(points.coordinates.shape),
         weights.new_empty(weights.shape),
-        torch.zeros_like(places.origin),
-        torch.zeros_like(places.scale),
+        torch.zeros_like(points.origin),
+        torch.zeros_like(points.scale),
     )
     # A point that is not finite has no gradient, whatever the factor that made it so.
-    scale = places.scale.nan_to_num(0.0, 0.0, 0.0)
+    scale = points.scale.nan_to_num(0.0, 0.0, 0.0)
     grad = grad.unflatten(2, value.shape[2:])
     for heads in _chunks(weights):
         head_weights = _by_head(weights, heads, dtype)
-        matrix = _Matrix.of(canvas, places, head_weights, heads)
+        matrix = _Matrix.of(canvas, points, head_weights, heads)
         cells = canvas.paint(value[:, :, heads], dtype)
         rows = _by_head(grad, heads, dtype).reshape(-1, channels)
         # The gradient of the canvas is A^T rows. torch would sort to transpose A; SciPy multiplies by it as it is.
@@ -326,45 +318,42 @@ def _sample_backward(grad: Tensor, value: Tensor, canvas: _Canvas, places: _Plac
         result.weights[:, :, heads] = (
             torch.lerp(above, below, matrix.below).transpose(1, 2).view_as(result.weights[:, :, heads])
         )
-        steps_grad = torch.stack((above_step.lerp_(below_step, matrix.below), below.sub_(above)))
-        steps_grad *= head_weights
-        if places.origin.ndim:
-            result.origin.add_(steps_grad.sum(2, keepdim=True))
-            if places.scale.ndim:
-                steps = places.planes(heads).nan_to_num_(0.0, 0.0, 0.0)
-                result.scale.add_((steps_grad * steps).sum(2, keepdim=True))
-        steps_grad *= scale
-        result.steps[:, :, heads] = steps_grad.permute(1, 3, 2, 4, 0).unflatten(3, weights.shape[3:])
+        planes_grad = torch.stack((above_step.lerp_(below_step, matrix.below), below.sub_(above)))
+        planes_grad *= head_weights
+        if points.origin.ndim:
+            result.origin.add_(planes_grad.sum(2, keepdim=True))
+            if points.scale.ndim:
+                planes = points.planes(heads).nan_to_num_(0.0, 0.0, 0.0)
+                result.scale.add_((planes_grad * planes).sum(2, keepdim=True))
+        planes_grad *= scale
+        result.coordinates[:, :, heads] = planes_grad.permute(1, 3, 2, 4, 0).unflatten(3, weights.shape[3:])
     return result
 
 
 def backward(
-    grad: Tensor, value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of ``forward``'s value, locations and weights from its output's ``grad``."""
-    if _is_empty(value, weights):
-        return value.new_zeros(value.shape), locations.new_zeros(locations.shape), weights.new_zeros(weights.shape)
-    canvas = _prepare(value, spatial_shapes, weights)
-    result = _sample_backward(grad, value, canvas, _Places.at(canvas, locations), weights)
-    return result.value, result.steps, result.weights
-
-
-def fused_backward(
     grad: Tensor,
     value: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],
-    reference: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
+    coordinates: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of ``fused_forward``'s value, reference, offsets and logits from its output's ``grad``."""
-    if _is_empty(value, logits):
-        inputs = value, reference, offsets, logits
+    """Compute the gradients of ``forward``'s tensors, in their order, from its output's ``grad`` (B, Q, M * D).
+
+    Without a reference its gradient has no elements.
+    """
+    no_reference = weights.new_zeros(0)
+    if _is_empty(value, weights):
+        inputs = value, coordinates, weights, no_reference if reference is None else reference
         zeros = [tensor.new_zeros(tensor.shape) for tensor in inputs]
         return zeros[0], zeros[1], zeros[2], zeros[3]
-    canvas = _prepare(value, spatial_shapes, logits)
-    weights = _softmax(logits, canvas.sizes.dtype)
-    result = _sample_backward(grad, value, canvas, _Places.around(canvas, reference, offsets), weights)
+    canvas = _prepare(value, spatial_shapes, weights)
+    points = _Points.of(canvas, coordinates, reference)
+    if reference is None:
+        result = _sample_backward(grad, value, canvas, points, weights)
+        return result.value, result.coordinates, result.weights, no_reference
+    logits, weights = weights, _softmax(weights, canvas.sizes.dtype)
+    result = _sample_backward(grad, value, canvas, points, weights)
     # Of a sum of origin or scale over the heads, sum over the points of a level, from cells to fractions.
     planes = [result.origin * canvas.sizes]
     if reference.shape[3] == 4:
@@ -374,7 +363,7 @@ def fused_backward(
     logits_grad = torch.addcmul(product, weights.flatten(3), product.sum(-1, keepdim=True), value=-1)
     return (
         result.value,
-        reference_grad.to(reference.dtype).contiguous(),
-        result.steps,
+        result.coordinates,
         logits_grad.view(logits.shape).to(logits.dtype),
+        reference_grad.to(reference.dtype).contiguous(),
     )

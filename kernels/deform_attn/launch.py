@@ -30,41 +30,6 @@ _TABLE = 4  # entries a lane, at most, of a block's table of queries times point
 FORWARD_REGISTERS_A100 = 64
 
 
-def forward(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """Compute ``ms_deform_attn``; arguments and result are its own, unchecked."""
-    return _forward(value, spatial_shapes, locations, weights, None)
-
-
-def fused_forward(
-    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], reference: Tensor, offsets: Tensor, logits: Tensor
-) -> Tensor:
-    """Compute ``fused_ms_deform_attn``; arguments and result are its own, unchecked."""
-    return _forward(value, spatial_shapes, offsets, logits, reference)
-
-
-def backward(
-    grad: Tensor, value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of ``forward``'s value, locations and weights from its output's ``grad``."""
-    value_grad, locations_grad, weights_grad, _ = _backward(grad, value, spatial_shapes, locations, weights, None)
-    return value_grad, locations_grad, weights_grad
-
-
-def fused_backward(
-    grad: Tensor,
-    value: Tensor,
-    spatial_shapes: Sequence[tuple[int, int]],
-    reference: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of ``fused_forward``'s value, reference, offsets and logits from its output's ``grad``."""
-    value_grad, offsets_grad, logits_grad, reference_grad = _backward(
-        grad, value, spatial_shapes, offsets, logits, reference
-    )
-    return value_grad, reference_grad, offsets_grad, logits_grad
-
-
 @dataclass(frozen=True)
 class Device:
     """What a launch depends on: a warp's lanes, for NVIDIA the compute capability, whether Triton interprets."""
@@ -119,9 +84,9 @@ def _launch_arguments(
             f"{_GRID} images and heads, {_CELLS} cells and {_FLOAT32_INTEGERS} to a side; pass fewer at once"
         )
     padded = triton.next_power_of_2(channels)
-    places = triton.next_power_of_2(points)
+    padded_points = triton.next_power_of_2(points)
     elements = BACKWARD_ELEMENTS if backward else FORWARD_ELEMENTS
-    block = max(1, min(elements * device.lanes // padded, _TABLE * device.lanes // places))
+    block = max(1, min(elements * device.lanes // padded, _TABLE * device.lanes // padded_points))
     arguments = {
         "sizes": tuple(float(size) for shape in spatial_shapes for size in shape),
         "Q": queries,
@@ -138,7 +103,7 @@ def _launch_arguments(
         "R": axes,
         "BLOCK": block,
         # What a table of fewer entries than lanes holds, Triton computes anew in every lane that reads it.
-        "POINTS": max(places, device.lanes // block),
+        "POINTS": max(padded_points, device.lanes // block),
         "ALL": triton.next_power_of_2(levels * points),
         "CHANNELS": padded,
         "THIN": any(min(shape) == 1 for shape in spatial_shapes),
@@ -147,7 +112,7 @@ def _launch_arguments(
     }
     if backward:
         arguments["corners"] = 4
-    elif device.capability == (8, 0) and block * places <= device.lanes:
+    elif device.capability == (8, 0) and block * padded_points <= device.lanes:
         arguments["maxnreg"] = FORWARD_REGISTERS_A100
     if device.interprets:  # before triton 3.7, under NumPy 2.4, it counts up to constants only
         arguments |= {name: tl.constexpr(arguments[name]) for name in ("levels", "corners") if name in arguments}
@@ -162,67 +127,70 @@ def _within_32_bits(reference: Tensor | None) -> Tensor | None:
     return reference if furthest < _WIDE else reference.contiguous()
 
 
-def _forward(
-    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], where: Tensor, weights: Tensor, reference: Tensor | None
+def forward(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    coordinates: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
 ) -> Tensor:
+    """Compute ``ms_deform_attn``, or ``fused_ms_deform_attn`` if there is a reference.
+
+    Arguments and result are those of ``cpu.forward``, on a GPU.
+    """
     batch, queries, heads = weights.shape[:3]
     channels = value.shape[3]
     if not weights.numel() or not value.numel():
         return value.new_zeros(batch, queries, heads * channels)
     output = value.new_empty(batch, queries, heads * channels)
-    where, reference = where.contiguous(), _within_32_bits(reference)
+    coordinates, reference = coordinates.contiguous(), _within_32_bits(reference)
     arguments = launch_arguments(value, spatial_shapes, weights, reference, Device.of(value.device), backward=False)
     with torch.cuda.device_of(value):
         forward_kernel[_grid(weights, arguments["BLOCK"])](
             output,
             value.contiguous(),
-            where,
+            coordinates,
             weights.contiguous(),
-            where if reference is None else reference,
+            coordinates if reference is None else reference,
             **arguments,
         )
     return output
 
 
-def _backward(
+def backward(
     grad: Tensor,
     value: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],
-    where: Tensor,
+    coordinates: Tensor,
     weights: Tensor,
     reference: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    reference = _within_32_bits(reference)
-    known = where if reference is None else reference
+    """Compute the gradients of ``forward``'s tensors, in their order, from its output's ``grad`` (B, Q, M * D).
+
+    Without a reference its gradient has no elements.
+    """
+    inputs = value, coordinates, weights, weights.new_empty(0) if reference is None else reference
     if not weights.numel() or not value.numel():
-        zeros = [tensor.new_zeros(tensor.shape) for tensor in (value, where, weights, known)]
+        zeros = [tensor.new_zeros(tensor.shape) for tensor in inputs]
         return zeros[0], zeros[1], zeros[2], zeros[3]
     _check_deterministic()
-    dtype, device = torch.float32, value.device
-    value_grad = torch.zeros(value.shape, dtype=dtype, device=device)
-    where_grad = torch.empty(where.shape, dtype=dtype, device=device)
-    weights_grad = torch.empty(weights.shape, dtype=dtype, device=device)
-    reference_grad = torch.zeros(known.shape if reference is not None else (0,), dtype=dtype, device=device)
+    reference = _within_32_bits(reference)
+    value_grad, reference_grad = (x.new_zeros(x.shape, dtype=torch.float32) for x in (value, inputs[3]))
+    coordinate_grad, weight_grad = (x.new_empty(x.shape, dtype=torch.float32) for x in (coordinates, weights))
+    grads = value_grad, coordinate_grad, weight_grad, reference_grad
     arguments = launch_arguments(value, spatial_shapes, weights, reference, Device.of(value.device), backward=True)
     with torch.cuda.device_of(value):
         backward_kernel[_grid(weights, arguments["BLOCK"])](
-            value_grad,
-            where_grad,
-            weights_grad,
-            reference_grad,
+            *grads,
             grad.contiguous(),
             value.contiguous(),
-            where.contiguous(),
+            coordinates.contiguous(),
             weights.contiguous(),
-            known,
+            coordinates if reference is None else reference,
             **arguments,
         )
-    return (
-        value_grad.to(value.dtype),
-        where_grad.to(where.dtype),
-        weights_grad.to(weights.dtype),
-        reference_grad.to(known.dtype),
-    )
+    cast = [result.to(tensor.dtype) for result, tensor in zip(grads, inputs, strict=True)]
+    return cast[0], cast[1], cast[2], cast[3]
 
 
 def _grid(weights: Tensor, block: int) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""The public functions: input checks, choice of backend, and the registration with torch.library."""
+"""The public functions, their input checks and choice of backend, and the operator that both are in torch.library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deform_attn import cpu
-from deform_attn.reference import fused_ms_deform_attn_reference, ms_deform_attn_reference
+from deform_attn.reference import ms_deform_attn_reference
 
 Backend = Literal["auto", "triton", "cpu", "reference"]
 
@@ -54,13 +54,7 @@ def ms_deform_attn(
     """
     tensors = {"value": value, "sampling_locations": sampling_locations, "attention_weights": attention_weights}
     _check(tensors, spatial_shapes, "sampling_locations", "attention_weights")
-    chosen = _choose(backend, value)
-    if chosen == "reference":
-        return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
-    if _inlines(chosen, tensors):
-        return cpu.forward(value, spatial_shapes, sampling_locations, attention_weights)
-    output: Tensor = _ms_deform_attn(value, _flat(spatial_shapes), sampling_locations, attention_weights, backend)
-    return output
+    return _dispatch(value, spatial_shapes, sampling_locations, attention_weights, None, backend)
 
 
 def fused_ms_deform_attn(
@@ -72,7 +66,7 @@ def fused_ms_deform_attn(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Do as ``ms_deform_attn``, with what a network's linear maps give: offsets and logits.
+    """Compute ``ms_deform_attn`` from what a network's linear maps give: offsets and logits.
 
     Locations are reference + offset / (width, height) of the level around points, and reference + offset * (width,
     height) of the box * 0.5 / P around boxes (Deformable DETR, section 4.1 and appendix A.4); weights are the softmax
@@ -103,27 +97,19 @@ def fused_ms_deform_attn(
         "attention_logits": attention_logits,
     }
     _check(tensors, spatial_shapes, "sampling_offsets", "attention_logits")
-    places = (*sampling_offsets.shape[:2], len(spatial_shapes))
-    if reference_points.shape not in ((*places, 2), (*places, 4)):
+    expected = (*sampling_offsets.shape[:2], len(spatial_shapes))
+    if reference_points.shape not in ((*expected, 2), (*expected, 4)):
         raise ValueError(
-            f"reference_points has shape {tuple(reference_points.shape)}; expected {(*places, 2)} for points or "
-            f"{(*places, 4)} for boxes, with B and Q as in sampling_offsets"
+            f"reference_points has shape {tuple(reference_points.shape)}; expected {(*expected, 2)} for points or "
+            f"{(*expected, 4)} for boxes, with B and Q as in sampling_offsets"
         )
-    chosen = _choose(backend, value)
-    if chosen == "reference":
-        return fused_ms_deform_attn_reference(
-            value, spatial_shapes, reference_points, sampling_offsets, attention_logits
-        )
-    if _inlines(chosen, tensors):
-        return cpu.fused_forward(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
-    output: Tensor = _fused(value, _flat(spatial_shapes), reference_points, sampling_offsets, attention_logits, backend)
-    return output
+    return _dispatch(value, spatial_shapes, sampling_offsets, attention_logits, reference_points, backend)
 
 
 def _check(
-    tensors: dict[str, Tensor], spatial_shapes: Sequence[tuple[int, int]], where_name: str, weights_name: str
+    tensors: dict[str, Tensor], spatial_shapes: Sequence[tuple[int, int]], coordinates_name: str, weights_name: str
 ) -> None:
-    value, where, weights = (tensors[name] for name in ("value", where_name, weights_name))
+    value, coordinates, weights = (tensors[name] for name in ("value", coordinates_name, weights_name))
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise TypeError(f"{name} is {tensor.dtype}; expected a floating-point dtype")
@@ -143,16 +129,16 @@ def _check(
         raise ValueError(
             f"value has S = {length} positions, but the maps of spatial_shapes {spatial_shapes} have {total}"
         )
-    places = where.shape
-    if len(places) != 6 or (places[0], *places[2:4], places[5]) != (batch, heads, len(spatial_shapes), 2):
+    shape = coordinates.shape
+    if len(shape) != 6 or (shape[0], *shape[2:4], shape[5]) != (batch, heads, len(spatial_shapes), 2):
         raise ValueError(
-            f"{where_name} has shape {tuple(places)}; expected (B, Q, M, L, P, 2) "
+            f"{coordinates_name} has shape {tuple(shape)}; expected (B, Q, M, L, P, 2) "
             f"with B = {batch}, M = {heads} as in value and L = {len(spatial_shapes)} as in spatial_shapes"
         )
-    if weights.shape != places[:-1]:
+    if weights.shape != shape[:-1]:
         raise ValueError(
             f"{weights_name} has shape {tuple(weights.shape)}; "
-            f"expected {tuple(places[:-1])}, as {where_name} without its last axis"
+            f"expected {tuple(shape[:-1])}, as {coordinates_name} without its last axis"
         )
 
 
@@ -191,53 +177,62 @@ def _interprets() -> bool:
     return interpret
 
 
-def _inlines(backend: str, tensors: dict[str, Tensor]) -> bool:
+def _dispatch(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    coordinates: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
+    backend: Backend,
+) -> Tensor:
+    """Call the backend, or the operator that calls it.
+
+    Here and in every backend, ``coordinates`` and ``weights`` are sampling locations and attention weights without a
+    ``reference``, offsets and logits with one.
+    """
+    chosen = _choose(backend, value)
+    if chosen == "reference":
+        return ms_deform_attn_reference(value, spatial_shapes, coordinates, weights, reference)
+    if chosen == "cpu" and _inlines(value, coordinates, weights, reference):
+        return cpu.forward(value, spatial_shapes, coordinates, weights, reference)
+    sizes = [size for shape in spatial_shapes for size in shape]
+    output: Tensor = _operator(value, sizes, coordinates, weights, reference, backend)
+    return output
+
+
+def _inlines(*tensors: Tensor | None) -> bool:
     """Whether torch.compile should see into the CPU path, to make few loops of its many small steps.
 
     Not where gradients are wanted, since those of ``embedding_bag`` are slower than the operator's own; and not in an
     exported program, which should run anywhere.
     """
-    if backend != "cpu" or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()))
+    return not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
 
 
 # The sizes of the levels cross torch.library as one flat list (H_1, W_1, H_2, ...), for it knows no list of pairs.
 # The backend is an argument, so that a kernel for GPUs can be asked for on the CPU, where Triton interprets it.
 @torch.library.custom_op("deform_attn::ms_deform_attn", mutates_args=())
-def _ms_deform_attn(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor, backend: str) -> Tensor:
-    output: Tensor = _implementation(backend, value).forward(value, _pairs(sizes), locations, weights)
+def _operator(
+    value: Tensor, sizes: list[int], coordinates: Tensor, weights: Tensor, reference: Tensor | None, backend: str
+) -> Tensor:
+    output: Tensor = _implementation(backend, value).forward(value, _pairs(sizes), coordinates, weights, reference)
     return output
 
 
 @torch.library.custom_op("deform_attn::ms_deform_attn_backward", mutates_args=())
-def _ms_deform_attn_backward(
-    grad: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor, Tensor] = _implementation(backend, value).backward(
-        grad, value, _pairs(sizes), locations, weights
-    )
-    return grads
-
-
-@torch.library.custom_op("deform_attn::fused", mutates_args=())
-def _fused(value: Tensor, sizes: list[int], reference: Tensor, offsets: Tensor, logits: Tensor, backend: str) -> Tensor:
-    output: Tensor = _implementation(backend, value).fused_forward(value, _pairs(sizes), reference, offsets, logits)
-    return output
-
-
-@torch.library.custom_op("deform_attn::fused_backward", mutates_args=())
-def _fused_backward(
+def _operator_backward(
     grad: Tensor,
     value: Tensor,
     sizes: list[int],
-    reference: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
+    coordinates: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor, Tensor, Tensor] = _implementation(backend, value).fused_backward(
-        grad, value, _pairs(sizes), reference, offsets, logits
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] = _implementation(backend, value).backward(
+        grad, value, _pairs(sizes), coordinates, weights, reference
     )
     return grads
 
@@ -257,64 +252,40 @@ def _implementation(backend: str, value: Tensor) -> Any:
     return launch
 
 
-def _flat(shapes: Sequence[tuple[int, int]]) -> list[int]:
-    return [size for shape in shapes for size in shape]
-
-
 def _pairs(sizes: list[int]) -> list[tuple[int, int]]:
     return list(zip(sizes[0::2], sizes[1::2], strict=True))
 
 
-@_ms_deform_attn.register_fake
-def _(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor, backend: str) -> Tensor:
+@_operator.register_fake
+def _(
+    value: Tensor, sizes: list[int], coordinates: Tensor, weights: Tensor, reference: Tensor | None, backend: str
+) -> Tensor:
     return value.new_empty(weights.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
 
 
-@_fused.register_fake
-def _(value: Tensor, sizes: list[int], reference: Tensor, offsets: Tensor, logits: Tensor, backend: str) -> Tensor:
-    return value.new_empty(logits.shape[0], logits.shape[1], value.shape[2] * value.shape[3])
-
-
-@_ms_deform_attn_backward.register_fake
-def _(
-    grad: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor, backend: str
-) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (value, locations, weights))
-
-
-@_fused_backward.register_fake
+@_operator_backward.register_fake
 def _(
     grad: Tensor,
     value: Tensor,
     sizes: list[int],
-    reference: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
+    coordinates: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (value, reference, offsets, logits))
+    reference = weights.new_empty(0) if reference is None else reference
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (value, coordinates, weights, reference))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    value, ctx.sizes, locations, weights, ctx.backend = inputs
-    ctx.save_for_backward(value, locations, weights)
+    value, ctx.sizes, coordinates, weights, reference, ctx.backend = inputs
+    ctx.save_for_backward(value, coordinates, weights, reference)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    value, locations, weights = ctx.saved_tensors
-    grads = _ms_deform_attn_backward(grad, value, ctx.sizes, locations, weights, ctx.backend)
-    return grads[0], None, *grads[1:], None
-
-
-def _setup_fused_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    value, ctx.sizes, reference, offsets, logits, ctx.backend = inputs
-    ctx.save_for_backward(value, reference, offsets, logits)
-
-
-def _backward_of_fused(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    value, reference, offsets, logits = ctx.saved_tensors
-    grads = _fused_backward(grad, value, ctx.sizes, reference, offsets, logits, ctx.backend)
-    return grads[0], None, *grads[1:], None
+    value, coordinates, weights, reference = ctx.saved_tensors
+    grads = _operator_backward(grad, value, ctx.sizes, coordinates, weights, reference, ctx.backend)
+    return grads[0], None, grads[1], grads[2], None if reference is None else grads[3], None
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
@@ -324,7 +295,5 @@ def _refuse(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-_ms_deform_attn.register_autograd(_backward, setup_context=_setup_context)
-_fused.register_autograd(_backward_of_fused, setup_context=_setup_fused_context)
-_ms_deform_attn_backward.register_autograd(_refuse)
-_fused_backward.register_autograd(_refuse)
+_operator.register_autograd(_backward, setup_context=_setup_context)
+_operator_backward.register_autograd(_refuse)

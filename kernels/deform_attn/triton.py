@@ -25,15 +25,15 @@ def _size(sizes, level, L: tl.constexpr):
 
 
 @triton.jit
-def _places(where_ptr, reference_ptr, stride_r, point, mask, height, width, R: tl.constexpr, P: tl.constexpr):
+def _positions(coordinate_ptr, reference_ptr, stride_r, point, mask, height, width, R: tl.constexpr, P: tl.constexpr):
     """Say where points are: at centre * size + shift, in cells of their level, for both axes.
 
-    Returns the centres, the shifts, how far points move with their coordinates in ``where``, and those coordinates.
+    Returns the centres, the shifts, how far points move with their coordinates, and these coordinates.
     """
-    where_x = tl.load(where_ptr + 2 * point, mask=mask, other=0.0).to(tl.float32)
-    where_y = tl.load(where_ptr + (2 * point + 1), mask=mask, other=0.0).to(tl.float32)
+    given_x = tl.load(coordinate_ptr + 2 * point, mask=mask, other=0.0).to(tl.float32)
+    given_y = tl.load(coordinate_ptr + (2 * point + 1), mask=mask, other=0.0).to(tl.float32)
     if R == 0:  # sampling locations
-        return where_x, where_y, 0.0, 0.0, width, height, where_x, where_y
+        return given_x, given_y, 0.0, 0.0, width, height, given_x, given_y
     else:
         centre_x = tl.load(reference_ptr).to(tl.float32)
         centre_y = tl.load(reference_ptr + stride_r).to(tl.float32)
@@ -42,7 +42,7 @@ def _places(where_ptr, reference_ptr, stride_r, point, mask, height, width, R: t
         if R == 4:  # offsets count half boxes, divided by the number of points
             scale_x = tl.load(reference_ptr + 2 * stride_r).to(tl.float32) * width * (0.5 / P)
             scale_y = tl.load(reference_ptr + 3 * stride_r).to(tl.float32) * height * (0.5 / P)
-        return centre_x, centre_y, where_x * scale_x, where_y * scale_y, scale_x, scale_y, where_x, where_y
+        return centre_x, centre_y, given_x * scale_x, given_y * scale_y, scale_x, scale_y, given_x, given_y
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def _softmax(logit_ptr, block, here, LP: tl.constexpr, ALL: tl.constexpr, STRIDE
 def forward_kernel(
     output_ptr,  # (B, Q, M, D)
     value_ptr,  # (B, S, M, D)
-    where_ptr,  # (B, Q, M, L, P, 2) locations, or offsets if fused
+    coordinate_ptr,  # (B, Q, M, L, P, 2) locations, or offsets if fused
     weight_ptr,  # (B, Q, M, L, P) weights, or logits if fused
     reference_ptr,  # (B, Q, L, R) if fused
     sizes,  # height and width of every level, as floats: integers would be compiled in, where they are multiples of 16
@@ -153,7 +153,7 @@ def forward_kernel(
     d = tl.arange(0, CHANNELS)[None, :]
     known = here & (k < P)
     row_ptr = value_ptr + (image * S * M + head) * D + d
-    where_ptr += first * (L * P * 2)
+    coordinate_ptr += first * (L * P * 2)
     weight_ptr += first * (L * P)
     if R > 0:
         reference_ptr += image * stride_b + start * stride_q.to(tl.int64)
@@ -165,16 +165,8 @@ def forward_kernel(
     for level in range(levels):
         height, width = _size(sizes, level, L)
         point = block * (M * L * P) + k + level * P
-        centre_x, centre_y, shift_x, shift_y, _, _, _, _ = _places(
-            where_ptr,
-            reference_ptr + level * stride_l,
-            stride_r,
-            point,
-            known,
-            height,
-            width,
-            R,
-            P,
+        centre_x, centre_y, shift_x, shift_y, _, _, _, _ = _positions(
+            coordinate_ptr, reference_ptr + level * stride_l, stride_r, point, known, height, width, R, P
         )
         column, x = _split(centre_x, shift_x, width)
         row, y = _split(centre_y, shift_y, height)
@@ -229,12 +221,12 @@ def _scatter_corner(
 @triton.jit(do_not_specialize=["Q", "S", "levels", "corners", "stride_b", "stride_q", "stride_l", "stride_r"])
 def backward_kernel(
     value_grad_ptr,  # (B, S, M, D) float32, zeros
-    where_grad_ptr,  # as where, float32
+    coordinate_grad_ptr,  # as coordinate, float32
     weight_grad_ptr,  # as weight, float32
     reference_grad_ptr,  # (B, Q, L, R) float32, zeros, if fused
     grad_ptr,  # (B, Q, M, D)
     value_ptr,
-    where_ptr,
+    coordinate_ptr,
     weight_ptr,
     reference_ptr,
     sizes,
@@ -271,8 +263,8 @@ def backward_kernel(
     known = here & (k < P)
     row_ptr = value_ptr + (image * S * M + head) * D + d
     row_grad_ptr = value_grad_ptr + (image * S * M + head) * D + d
-    where_ptr += first * (L * P * 2)
-    where_grad_ptr += first * (L * P * 2)
+    coordinate_ptr += first * (L * P * 2)
+    coordinate_grad_ptr += first * (L * P * 2)
     weight_ptr += first * (L * P)
     weight_grad_ptr += first * (L * P)
     channel = block * (M * D) + d
@@ -288,16 +280,8 @@ def backward_kernel(
     for level in range(levels):
         height, width = _size(sizes, level, L)
         point = block * (M * L * P) + k + level * P
-        centre_x, centre_y, shift_x, shift_y, scale_x, scale_y, where_x, where_y = _places(
-            where_ptr,
-            reference_ptr + level * stride_l,
-            stride_r,
-            point,
-            known,
-            height,
-            width,
-            R,
-            P,
+        centre_x, centre_y, shift_x, shift_y, scale_x, scale_y, given_x, given_y = _positions(
+            coordinate_ptr, reference_ptr + level * stride_l, stride_r, point, known, height, width, R, P
         )
         column, x = _split(centre_x, shift_x, width)
         row, y = _split(centre_y, shift_y, height)
@@ -339,14 +323,14 @@ def backward_kernel(
             tl.atomic_add(pointer, tl.sum(x_grad, axis=1)[:, None] * width, mask=here, sem="relaxed")
             tl.atomic_add(pointer + 1, tl.sum(y_grad, axis=1)[:, None] * height, mask=here, sem="relaxed")
             if R == 4:
-                size_grad = tl.sum(tl.where(x_grad != 0, x_grad * where_x, 0.0), axis=1)[:, None] * (width * (0.5 / P))
+                size_grad = tl.sum(tl.where(x_grad != 0, x_grad * given_x, 0.0), axis=1)[:, None] * (width * (0.5 / P))
                 tl.atomic_add(pointer + 2, size_grad, mask=here, sem="relaxed")
-                size_grad = tl.sum(tl.where(y_grad != 0, y_grad * where_y, 0.0), axis=1)[:, None] * (height * (0.5 / P))
+                size_grad = tl.sum(tl.where(y_grad != 0, y_grad * given_y, 0.0), axis=1)[:, None] * (height * (0.5 / P))
                 tl.atomic_add(pointer + 3, size_grad, mask=here, sem="relaxed")
         tl.store(weight_grad_ptr + point, weight_grad, mask=known)
         # A point that lies nowhere has no gradient, be the factor that put it there infinite.
-        tl.store(where_grad_ptr + 2 * point, tl.where(x_grad != 0, x_grad * scale_x, 0.0), mask=known)
-        tl.store(where_grad_ptr + (2 * point + 1), tl.where(y_grad != 0, y_grad * scale_y, 0.0), mask=known)
+        tl.store(coordinate_grad_ptr + 2 * point, tl.where(x_grad != 0, x_grad * scale_x, 0.0), mask=known)
+        tl.store(coordinate_grad_ptr + (2 * point + 1), tl.where(y_grad != 0, y_grad * scale_y, 0.0), mask=known)
         cells += across * height.to(tl.int32)
 
     if R > 0:  # from gradients of weights to gradients of logits

@@ -1,4 +1,4 @@
-"""Random inputs of both operators, and what a backend makes of them."""
+"""Random inputs of both functions, and what a backend makes of them."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Case:
     tensors: dict[str, Tensor]
 
     def run(self, backend: Backend) -> Tensor:
-        operator = fused_ms_deform_attn if len(self.tensors) == 4 else ms_deform_attn
+        function = fused_ms_deform_attn if len(self.tensors) == 4 else ms_deform_attn
         value, *others = self.tensors.values()
-        return operator(value, self.shapes, *others, backend=backend)
+        return function(value, self.shapes, *others, backend=backend)
 
     def results(self, backend: Backend) -> dict[str, Tensor]:
         """The output and all gradients, for one fixed random gradient of the output."""
@@ -85,10 +85,10 @@ def make_case(
         return torch.rand(size, generator=rng, dtype=torch.float64)
 
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    places = (batch, queries, heads, len(shapes), points)
+    shape = (batch, queries, heads, len(shapes), points)
     value = (random(batch, sum(height * width for height, width in shapes), heads, channels) * 4 - 2).to(dtype)
     if variant == "plain":
-        locations, weights = random(*places, 2) * 1.3 - 0.15, random(*places) * 2 - 1
+        locations, weights = random(*shape, 2) * 1.3 - 0.15, random(*shape) * 2 - 1
         return Case(
             shapes,
             {"value": value, "sampling_locations": locations.to(exact), "attention_weights": weights.to(exact)},
@@ -96,7 +96,7 @@ def make_case(
     reference = random(batch, queries, len(shapes), 2)
     if variant == "boxes":
         reference = torch.cat((reference, random(batch, queries, len(shapes), 2) / 2 + 0.1), dim=-1)
-    offsets, logits = random(*places, 2) * 6 - 3, random(*places) * 4 - 2
+    offsets, logits = random(*shape, 2) * 6 - 3, random(*shape) * 4 - 2
     return Case(
         shapes,
         {

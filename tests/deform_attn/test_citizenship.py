@@ -1,4 +1,4 @@
-"""That the operators behave as PyTorch's own: compiling, exporting, autocast, determinism, errors."""
+"""That the operator behaves as PyTorch's own: compiling, exporting, autocast, determinism, errors."""
 
 import math
 import subprocess
@@ -51,15 +51,14 @@ def test_opcheck(variant: str, backend: str, dtype: torch.dtype) -> None:
     case = make_case(variant, batch=1, queries=2, heads=1, shapes=((3, 2), (1, 1)), dtype=dtype)
     case = case.to(DEVICE if backend == "triton" else "cpu")
     sizes = [size for shape in case.shapes for size in shape]
-    value, *others = (tensor.detach() for tensor in case.tensors.values())
+    value, *references, coordinates, weights = (tensor.detach() for tensor in case.tensors.values())
     output = case.run(backend)
     ops = torch.ops.deform_attn
-    forward, backward = (
-        (ops.ms_deform_attn, ops.ms_deform_attn_backward) if variant == "plain" else (ops.fused, ops.fused_backward)
-    )
-    leaves = [tensor.clone().requires_grad_() for tensor in (value, *others)]
-    torch.library.opcheck(forward, (leaves[0], sizes, *leaves[1:], backend))
-    torch.library.opcheck(backward, (output, value, sizes, *others, backend))
+    tensors = (value, coordinates, weights, *references)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors] + [None] * (4 - len(tensors))
+    torch.library.opcheck(ops.ms_deform_attn, (leaves[0], sizes, *leaves[1:], backend))
+    reference = references[0] if references else None
+    torch.library.opcheck(ops.ms_deform_attn_backward, (output, value, sizes, coordinates, weights, reference, backend))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -176,7 +175,7 @@ def test_fused_kernel_allocates_its_output_alone(monkeypatch: pytest.MonkeyPatch
     expanded = reference[:, :, :1].expand_as(reference)
     monkeypatch.setattr(launch, "forward_kernel", Kernel())
     with Watch():
-        output = launch.fused_forward(value, case.shapes, expanded, offsets, logits)
+        output = launch.forward(value, case.shapes, offsets, logits, expanded)
     assert len(launched) == 1
     addresses = {tensor.untyped_storage().data_ptr() for tensor in made}
     given = {tensor.untyped_storage().data_ptr() for tensor in case.tensors.values()}

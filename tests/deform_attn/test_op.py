@@ -1,4 +1,4 @@
-"""What both operators compute, on every backend. Without a GPU, Triton's interpreter runs the kernels (conftest.py)."""
+"""What both functions compute, on every backend. Without a GPU, Triton's interpreter runs the kernels (conftest.py)."""
 
 import math
 

@@ -1,16 +1,10 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 from tests.conftest import TINY
 
-from instanceformer import InstanceFormer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
 from count_compiled import PARTS, count_graphs
+from instanceformer import InstanceFormer
 
 
 @pytest.mark.slow

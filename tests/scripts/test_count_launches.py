@@ -1,17 +1,16 @@
 from __future__ import annotations
 
+import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from tests.conftest import TINY
 
+import count_launches
+from count_launches import count_frame, count_training_step, report
+from fake_gpu import launches
 from instanceformer import InstanceFormer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-from count_launches import count_frame, count_training_step, launches, report
 from measure_training_step import make_clips
 
 OPTIONS = {**TINY, "backbone": "resnet18", "backbone_norm": "frozen"}
@@ -42,3 +41,17 @@ def test_lists_of_tensors_are_cut_up() -> None:
     assert launches([10] * 110, 1) == 2
     assert launches([10] * 100, 1) == 1
     assert launches([400 * 65536], 1) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_both_are_counted_where_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(count_launches, "InstanceFormer", lambda: InstanceFormer(40, **OPTIONS))
+    monkeypatch.setattr(sys, "argv", ["count_launches.py", "--frames", "2"])
+    count_launches.main()
+    assert re.findall(r"training step|streamed frame", capsys.readouterr().out) == ["training step", "streamed frame"]
+    monkeypatch.setattr(sys, "argv", ["count_launches.py", "trian"])
+    with pytest.raises(SystemExit):
+        count_launches.main()
+    assert "found trian, expected train or stream" in capsys.readouterr().err

@@ -28,4 +28,4 @@ def test_wrong_options_end_with_one_message(
 ) -> None:
     with pytest.raises(SystemExit):
         run(monkeypatch, "--ranks", "0")
-    assert "--ranks: expected 1 or more, found 0" in capsys.readouterr().err
+    assert "--ranks: found 0, expected 1 or more" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def test_wrong_options_end_with_one_message(
 ) -> None:
     with pytest.raises(SystemExit):
         run(monkeypatch, "--workers", "0")
-    assert "--workers: expected 1 or more, found 0" in capsys.readouterr().err
+    assert "--workers: found 0, expected 1 or more" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(monkeypatch, "--size", "8", "80")
     assert "height is 8; expected at least 32" in capsys.readouterr().err
