@@ -13,8 +13,8 @@ import pytest
 import torch
 from tests.processes import _save_half
 
+from instanceformer.training.callbacks import MetricsFile
 from instanceformer.training.checkpointing import CheckpointFiles, LastCheckpoint
-from instanceformer.training.metrics_file import MetricsFile
 
 MEMORY = Path("/dev/shm")
 

@@ -68,7 +68,9 @@ def test_a_training_says_which_ages_of_the_memory_its_clips_lack(
     tiny, monkeypatch, capsys, stage, clip_frames, options, ages
 ) -> None:
     network = tiny(**{"memory_frames": 4, **options})
-    data = SimpleNamespace(raw_videos=[], num_classes=network.num_classes, clip_frames=clip_frames)
+    data = SimpleNamespace(
+        categories=(), clip_frames=clip_frames, ground_truth=lambda _: None, annotations_path=lambda _: "valid.json"
+    )
     monkeypatch.setattr(InstanceFormerModule, "data", data)
     module = InstanceFormerModule(network)
     module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)  # which has a progress bar

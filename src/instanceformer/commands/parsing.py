@@ -107,6 +107,7 @@ UNION = r"Subtypes: [\[(](.+)[\])]\n\s*Errors:\n(.*)\n\s*Given value type: .*?\n
 
 def _explained(message: str) -> str:
     """What is wrong with a value, without the list of all that was tried with it."""
+    message = re.sub(r"^Call to compute_fn of link .*? failed: ", "", message, flags=re.DOTALL)
     if tried := re.findall(CLASS, message, re.DOTALL):
         path, reason = tried[-1]
         if found := re.search(r"[Oo]ption '([\w.]+)'", reason):

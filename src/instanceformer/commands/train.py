@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from instanceformer import checkpoints
 from instanceformer.commands.parsing import Parser, begun
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.files import locking, remove_leftovers, replacing
-from instanceformer.training.callbacks import ResultsWriter
+from instanceformer.training.callbacks import MetricsFile, ResultsWriter
 from instanceformer.training.checkpointing import LAST, CheckpointFiles, LastCheckpoint
-from instanceformer.training.metrics_file import MetricsFile
 from instanceformer.training.module import InstanceFormerModule
 
 CONFIG = "config.yaml"
+CLASSES = "model.network.num_classes"
 FREE = {"ckpt_path", "overwrite", "weights_only", "trainer.default_root_dir", "results.path", "model.compile"}
 """Options that do not make a training another one."""
 
@@ -96,11 +97,24 @@ class InstanceFormerCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what every run has: the newest checkpoint, the writer of result files."""
+        """Add what every run has: the newest checkpoint, the writer of result files, as many classes as the data."""
         parser.add_lightning_class_args(ResultsWriter, "results")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         help_text = "fit: start again, and replace the training that the folder holds"
         parser.add_argument("--overwrite", action="store_true", help=help_text)
+        flag = parser._option_string_actions[f"--{CLASSES}"]
+        parser.link_arguments("data.count_classes", CLASSES, self._count_classes, apply_on="instantiate")
+        parser._option_string_actions[f"--{CLASSES}"] = flag  # may be given even so, and the module checks it
+
+    def _count_classes(self, of_data: Callable[[str], int | None]) -> int:
+        """As many as are given, as the annotations have or, for videos without any, as the checkpoint has."""
+        count: int | None = self.config[self.subcommand].model.network.get("num_classes")
+        if count is None:
+            count = of_data(str(self.subcommand))
+        if count is None:
+            assert self.start is not None  # there is one, wherever there are videos without annotations
+            count = int(checkpoints.read(self.start).options["num_classes"])
+        return count
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: LightningCLI would look for hyperparameters in the checkpoint, and ours has none."""
@@ -130,7 +144,11 @@ class InstanceFormerCLI(LightningCLI):
         """Hand the checkpoint to the trainer; the configuration stays as given, and so fits a folder that is moved."""
         for logger in self._unplaced(self.config[self.subcommand]):
             logger.init_args.save_dir = "."
-        self.config_init[self.subcommand].ckpt_path = None if self.start is None else str(self.start)
+        if self.subcommand == "fit":
+            self.config_init[self.subcommand].ckpt_path = None if self.start is None else str(self.start)
+        else:  # in this way the trainer says it in `setup`
+            self.config_init[self.subcommand].ckpt_path = None
+            self.trainer.ckpt_path = self.start
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the project's way to write checkpoints, and a table of what is logged; keep everything in the folder."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -21,6 +20,7 @@ from instanceformer.data.annotations import Category
 from instanceformer.data.batch import ClipBatch, VideoChunk, to_device
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.data.sampling import derive_seed
+from instanceformer.evaluation.ground_truth import read_ground_truth
 from instanceformer.evaluation.postprocess import InferenceOptions, VideoInference
 from instanceformer.evaluation.results import Track
 from instanceformer.evaluation.video_ap import VideoAveragePrecision
@@ -70,6 +70,14 @@ class InstanceFormerModule(LightningModule):
             What it has nothing for is new; a line says what. Without names of its categories all classes are new.
         compile: put backbone, encoder and decoder through ``torch.compile``, which takes minutes in the beginning, and
             again for frames of other sizes, and makes steps of few kernels.
+
+    Attributes:
+        inference: protocol in use.
+        given_inference: ``inference`` as it was given.
+        categories: of the classes, in their order, from the data or else the checkpoint; empty where neither says them,
+            and then results have the ids 1 to K.
+        metric: of validation and test, from the data's annotations if there are any; or assigned by the caller.
+        other_metric: of ``test``, of the protocol's other score.
     """
 
     def __init__(
@@ -86,27 +94,41 @@ class InstanceFormerModule(LightningModule):
         super().__init__()
         self.network = network
         self.losses, self.costs, self.optimizer_options = losses, costs, optimizer
-        self.inference, self._gave_inference = inference or InferenceOptions(), inference is not None
+        self.inference, self.given_inference = inference or InferenceOptions(), inference
         self.backbone_weights, self.init_from = backbone_weights, init_from
         if compile:
             network.compile_parts()
+        self.categories: tuple[Category, ...] = ()
         self.metric: VideoAveragePrecision | None = None
         self.other_metric: VideoAveragePrecision | None = None
         self._videos: dict[int, VideoInference] = {}
+        self._seed = 0  # of a training whose data module has none
 
     # Set-up ----------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check that network and data agree, before anything runs; a training says what it will not train."""
-        if self.data.raw_videos:
+        """Take categories and metrics from the data, and check that it agrees with the network, before anything runs.
+
+        A training says what it will not train.
+        """
+        data = self.data
+        if data is None:
             return
-        found = self.data.num_classes
-        if found != self.network.num_classes:
+        self.categories = data.categories
+        if self.categories and len(self.categories) != self.network.num_classes:
             raise ValueError(
-                f"model.network.num_classes: found {self.network.num_classes}, expected {found}, the number of "
-                f"categories of the data ({', '.join(self.data.category_names[:5])}, ...)"
+                f"model.network.num_classes: found {self.network.num_classes}, expected {len(self.categories)}, the "
+                f"number of categories of the data ({', '.join(c.name for c in self.categories[:5])}, ...)"
             )
-        frames, memory_frames, options = self.data.clip_frames, self.network.memory_frames, self.network.options
+        self.metric = self.other_metric = None
+        if (annotations := data.ground_truth(stage)) is not None:
+            truth = read_ground_truth(annotations, str(data.annotations_path("validate" if stage == "fit" else stage)))
+            self.metric = VideoAveragePrecision(truth, only_updated=True, identity=stage == "test")
+            if stage == "test":
+                self.other_metric = VideoAveragePrecision(truth, only_updated=True)
+        elif stage == "test":
+            self.print(f"{data.annotations_path(stage)} has no annotations, so that no AP is computed")
+        frames, memory_frames, options = data.clip_frames, self.network.memory_frames, self.network.options
         if stage == "fit" and 1 < frames <= memory_frames and (options["memory"] or options["class_prior"]):
             self.print(
                 f"data.clip_frames: in clips of {frames}, ages {frames} to {memory_frames} of the memory are never "
@@ -139,12 +161,10 @@ class InstanceFormerModule(LightningModule):
             print(*args, **kwargs)
 
     @property
-    def data(self) -> VideoDataModule:
-        """The data module of the running trainer."""
+    def data(self) -> VideoDataModule | None:
+        """The trainer's data module, if it can say more of its videos than their frames; others only have loaders."""
         data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, VideoDataModule):
-            raise TypeError(f"InstanceFormerModule needs a VideoDataModule, found {type(data).__name__}")
-        return data
+        return data if isinstance(data, VideoDataModule) else None
 
     def _take_over(self, path: Path) -> None:
         """Load what fits of another network's weights, and say what does not."""
@@ -155,14 +175,14 @@ class InstanceFormerModule(LightningModule):
             )
         found = checkpoints.from_content(content, str(path))
         InstanceFormer.from_checkpoint(found)  # refuses what is not whole
-        weights, became = take_over(self.network.state_dict(), self.data.categories, found)
+        weights, became = take_over(self.network.state_dict(), self.categories, found)
         self.network.load_state_dict(weights)
         self.print(f"{path}: {became}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let a checkpoint say what its network and its classes are, and how it is evaluated; see ``checkpoints``."""
-        size = checkpoints.FrameSize(self.data.eval_size, self.data.max_size)
-        checkpoint.update(checkpoints.describe(self.network.options, self.data.categories, size, vars(self.inference)))
+        size = None if self.data is None else checkpoints.FrameSize(self.data.eval_size, self.data.max_size)
+        checkpoint.update(checkpoints.describe(self.network.options, self.categories, size, vars(self.inference)))
         limits = (self.trainer.max_steps, self.trainer.max_epochs)
         epochs: Any = self.trainer.fit_loop.epoch_progress.current
         done = (self.trainer.global_step, epochs.processed)
@@ -176,29 +196,29 @@ class InstanceFormerModule(LightningModule):
         Raises:
             ValueError: what does not fit; a training is to be resumed from weights alone.
         """
-        path, fits = self.trainer.ckpt_path, self.trainer.state.fn == "fit"
-        if fits and not {"optimizer_states", VideoDataModule.__name__} <= checkpoint.keys():
+        path, fits, data = self.trainer.ckpt_path, self.trainer.state.fn == "fit", self.data
+        needed = {"optimizer_states"} if data is None else {"optimizer_states", VideoDataModule.__name__}
+        if fits and not needed <= checkpoint.keys():
             raise ValueError(
                 f"{path}: found weights without the state of a training of this version, which cannot be resumed; "
                 "expected a last.ckpt; to begin a training with these weights, give the file as --model.init_from"
             )
         found = checkpoints.from_content(checkpoint, str(path))
         found.check_network(self.network.options, self.network.state_dict())
-        if self.data.raw_videos:
-            numbered = [Category(k, f"class {k}") for k in range(1, self.network.num_classes + 1)]
-            self.data.adopt_categories(found.categories or numbered)
+        if self.categories:
+            found.check_categories(self.categories)
         else:
-            found.check_categories(self.data.categories)
-        if not fits:
+            self.categories = found.categories
+        if not fits and data is not None:
             if found.frame_size is not None:
-                self.data.adopt_sizes(found.frame_size.size, found.frame_size.max_size)
-            elif self.data.given_sizes[0] is None:
+                data.adopt_sizes(found.frame_size.size, found.frame_size.max_size)
+            elif data.given_sizes[0] is None:
                 self.print(
                     f"{path}: does not say at which size its training evaluated it; frames are seen at "
-                    f"{self.data.eval_size} pixels; if that was another, give it as --data.eval_size"
+                    f"{data.eval_size} pixels; if that was another, give it as --data.eval_size"
                 )
-            if found.inference is not None and not self._gave_inference:
-                self.inference = InferenceOptions(**found.inference)
+        if not fits and found.inference is not None and self.given_inference is None:
+            self.inference = InferenceOptions(**found.inference)
         unlike = [
             f"{name}={self.network.options[name]} ({value})"
             for name, value in found.options.items()
@@ -211,6 +231,7 @@ class InstanceFormerModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Let the options of this run count, not those with which the checkpoint was written that it resumes."""
+        self._seed = torch.initial_seed()
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         assert isinstance(optimizer, Optimizer)
         assert isinstance(scheduler, LambdaLR)
@@ -218,7 +239,8 @@ class InstanceFormerModule(LightningModule):
 
     def on_train_batch_start(self, batch: ClipBatch, batch_idx: int) -> None:
         """Let the random numbers of a step, dropout's, follow from the seed, the batch and the rank alone."""
-        torch.manual_seed(derive_seed(self.data.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank))
+        seed = self._seed if self.data is None else self.data.seed
+        torch.manual_seed(derive_seed(seed, self.trainer.fit_loop.total_batch_idx, self.global_rank))
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         """One step on a batch of clips: the total loss of equation 6."""
@@ -229,8 +251,8 @@ class InstanceFormerModule(LightningModule):
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=size)
         for field in fields(terms):
             self.log(f"train/{field.name}", getattr(terms, field.name).detach(), batch_size=size)
-        if self.data.skip_unreadable and self.data.training_clips is not None:
-            self.log("train/replaced_clips", float(self.data.training_clips.replaced.value), batch_size=size)
+        if (data := self.data) is not None and data.skip_unreadable and data.training_clips is not None:
+            self.log("train/replaced_clips", float(data.training_clips.replaced.value), batch_size=size)
         return total
 
     def compute_losses(self, batch: ClipBatch) -> LossTerms:
@@ -315,11 +337,11 @@ class InstanceFormerModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start with an empty metric."""
-        self._start_evaluation("validate")
+        self._start_evaluation()
 
     def on_test_epoch_start(self) -> None:
         """Start with an empty metric."""
-        self._start_evaluation("test")
+        self._start_evaluation()
 
     def on_predict_epoch_start(self) -> None:
         """Forget what an interrupted run may have left."""
@@ -351,17 +373,11 @@ class InstanceFormerModule(LightningModule):
             if metric is not None:
                 metric.update(video_id, found)
 
-    def _start_evaluation(self, stage: str) -> None:
+    def _start_evaluation(self) -> None:
         self._videos.clear()
-        self.metric = self.other_metric = None
-        annotations = self.data.annotations_path(stage)
-        if self.data.videos(stage)[0].is_annotated:
-            self.metric = VideoAveragePrecision(annotations, only_updated=True).to(self.device)
-            if stage == "test":
-                self.other_metric = deepcopy(self.metric)
-                self.metric.identity = True
-        else:
-            self.print(f"{annotations} has no annotations, so that no AP is computed")
+        for metric in (self.metric, self.other_metric):
+            if metric is not None:
+                metric.reset()
 
     def _evaluate(self, chunk: VideoChunk) -> VideoOutput | None:
         output = self._run_video(chunk)
@@ -380,7 +396,7 @@ class InstanceFormerModule(LightningModule):
         if not chunk.is_last:
             return None
         del self._videos[chunk.video_id]
-        ids = [category.id for category in self.data.categories]
+        ids = [category.id for category in self.categories] or list(range(1, self.network.num_classes + 1))
         others = []
         if self.other_metric is not None:
             others = video.tracks(chunk.video_id, ids, self.inference.other_score)
@@ -392,5 +408,4 @@ class InstanceFormerModule(LightningModule):
                 self.log(f"{stage}/{name}", value, prog_bar=name == "AP", sync_dist=True)
         if self.other_metric is not None:
             self.log(f"{stage}/AP_{self.inference.other_score}", self.other_metric.compute()["AP"], sync_dist=True)
-        self.metric = self.other_metric = None
         self._videos.clear()
