@@ -307,6 +307,9 @@ def test_videos_alone_are_predicted_with_the_checkpoints_classes(command, data: 
     source = checkpoints.read(data / "0.ckpt")
     checkpoints.write(checkpoints.Checkpoint(source.options, source.weights, names), tmp_path / "named.ckpt")
     alone = [f"--data.predict={tmp_path / 'videos'}", f"--ckpt_path={tmp_path / 'named.ckpt'}", "--data.num_workers=2"]
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    del config["model"]["network"]["num_classes"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     main(["predict", *arguments[1:], *alone, "--data.test=null"])
     tracks = read_results(folder / "results.json")
     assert {(track.video_id, len(track.segmentations)) for track in tracks} == {(1, 8), (2, 5)}

@@ -107,14 +107,13 @@ class InstanceFormerCLI(LightningCLI):
         parser._option_string_actions[f"--{CLASSES}"] = flag  # may be given even so, and the module checks it
 
     def _count_classes(self, of_data: Callable[[str], int | None]) -> int:
-        """As many as are given, as the annotations have or, for videos without any, as the checkpoint has."""
+        """As many as are given, as the annotations have or, where there are none, as the checkpoint has."""
         count: int | None = self.config[self.subcommand].model.network.get("num_classes")
         if count is None:
             count = of_data(str(self.subcommand))
-        if count is None:
-            assert self.start is not None  # there is one, wherever there are videos without annotations
-            count = int(checkpoints.read(self.start).options["num_classes"])
-        return count
+        if count is None and self.start is not None:
+            count = checkpoints.read(self.start).options.get("num_classes")
+        return count or 1  # without data, which the data module's `setup` refuses
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: LightningCLI would look for hyperparameters in the checkpoint, and ours has none."""

@@ -163,8 +163,10 @@ class VideoDataModule(LightningDataModule):
         return [category.name for category in self.categories]
 
     def count_classes(self, stage: str) -> int | None:
-        """Number of categories of a stage's annotations, before ``setup``; None for videos without any."""
-        return None if stage == "predict" and self._predicted_path else self.videos(stage)[0].num_classes
+        """Number of categories of a stage's annotations, before ``setup``; None where no annotations are given."""
+        alone = stage == "predict" and self._predicted_path is not None
+        is_given = self.splits[SPLIT_OF_STAGE[stage]] is not None or (self.root and self.dataset_name)
+        return self.videos(stage)[0].num_classes if is_given and not alone else None
 
     def ground_truth(self, stage: str) -> VideoDataset | None:
         """Annotations that the validation of fit or validate, or test, is measured against; None if there are none."""

@@ -17,9 +17,20 @@ from instanceformer.training.recognition import FrameRecognition, identity_losse
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of equation 6: lambda_1 classification, lambda_2 box_l1, lambda_3 mask_focal, lambda_4 contrastive.
+    """Weights of the terms of equation 6.
 
-    The last two are past the paper, for a network with ``identity``; others have no such terms.
+    As printed::
+
+        L = lambda_1 L_cls + lambda_2 L_box + lambda_3 L_mask + lambda_4 L_tcl
+
+    and as computed, with a weight w for each of our terms::
+
+        L = sum over decoder layers (w classification + w box_l1 + w box_giou + w mask_focal + w mask_dice)
+            + w contrastive  (+ w appearance + w recognition)
+
+    It differs because the paper takes its losses from Deformable-DETR, which compares every layer and whose box loss is
+    L1 and generalized IoU; the mask's cross-entropy is the focal and dice loss of SeqFormer and the authors' release.
+    The terms in brackets are past the paper, of a network with ``identity``.
 
     Attributes:
         classification: of the focal loss of all queries, over all classes.
