@@ -11,17 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from instanceformer.checkpoints.classes import class_indices
-from instanceformer.checkpoints.files import (
+from instanceformer.checkpoints.checkpoint import (
     PAPER_SIZE,
     Checkpoint,
     check_finite,
     check_suffix,
-    from_content,
-    is_own,
+    class_indices,
     write,
 )
-from instanceformer.checkpoints.loading import load
+from instanceformer.checkpoints.loading import from_content, is_own, load
 from instanceformer.checkpoints.sources import RELEASE, SOURCES, Source
 from instanceformer.data.annotations import Category
 from instanceformer.data.catalog import CATALOG, DatasetName

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from instanceformer import checkpoints
-from instanceformer.checkpoints.classes import take_over
+from instanceformer.checkpoints.checkpoint import take_over
 from instanceformer.data.annotations import Category
 from instanceformer.data.batch import ClipBatch, VideoChunk, to_device
 from instanceformer.data.datamodule import VideoDataModule
