@@ -24,7 +24,6 @@ from instanceformer.cli import main
 from instanceformer.data.annotations import Category
 from instanceformer.data.reading import read_annotations
 from instanceformer.evaluation.results import decode_mask, read_results
-from instanceformer.training.callbacks import ResultsWriter
 
 VIDEOS = [1, 2, 3, 4]
 RECORDER = """
@@ -394,8 +393,3 @@ def test_a_limited_run_neither_writes_nor_resumes(command, tmp_path: Path, monke
     assert "no results are written, since only 2 of the batches are asked for" in capsys.readouterr().out
     assert parts(folder) == {1}
     assert not (folder / "results.json").exists()
-
-
-def test_the_result_file_must_be_json() -> None:
-    with pytest.raises(ValueError, match=r"results\.path: found results\.zip, expected a name that ends in \.json"):
-        ResultsWriter(Path("results.zip"))

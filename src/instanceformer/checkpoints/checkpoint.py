@@ -81,10 +81,10 @@ class Checkpoint:
     Attributes:
         options: arguments of InstanceFormer by name.
         weights: state dict of InstanceFormer.
-        categories: id and name of every class, in the order of the class indices; empty where nobody knows them.
-        frame_size: at which its training evaluated it; None where nobody knows it.
-        inference: InferenceOptions by name, with which its training evaluated it; None where nobody knows them.
-        name: what messages call it, such as the path of its file.
+        categories: id and name of every class, in the order of the class indices; empty if unknown.
+        frame_size: at which its training evaluated it; None if unknown.
+        inference: InferenceOptions by name, with which its training evaluated it; None if unknown.
+        name: for messages, such as the path of its file.
 
     Raises:
         ValueError: there are categories, but not one for each class.
@@ -203,18 +203,18 @@ def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)[:60]
 
 
-def check_finite(name: str, weight: Tensor, where: str) -> None:
+def check_finite(name: str, weight: Tensor, owner: str) -> None:
     """Refuse a weight that is no real number.
 
     Raises:
         ValueError: it is complex, quantized, NaN, infinite, or repeats a few numbers to seem large.
     """
     if weight.is_complex() or weight.is_quantized or weight.layout != torch.strided:
-        raise ValueError(f"{where}: found {name} of {weight.dtype}, {weight.layout}, expected plain real numbers")
+        raise ValueError(f"{owner}: found {name} of {weight.dtype}, {weight.layout}, expected plain real numbers")
     if weight.untyped_storage().nbytes() < weight.numel() * weight.itemsize:
-        raise ValueError(f"{where}: found fewer numbers for {name} than its shape {tuple(weight.shape)} has")
+        raise ValueError(f"{owner}: found fewer numbers for {name} than its shape {tuple(weight.shape)} has")
     if not weight.float().isfinite().all():
-        raise ValueError(f"{where}: found NaN or infinity in {name}, expected finite weights; take an earlier file")
+        raise ValueError(f"{owner}: found NaN or infinity in {name}, expected finite weights; take an earlier file")
 
 
 def describe(

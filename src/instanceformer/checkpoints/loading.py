@@ -111,11 +111,11 @@ def _mapping(name: str, value: object, *keys: str) -> Mapping[str, Any]:
     return value
 
 
-def _categories(found: object) -> tuple[Category, ...]:
-    if not isinstance(found, list | tuple):
-        raise ValueError(f"categories: found {type(found).__name__}, expected a list")
+def _categories(entries: object) -> tuple[Category, ...]:
+    if not isinstance(entries, list | tuple):
+        raise ValueError(f"categories: found {type(entries).__name__}, expected a list")
     categories = []
-    for i, entry in enumerate(found):
+    for i, entry in enumerate(entries):
         values = _mapping(f"categories[{i}]", entry, "id", "name")
         check_type(f"categories[{i}].id", values["id"], int)
         check_type(f"categories[{i}].name", values["name"], str)
@@ -232,7 +232,7 @@ def _foreign_objects(path: Path) -> list[str]:
 def _names(file: IO[bytes]) -> list[str]:
     """Dotted names of what one pickle would make objects of: it is read opcode by opcode, not run."""
     named: list[str] = []
-    found: list[str] = []
+    made: list[str] = []
     texts = ["", ""]  # as they come on the stack: STACK_GLOBAL takes the last two
     memo: dict[object, str] = {}
     try:
@@ -242,7 +242,7 @@ def _names(file: IO[bytes]) -> list[str]:
             elif opcode.name == "STACK_GLOBAL":
                 named.append(".".join(texts[-2:]))
             elif opcode.name in _RUNS:
-                found, named = [*found, *named], []
+                made, named = [*made, *named], []
             elif opcode.name == "MEMOIZE":
                 memo[len(memo)] = texts[-1]
             elif opcode.name.endswith("PUT"):
@@ -253,4 +253,4 @@ def _names(file: IO[bytes]) -> list[str]:
                 texts.append(argument)
     except Exception:  # a damaged pickle can raise anything; what came before would have run
         pass
-    return [name for name in found if re.fullmatch(r"\w+(\.\w+)+", name)]
+    return [name for name in made if re.fullmatch(r"\w+(\.\w+)+", name)]

@@ -26,29 +26,29 @@ def run(args: Sequence[str]) -> None:
         type=Path,
         help="also measure alone the videos of this file, such as YouTube-VIS 22's gt_long.json",
     )
-    found = parser.parse_args(list(args))
+    given = parser.parse_args(list(args))
     long_videos = None
-    if found.long_videos is not None:
-        long_videos = [video.id for video in read_annotations(found.long_videos).videos]
-    if found.report is not None:
-        found.report.mkdir(parents=True, exist_ok=True)  # before the evaluation, in case that it cannot be made
+    if given.long_videos is not None:
+        long_videos = [video.id for video in read_annotations(given.long_videos).videos]
+    if given.report is not None:
+        given.report.mkdir(parents=True, exist_ok=True)  # before the evaluation, in case that it cannot be made
     evaluation = evaluate_files(
-        found.ground_truth, found.results, long_frames=found.long_frames, long_videos=long_videos, identity=True
+        given.ground_truth, given.results, long_frames=given.long_frames, long_videos=long_videos, identity=True
     )
     identity = evaluation.identity
     assert identity is not None
     numbers = evaluation.summary | evaluation.extras
-    if found.json:
+    if given.json:
         print(json.dumps({**numbers, "per_category": evaluation.per_category, "identity": identity.as_json()}))
     else:
         print("\n".join(f"{name:6} {value:7.4f}" for name, value in numbers.items()))
         print("\n" + describe_identity(identity))
-    if found.report is not None:
+    if given.report is not None:
         from instanceformer.evaluation.report import write_report  # here, since matplotlib takes a second to come
 
-        names = {category.id: category.name for category in read_annotations(found.ground_truth).categories}
-        for path in write_report(evaluation, found.report, names):
-            if not found.json:
+        names = {category.id: category.name for category in read_annotations(given.ground_truth).categories}
+        for path in write_report(evaluation, given.report, names):
+            if not given.json:
                 print(path)
 
 

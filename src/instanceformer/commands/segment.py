@@ -5,11 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from threading import current_thread, main_thread
 
-from instanceformer.commands.parsing import Parser
+from instanceformer.commands.parsing import Parser, pick
 from instanceformer.inference.allocator import keep_memory
 from instanceformer.inference.options import SegmenterOptions
 from instanceformer.inference.segment import SegmentOutputs, refuse_same, segment_video
@@ -37,19 +36,19 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("--device", help="such as cpu or cuda:1; a GPU if there is one when left out")
     parser.add_class_arguments(SegmenterOptions, skip={"compile"})
     parser.add_argument("--compile", action="store_true", help="compile the network: slow to begin with, faster later")
-    found = parser.parse_args(list(args))
-    outputs = SegmentOutputs(**{field.name: found[field.name] for field in fields(SegmentOutputs)})
-    options = SegmenterOptions(**{field.name: found[field.name] for field in fields(SegmenterOptions)})
-    refuse_same({"video": found.video, "checkpoint": found.checkpoint, **outputs.paths})
+    given = parser.parse_args(list(args))
+    outputs = pick(SegmentOutputs, given)
+    options = pick(SegmenterOptions, given)
+    refuse_same({"video": given.video, "checkpoint": given.checkpoint, **outputs.paths})
     outputs.refuse_existing()  # rather now than when the network is there
     keep_memory()
-    for name in ("SIGTERM", "SIGHUP"):  # whoever stops a camera so gets what was seen, as by Ctrl-C
+    for name in ("SIGTERM", "SIGHUP"):  # end a stream as Ctrl-C does: what was seen is written
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL and current_thread() is main_thread():
             signal.signal(number, signal.default_int_handler)
-    video = open_video(found.video, found.fps, found.reconnect)
-    segmenter = VideoInstanceSegmenter.from_checkpoint(found.checkpoint, found.device, options)
-    part = {"start": found.start, "end": found.end, "stride": found.stride}
+    video = open_video(given.video, given.fps, given.reconnect)
+    segmenter = VideoInstanceSegmenter.from_checkpoint(given.checkpoint, given.device, options)
+    part = {"start": given.start, "end": given.end, "stride": given.stride}
     try:
         count = segment_video(video, segmenter, outputs, **part, progress=True)
     except KeyboardInterrupt:

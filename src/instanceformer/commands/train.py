@@ -171,8 +171,10 @@ class InstanceFormerCLI(LightningCLI):
     def _unplaced(config: Namespace) -> list[Namespace]:
         """Loggers that were not told where to write, and so write to the run's folder."""
         loggers = [logger for logger in _as_list(config.trainer.logger) if isinstance(logger, Namespace)]
-        places = (None, ".", config.trainer.default_root_dir)
-        return [logger for logger in loggers if "save_dir" in logger.init_args and logger.init_args.save_dir in places]
+        unplaced = (None, ".", config.trainer.default_root_dir)
+        return [
+            logger for logger in loggers if "save_dir" in logger.init_args and logger.init_args.save_dir in unplaced
+        ]
 
     def _find_start(self, folder: Path, config: Namespace) -> Path | None:
         """The checkpoint that a training starts from, if any: the folder's own where the command is that of its run.
@@ -201,10 +203,10 @@ class InstanceFormerCLI(LightningCLI):
         if not path.is_file():
             return f"no {path.name} is there"
         theirs = yaml.safe_load(path.read_text())
-        found = list(_differences(yaml.safe_load(_dump(self._parser(self.subcommand), config)), theirs))
+        unlike = list(_differences(yaml.safe_load(_dump(self._parser(self.subcommand), config)), theirs))
         if config.ckpt_path is not None and str(config.ckpt_path) != theirs.get("ckpt_path"):
-            found.append(f"ckpt_path: {config.ckpt_path} here, {theirs.get('ckpt_path')} there")
-        return ", ".join(found[:3])
+            unlike.append(f"ckpt_path: {config.ckpt_path} here, {theirs.get('ckpt_path')} there")
+        return ", ".join(unlike[:3])
 
 
 def run(args: Sequence[str]) -> None:

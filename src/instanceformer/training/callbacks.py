@@ -69,8 +69,8 @@ class ResultsWriter(Callback):
             if trainer.ckpt_path != self._checkpoint:  # Lightning did not say an argument of `test` in `setup`
                 self._parts = self._describe_parts(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
                 self._finished = frozenset()
-            if trainer.is_global_zero and (found := self._parts.start()):
-                pl_module.print(found)
+            if trainer.is_global_zero and (report := self._parts.start()):
+                pl_module.print(report)
             trainer.strategy.barrier("parts")
 
     on_predict_start = on_test_start
@@ -182,7 +182,7 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
-        """The logger's own, as Lightning asks for it."""
+        """Of the logger."""
         return "metrics"
 
     @property

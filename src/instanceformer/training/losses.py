@@ -35,7 +35,7 @@ class LossWeights:
     Attributes:
         classification: of the focal loss of all queries, over all classes.
         box_l1: of the L1 distance between boxes, cxcywh in [0, 1].
-        box_giou: of one minus the generalised IoU.
+        box_giou: of one minus the generalized IoU.
         mask_focal: of the focal loss of the mask's pixels.
         mask_dice: of the dice loss of the mask.
         contrastive: of the temporal contrastive loss; 0 leaves it out (table 4, without TCL).

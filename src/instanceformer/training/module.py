@@ -61,7 +61,7 @@ class InstanceFormerModule(LightningModule):
         network: to train.
         losses: weights of equation 6.
         costs: weights of the matching.
-        optimizer: optimiser and schedule.
+        optimizer: optimizer and schedule.
         inference: protocol of validation, test and prediction; none: that of the checkpoint which is evaluated, or the
             paper's.
         backbone_weights: ``imagenet`` loads torchvision's weights into the backbone before training.
@@ -156,7 +156,7 @@ class InstanceFormerModule(LightningModule):
             )
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print in process 0. Lightning's own loses what is said before its progress bar has begun."""
+        """Print in process 0. Lightning's ``print`` loses what is printed before its progress bar begins."""
         if self.trainer.is_global_zero:
             print(*args, **kwargs)
 
@@ -173,11 +173,11 @@ class InstanceFormerModule(LightningModule):
             self.print(
                 f"{path}: saved at step {content['global_step']} of a training that had not ended; is it running?"
             )
-        found = checkpoints.from_content(content, str(path))
-        InstanceFormer.from_checkpoint(found)  # refuses what is not whole
-        weights, became = take_over(self.network.state_dict(), self.categories, found)
+        source = checkpoints.from_content(content, str(path))
+        InstanceFormer.from_checkpoint(source)  # refuses what is not whole
+        weights, report = take_over(self.network.state_dict(), self.categories, source)
         self.network.load_state_dict(weights)
-        self.print(f"{path}: {became}")
+        self.print(f"{path}: {report}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let a checkpoint say what its network and its classes are, and how it is evaluated; see ``checkpoints``."""
@@ -203,25 +203,25 @@ class InstanceFormerModule(LightningModule):
                 f"{path}: found weights without the state of a training of this version, which cannot be resumed; "
                 "expected a last.ckpt; to begin a training with these weights, give the file as --model.init_from"
             )
-        found = checkpoints.from_content(checkpoint, str(path))
-        found.check_network(self.network.options, self.network.state_dict())
+        saved = checkpoints.from_content(checkpoint, str(path))
+        saved.check_network(self.network.options, self.network.state_dict())
         if self.categories:
-            found.check_categories(self.categories)
+            saved.check_categories(self.categories)
         else:
-            self.categories = found.categories
+            self.categories = saved.categories
         if not fits and data is not None:
-            if found.frame_size is not None:
-                data.adopt_sizes(found.frame_size.size, found.frame_size.max_size)
+            if saved.frame_size is not None:
+                data.adopt_sizes(saved.frame_size.size, saved.frame_size.max_size)
             elif data.given_sizes[0] is None:
                 self.print(
                     f"{path}: does not say at which size its training evaluated it; frames are seen at "
                     f"{data.eval_size} pixels; if that was another, give it as --data.eval_size"
                 )
-        if not fits and found.inference is not None and self.given_inference is None:
-            self.inference = InferenceOptions(**found.inference)
+        if not fits and saved.inference is not None and self.given_inference is None:
+            self.inference = InferenceOptions(**saved.inference)
         unlike = [
             f"{name}={self.network.options[name]} ({value})"
-            for name, value in found.options.items()
+            for name, value in saved.options.items()
             if self.network.options.get(name) != value
         ]
         if unlike:
@@ -322,7 +322,7 @@ class InstanceFormerModule(LightningModule):
     ) -> None:
         """Clip all gradients together by their norm, or each by its value, and log the norm before that.
 
-        Lightning's own clipping refuses a fused optimizer under every mixed precision.
+        Lightning's clipping refuses a fused optimizer under every mixed precision.
         """
         parameters = [p for p in self.network.parameters() if p.grad is not None]
         if gradient_clip_val is not None and gradient_clip_algorithm != "value":
@@ -369,9 +369,9 @@ class InstanceFormerModule(LightningModule):
 
     def count_tracks(self, video_id: int, tracks: list[Track], others: list[Track]) -> None:
         """Let all tracks of a video, by either score, count in the metrics that there are."""
-        for metric, found in ((self.metric, tracks), (self.other_metric, others)):
+        for metric, predicted in ((self.metric, tracks), (self.other_metric, others)):
             if metric is not None:
-                metric.update(video_id, found)
+                metric.update(video_id, predicted)
 
     def _start_evaluation(self) -> None:
         self._videos.clear()
