@@ -103,10 +103,10 @@ class InstanceFormerCLI(LightningCLI):
         help_text = "fit: start again, and replace the training that the folder holds"
         parser.add_argument("--overwrite", action="store_true", help=help_text)
         flag = parser._option_string_actions[f"--{CLASSES}"]
-        parser.link_arguments("data.count_classes", CLASSES, self._count_classes, apply_on="instantiate")
+        parser.link_arguments("data.count_classes", CLASSES, self.count_classes, apply_on="instantiate")
         parser._option_string_actions[f"--{CLASSES}"] = flag  # may be given even so, and the module checks it
 
-    def _count_classes(self, of_data: Callable[[str], int | None]) -> int:
+    def count_classes(self, of_data: Callable[[str], int | None]) -> int:
         """As many as are given, as the annotations have or, where there are none, as the checkpoint has."""
         count: int | None = self.config[self.subcommand].model.network.get("num_classes")
         if count is None:

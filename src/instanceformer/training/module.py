@@ -336,36 +336,39 @@ class InstanceFormerModule(LightningModule):
     # Evaluation ------------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Start with an empty metric."""
-        self._start_evaluation()
-
-    def on_test_epoch_start(self) -> None:
-        """Start with an empty metric."""
-        self._start_evaluation()
-
-    def on_predict_epoch_start(self) -> None:
-        """Forget what an interrupted run may have left."""
+        """Start with empty metrics, and forget what an interrupted run may have left."""
         self._videos.clear()
+        for metric in (self.metric, self.other_metric):
+            if metric is not None:
+                metric.reset()
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: VideoChunk, batch_idx: int) -> VideoOutput | None:
-        """Take in a chunk; the video's tracks with its last one."""
-        return self._evaluate(batch)
+        """Take in a chunk; with the last one of a video its tracks, which count in the metrics."""
+        output = self.predict_step(batch, batch_idx)
+        if output is not None:
+            self.count_tracks(batch.video_id, **output)
+        return output
 
-    def test_step(self, batch: VideoChunk, batch_idx: int) -> VideoOutput | None:
-        """Take in a chunk; the video's tracks with its last one."""
-        return self._evaluate(batch)
+    test_step = validation_step
 
     def predict_step(self, batch: VideoChunk, batch_idx: int) -> VideoOutput | None:
-        """Take in a chunk; the video's tracks with its last one."""
-        return self._run_video(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log AP and AR of the videos seen."""
-        self._log_metric("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log AP and AR of the videos seen, and what shows identity."""
-        self._log_metric("test")
+        """Take in a chunk; the tracks of a video with its last one. State starts anew with its first one."""
+        if batch.length == 0:  # this rank has no video
+            return None
+        if batch.start == 0:
+            self._videos[batch.video_id] = VideoInference(self.network, self.inference, batch.size)
+        video = self._videos[batch.video_id]
+        video.add(batch)
+        if not batch.is_last:
+            return None
+        del self._videos[batch.video_id]
+        ids = [category.id for category in self.categories] or list(range(1, self.network.num_classes + 1))
+        others = []
+        if self.other_metric is not None:
+            others = video.tracks(batch.video_id, ids, self.inference.other_score)
+        return {"tracks": video.tracks(batch.video_id, ids), "others": others}
 
     def count_tracks(self, video_id: int, tracks: list[Track], others: list[Track]) -> None:
         """Let all tracks of a video, by either score, count in the metrics that there are."""
@@ -373,39 +376,14 @@ class InstanceFormerModule(LightningModule):
             if metric is not None:
                 metric.update(video_id, predicted)
 
-    def _start_evaluation(self) -> None:
-        self._videos.clear()
-        for metric in (self.metric, self.other_metric):
-            if metric is not None:
-                metric.reset()
-
-    def _evaluate(self, chunk: VideoChunk) -> VideoOutput | None:
-        output = self._run_video(chunk)
-        if output is not None:
-            self.count_tracks(chunk.video_id, **output)
-        return output
-
-    def _run_video(self, chunk: VideoChunk) -> VideoOutput | None:
-        """Take in a chunk; state starts anew with the first one of a video."""
-        if chunk.length == 0:  # this rank has no video
-            return None
-        if chunk.start == 0:
-            self._videos[chunk.video_id] = VideoInference(self.network, self.inference, chunk.size)
-        video = self._videos[chunk.video_id]
-        video.add(chunk)
-        if not chunk.is_last:
-            return None
-        del self._videos[chunk.video_id]
-        ids = [category.id for category in self.categories] or list(range(1, self.network.num_classes + 1))
-        others = []
-        if self.other_metric is not None:
-            others = video.tracks(chunk.video_id, ids, self.inference.other_score)
-        return {"tracks": video.tracks(chunk.video_id, ids), "others": others}
-
-    def _log_metric(self, stage: str) -> None:
+    def on_validation_epoch_end(self) -> None:
+        """Log AP and AR of the videos seen, in ``test`` also what shows identity and the AP by the other score."""
+        stage = "test" if self.trainer.testing else "val"
         if self.metric is not None:
             for name, value in self.metric.compute().items():
                 self.log(f"{stage}/{name}", value, prog_bar=name == "AP", sync_dist=True)
         if self.other_metric is not None:
             self.log(f"{stage}/AP_{self.inference.other_score}", self.other_metric.compute()["AP"], sync_dist=True)
         self._videos.clear()
+
+    on_test_epoch_end = on_validation_epoch_end
