@@ -189,8 +189,12 @@ class Checkpoint:
         return {
             "pytorch-lightning_version": version("lightning"),
             "state_dict": {f"{PREFIX}{name}": weight for name, weight in self.weights.items()},
-            **describe(self.options, self.categories, self.frame_size, self.inference),
+            **self.description(),
         }
+
+    def description(self) -> dict[str, Any]:
+        """All but the weights, of plain values."""
+        return describe(self.options, self.categories, self.frame_size, self.inference)
 
 
 def few(names: Sequence[str]) -> str:
@@ -246,10 +250,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
             torch.save(checkpoint.to_lightning(), temporary)
         else:
             weights = {name: weight.contiguous() for name, weight in checkpoint.weights.items()}
-            description = describe(
-                checkpoint.options, checkpoint.categories, checkpoint.frame_size, checkpoint.inference
-            )
-            metadata = {"format": "pt", METADATA: json.dumps(description)}
+            metadata = {"format": "pt", METADATA: json.dumps(checkpoint.description())}
             temporary.write_bytes(safetensors.torch.save(weights, metadata))  # save_file makes a file of the user alone
 
 

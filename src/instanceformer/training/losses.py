@@ -132,8 +132,8 @@ def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normaliser: Tensor,
 def class_targets(outputs: ClipOutputs, labels: Tensor) -> Tensor:
     """(T, D, B, N, K) float32, one for the class of the instance that holds a query, from its first appearance on."""
     targets = torch.zeros_like(outputs.logits, dtype=torch.float32)
-    places = outputs.assigned.clamp(min=0) * targets.shape[-1] + labels  # no two that are held are the same
-    targets.flatten(3).scatter_add_(3, places.expand_as(outputs.held), outputs.held.float())
+    cells = outputs.assigned.clamp(min=0) * targets.shape[-1] + labels  # of held ones no two are the same
+    targets.flatten(3).scatter_add_(3, cells.expand_as(outputs.held), outputs.held.float())
     return targets
 
 

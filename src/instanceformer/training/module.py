@@ -37,7 +37,7 @@ class VideoOutput(TypedDict):
 
     Attributes:
         tracks: of the whole video, best first.
-        others: the same by the protocol's other score, which ``test`` measures beside it; else nothing.
+        others: the same by the protocol's other score, which ``test`` measures as well; otherwise empty.
     """
 
     tracks: list[Track]
@@ -109,7 +109,10 @@ class InstanceFormerModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Take categories and metrics from the data, and check that it agrees with the network, before anything runs.
 
-        A training says what it will not train.
+        Warns of ages of the memory that a training's clips do not reach.
+
+        Raises:
+            ValueError: the network has another number of classes, or the annotations cannot be measured against.
         """
         data = self.data
         if data is None:
@@ -180,7 +183,7 @@ class InstanceFormerModule(LightningModule):
         self.print(f"{path}: {report}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let a checkpoint say what its network and its classes are, and how it is evaluated; see ``checkpoints``."""
+        """Add the network's options, its classes and how it is evaluated; see ``checkpoints``."""
         size = None if self.data is None else checkpoints.FrameSize(self.data.eval_size, self.data.max_size)
         checkpoint.update(checkpoints.describe(self.network.options, self.categories, size, vars(self.inference)))
         limits = (self.trainer.max_steps, self.trainer.max_epochs)
@@ -191,7 +194,7 @@ class InstanceFormerModule(LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights of another network or other classes; take over how they are evaluated, if nothing was given.
+        """Refuse weights of another network or other classes; adopt how they were evaluated where no option is given.
 
         Raises:
             ValueError: what does not fit; a training is to be resumed from weights alone.
@@ -230,7 +233,7 @@ class InstanceFormerModule(LightningModule):
     # Training --------------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Let the options of this run count, not those with which the checkpoint was written that it resumes."""
+        """Use the rates and the weight decay of this run, not those in the checkpoint that it resumes."""
         self._seed = torch.initial_seed()
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         assert isinstance(optimizer, Optimizer)
@@ -238,7 +241,7 @@ class InstanceFormerModule(LightningModule):
         apply_options(optimizer, scheduler, self.optimizer_options)
 
     def on_train_batch_start(self, batch: ClipBatch, batch_idx: int) -> None:
-        """Let the random numbers of a step, dropout's, follow from the seed, the batch and the rank alone."""
+        """Seed the random numbers of a step, dropout's, by the seed, the batch and the rank alone."""
         seed = self._seed if self.data is None else self.data.seed
         torch.manual_seed(derive_seed(seed, self.trainer.fit_loop.total_batch_idx, self.global_rank))
 
