@@ -69,7 +69,7 @@ def build(name: str) -> tuple[InstanceFormer, int, int]:
     torch.manual_seed(0)
     if name == "full":
         return InstanceFormer().eval(), 360, 640
-    return InstanceFormer(**yaml.safe_load(DEMO.read_text())["model"]["network"]).eval(), 96, 160
+    return InstanceFormer(4, **yaml.safe_load(DEMO.read_text())["model"]["network"]).eval(), 96, 160
 
 
 def threshold(network: InstanceFormer, frame: Frame, shown: int) -> float:

@@ -31,7 +31,6 @@ from torch.utils.data import DataLoader
 
 from instanceformer import InstanceFormer
 from instanceformer.data.batch import ClipBatch, ClipTargets, DenseTargets
-from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.training.module import InstanceFormerModule
 from timing import Activity, Machine, peak_memory
 
@@ -57,25 +56,9 @@ def build(name: str) -> tuple[InstanceFormer, ClipBatch]:
     """The network of that name and its batch."""
     torch.manual_seed(0)
     if name == "demo":
-        return InstanceFormer(**yaml.safe_load(DEMO.read_text())["model"]["network"]), make_clips(2, 4, 96, 160, 5, 4)
+        network = InstanceFormer(4, **yaml.safe_load(DEMO.read_text())["model"]["network"])
+        return network, make_clips(2, 4, 96, 160, 5, 4)
     return InstanceFormer(), make_clips(1, 4, 360, 640, 5, 40)
-
-
-class MadeUpClips(VideoDataModule):
-    """The same batch in every step."""
-
-    num_classes = 0  # a property there
-
-    def __init__(self, batch: ClipBatch, num_classes: int) -> None:
-        super().__init__()
-        self.batch, self.num_classes = batch, num_classes
-
-    def setup(self, stage: str) -> None:
-        """Nothing is read."""
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Enough for any measurement."""
-        return DataLoader([self.batch] * 1000, batch_size=None, pin_memory=torch.cuda.is_available())
 
 
 class UntrainedModule(InstanceFormerModule):
@@ -195,7 +178,8 @@ def measure(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(UntrainedModule(network), MadeUpClips(batch, network.num_classes))
+    clips: list[Any] = [batch] * 1000  # enough for any measurement
+    trainer.fit(UntrainedModule(network), DataLoader(clips, batch_size=None, pin_memory=torch.cuda.is_available()))
     return meter.figures()
 
 

@@ -21,7 +21,6 @@ from instanceformer.training.module import InstanceFormerModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORK = """
-    num_classes: 4
     backbone: small
     backbone_norm: batch
     num_queries: 10
@@ -306,8 +305,28 @@ def test_every_shipped_config_parses(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_wrong_number_of_classes_is_found_before_anything_runs(config: Path, tmp_path: Path) -> None:
+    """The data say the number of classes; another one may be given only where it is theirs."""
     with pytest.raises(SystemExit, match=r"found 7, expected 4.*circle"):
         main(["fit", "--config", str(config), "--model.network.num_classes=7", "--trainer.logger=false"])
+    given = tmp_path / "given.yaml"
+    given.write_text("model: {network: {num_classes: 7}}")
+    with pytest.raises(SystemExit, match=r"found 7, expected 4.*circle"):
+        main(["fit", "--config", str(config), "--config", str(given), "--trainer.logger=false"])
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(config), "--model.network.num_classes=7", "--print_config"])
+    assert stop.value.code == 0
+    missing = f"{{annotations: {tmp_path}/none.json, images: {tmp_path}}}"
+    with pytest.raises(SystemExit, match=r"^instanceformer fit: .*none\.json: no such file"):
+        main(["fit", "--config", str(config), f"--data.train={missing}", "--trainer.logger=false"])
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_a_stage_asks_only_its_own_annotations_for_the_number_of_classes(config: Path, tmp_path: Path) -> None:
+    options = ["--trainer.logger=false", "--trainer.callbacks=[]", "--trainer.limit_val_batches=0"]
+    main(["fit", "--config", str(config), *options, "--model.network.num_classes=4"])
+    missing = f"{{annotations: {tmp_path}/none.json, images: {tmp_path}}}"
+    main(["test", "--config", str(config), f"--data.train={missing}", f"--data.valid={missing}"])
+    assert (tmp_path / "results.json").exists()
 
 
 def test_a_fault_in_a_training_step_keeps_its_traceback_and_one_before_it_does_not(

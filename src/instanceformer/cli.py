@@ -13,7 +13,7 @@ from instanceformer.commands.parsing import begun, nearest, of_the_users, one_li
 
 COMMANDS = {
     "synthesize": ("synthesize", "make a dataset of moving, occluding shapes in YouTube-VIS format"),
-    "import": ("importing", "turn a labelling tool's export or label images into YouTube-VIS format"),
+    "import": ("importing", "turn a labeling tool's export or label images into YouTube-VIS format"),
     "check": ("check", "look for what is wrong with a dataset, before a long run finds out"),
     "fit": ("train", "train a network, as a configuration says"),
     "validate": ("train", "measure a checkpoint: AP, AR and losses on the validation videos"),
@@ -46,7 +46,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: what was given is wrong, in one line and code 1, or 2 of an option; 130 if interrupted, 141 if
-            nobody reads the output any more.
+            the reader of the output has gone.
     """
     given = sys.argv[1:] if args is None else list(args)
     debug = "--debug" in given or os.environ.get("INSTANCEFORMER_DEBUG", "0") not in ("", "0")

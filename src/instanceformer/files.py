@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 FULL = 2**16
-"""Bytes of free space below which a disk on which something could not be written counts as full."""
+"""Bytes of free space below which a disk counts as full when a write to it failed."""
 
 
 def natural_order(name: str) -> tuple[Any, ...]:
@@ -95,10 +95,10 @@ def locking(path: Path, patience: float = 0.0) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise BlockingIOError(
-            f"{path}: another process is writing to it; wait until it has ended, or give this one another place"
+            f"{path}: another process is writing to it; wait until it has ended, or give this one another path"
         ) from error
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held, so that nobody else's is taken away
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held, so that it is not another's
         lock.release()

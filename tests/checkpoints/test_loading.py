@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import io
+import math
 import os
 import pickle
 import shutil
@@ -21,6 +22,7 @@ from tests.conftest import TINY
 
 from instanceformer import InstanceFormer, checkpoints
 from instanceformer.checkpoints import Checkpoint, DamagedError, find_newest, load_for_trainer
+from instanceformer.checkpoints.convert import convert_file
 from instanceformer.checkpoints.loading import load
 
 
@@ -165,6 +167,91 @@ def test_the_trainer_gets_what_it_needs_of_either_format(tiny, suffix: str, tmp_
     assert content["pytorch-lightning_version"]
     assert set(content["state_dict"]) == {f"network.{name}" for name in network.state_dict()}
     assert content["network_options"] == network.options
+
+
+def test_cut_off_safetensors_say_so(tiny, tmp_path: Path) -> None:
+    network = tiny()
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"a\.safetensors: no such file"):
+        checkpoints.read(path)
+    checkpoints.write(Checkpoint(network.options, network.state_dict()), path)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"not a checkpoint", bytes(4096)):
+        path.write_bytes(content)
+        with pytest.raises(DamagedError, match=r"a\.safetensors: a damaged safetensors file"):
+            load_for_trainer(path)
+
+
+def test_files_of_something_else_say_what_was_expected(tiny, tmp_path: Path) -> None:
+    network = tiny()
+    torch.save({"model": {}}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"no 'network_options' but model; .*instanceformer convert"):
+        InstanceFormer.from_checkpoint(tmp_path / "a.pth")
+    torch.save([1, 2], tmp_path / "b.pth")
+    with pytest.raises(ValueError, match="found list, expected a dictionary"):
+        checkpoints.read(tmp_path / "b.pth")
+    torch.save({"network_options": network.options, "state_dict": None}, tmp_path / "c.ckpt")
+    with pytest.raises(ValueError, match="not whole; state_dict: found NoneType, expected a dictionary"):
+        checkpoints.read(tmp_path / "c.ckpt")
+    for wrong, message in (
+        ({"wormholes": 3}, "options that no network of this version has; .*wormholes"),
+        ({"dim": 33}, "options that no network of this version has; dim: found 33"),
+        ({"dim": 64}, r"found shape \(.*32.*\) for .*, expected"),
+        ({"memory": False}, "has too many 14 weights, such as memory"),
+        ({"encoder_layers": 2}, r"lacks 16 weights, such as encoder\.layers\.1"),
+    ):
+        checkpoints.write(Checkpoint({**network.options, **wrong}, network.state_dict()), tmp_path / "d.ckpt")
+        for use in (InstanceFormer.from_checkpoint, lambda path: convert_file(path, tmp_path / "e.safetensors")):
+            with pytest.raises(ValueError, match=rf"d\.ckpt: {message}") as refusal:
+                use(tmp_path / "d.ckpt")
+            assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "e.safetensors").exists()
+    weights = network.state_dict()
+    for value, message in ((torch.full((5,), torch.nan), "NaN or infinity in decoder"), (5, "found int for decoder")):
+        broken = Checkpoint(network.options, {**weights, "decoder.class_heads.0.bias": value})
+        with pytest.raises(ValueError, match=f"checkpoint: .*{message}"):
+            InstanceFormer.from_checkpoint(broken)
+    with pytest.raises(ValueError, match=r"found suffix '\.pt', expected \.ckpt or \.safetensors"):
+        checkpoints.write(Checkpoint(network.options, network.state_dict()), tmp_path / "e.pt")
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"categories": "cat"}, "categories: found str, expected a list"),
+        ({"categories": 5}, "categories: found int, expected a list"),
+        ({"categories": ["cat"]}, r"categories\[0\]: found str, expected a dictionary"),
+        ({"categories": [{"id": 1}]}, r"categories\[0\]: found id, expected id and name"),
+        ({"categories": [{"id": "1", "name": "a"}]}, r"categories\[0\].id: found '1' of type str, expected a whole"),
+        ({"categories": [{"id": True, "name": "a"}]}, r"id: found True of type bool, expected a whole number"),
+        ({"categories": [{"id": math.nan, "name": "a"}]}, "id: found nan of type float, expected a whole number"),
+        ({"categories": [{"id": 1, "name": None}]}, r"name: found None of type NoneType, expected text"),
+        ({"categories": [{"id": 10**30, "name": "a"}]}, "found an id or a name that is too long"),
+        ({"categories": [{"id": 1, "name": "a" * 10**6}]}, "found an id or a name that is too long"),
+        ({"categories": [{"id": 1, "name": "a"}] * 5}, "found an id twice"),
+        ({"categories": [{"id": 1, "name": "a"}]}, "categories: found 1, expected one for each of 5 classes"),
+        ({"frame_size": 360}, "frame_size: found int, expected a dictionary"),
+        ({"frame_size": {"size": 360}}, "frame_size: found size, expected size and max_size"),
+        (
+            {"frame_size": {"size": "360", "max_size": 768}},
+            "frame_size.size: found '360' of type str, expected a whole",
+        ),
+        ({"frame_size": {"size": 0, "max_size": 768}}, "frame_size.size: found 0, expected at least 1 pixel"),
+        ({"frame_size": {"size": 96, "max_size": -1}}, "frame_size.max_size: found -1, expected at least 1 pixel"),
+        ({"frame_size": {"size": True, "max_size": 768}}, "frame_size.size: found True of type bool"),
+        ({"frame_size": {"size": 10**9, "max_size": 10**9}}, "frame_size.size: found 1000000000, expected at most"),
+        ({"inference": ["any_frame"]}, "inference: found list, expected a dictionary"),
+        ({"inference": {3: 4}}, "inference: found dict, expected a dictionary of values by name"),
+        ({"network_options": 3}, "network_options: found int, expected a dictionary"),
+        ({"state_dict": {1: torch.ones(1)}}, "state_dict: found dict, expected a dictionary of values by name"),
+    ],
+)
+def test_entries_of_a_wrong_kind_are_refused_in_words(tiny, entries: dict[str, object], message: str) -> None:
+    network = tiny()
+    whole = Checkpoint(network.options, network.state_dict()).to_lightning()
+    with pytest.raises(ValueError, match=rf"^a\.ckpt: a checkpoint that is not whole; .*{message}") as refusal:
+        checkpoints.from_content({**whole, **entries}, "a.ckpt")
+    assert len(str(refusal.value)) < 400
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ from lightning import Trainer
 from tests.conftest import make_batch, make_targets
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 from instanceformer import InstanceFormer
-from instanceformer.data.batch import ClipBatch, DenseTargets
+from instanceformer.data.batch import ClipBatch, DenseTargets, VideoChunk
+from instanceformer.evaluation.video_ap import VideoAveragePrecision
 from instanceformer.training.losses import LossWeights
 from instanceformer.training.module import InstanceFormerModule, cached_autocast
 from instanceformer.training.optim import OptimizerOptions, build_optimizer, build_scheduler
@@ -68,7 +70,9 @@ def test_a_training_says_which_ages_of_the_memory_its_clips_lack(
     tiny, monkeypatch, capsys, stage, clip_frames, options, ages
 ) -> None:
     network = tiny(**{"memory_frames": 4, **options})
-    data = SimpleNamespace(raw_videos=[], num_classes=network.num_classes, clip_frames=clip_frames)
+    data = SimpleNamespace(
+        categories=(), clip_frames=clip_frames, ground_truth=lambda _: None, annotations_path=lambda _: "valid.json"
+    )
     monkeypatch.setattr(InstanceFormerModule, "data", data)
     module = InstanceFormerModule(network)
     module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)  # which has a progress bar
@@ -76,6 +80,30 @@ def test_a_training_says_which_ages_of_the_memory_its_clips_lack(
     printed = [line for line in capsys.readouterr().out.splitlines() if "clip_frames" in line]
     assert len(printed) == (ages is not None)
     assert all(f"ages {ages} of the memory are never trained; expected 5, or" in line for line in printed)
+
+
+def test_any_loaders_train_and_are_evaluated(tiny) -> None:
+    """Without a data module of this package; a metric may be assigned."""
+    module = InstanceFormerModule(tiny())
+    chunk = VideoChunk(torch.randn(1, 2, 3, 64, 96), video_id=3, start=0, length=2, size=(64, 96))
+    mask = {"size": [64, 96], "counts": [0, 64 * 96]}
+    module.metric = VideoAveragePrecision(
+        {
+            "videos": [{"id": 3, "height": 64, "width": 96, "length": 2}],
+            "categories": [{"id": k, "name": f"kind {k}"} for k in range(1, 6)],
+            "annotations": [{"id": 1, "video_id": 3, "category_id": 2, "segmentations": [mask, mask]}],
+        }
+    )
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", logger=False, max_steps=2, num_sanity_val_steps=0, **quiet)
+    clips, videos = (DataLoader([x] * n, batch_size=None) for x, n in ((make_batch([2]), 2), (chunk, 1)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "on_fit_start", lambda: None)  # which refuses a frozen stage of random weights
+        trainer.fit(module, clips, videos)
+    assert trainer.global_step == 2
+    assert trainer.callback_metrics["val/AP"] >= 0
+    (output,) = trainer.predict(module, videos)
+    assert {track.category_id for track in output["tracks"]} <= set(range(1, 6))
 
 
 def test_the_loss_falls_on_one_clip(tiny) -> None:

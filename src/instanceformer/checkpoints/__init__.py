@@ -1,14 +1,5 @@
-from instanceformer.checkpoints.files import (
-    PAPER_SIZE,
-    Checkpoint,
-    FrameSize,
-    describe,
-    from_content,
-    load_for_trainer,
-    read,
-    write,
-)
-from instanceformer.checkpoints.loading import DamagedError, find_newest, load
+from instanceformer.checkpoints.checkpoint import PAPER_SIZE, Checkpoint, FrameSize, describe, write
+from instanceformer.checkpoints.loading import DamagedError, find_newest, from_content, load, load_for_trainer, read
 
 __all__ = [
     "PAPER_SIZE",

@@ -11,17 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from instanceformer.checkpoints.classes import class_indices
-from instanceformer.checkpoints.files import (
+from instanceformer.checkpoints.checkpoint import (
     PAPER_SIZE,
     Checkpoint,
     check_finite,
     check_suffix,
-    from_content,
-    is_own,
+    class_indices,
     write,
 )
-from instanceformer.checkpoints.loading import load
+from instanceformer.checkpoints.loading import from_content, is_own, load
 from instanceformer.checkpoints.sources import RELEASE, SOURCES, Source
 from instanceformer.data.annotations import Category
 from instanceformer.data.catalog import CATALOG, DatasetName
@@ -237,7 +235,7 @@ def _recognise(weights: Mapping[str, Any]) -> Source:
 def _sort(
     weights: Mapping[str, Any], mapped: Mapping[str, str], dropped: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """Our name of each entry that has one, the reason to drop each that has none, and the entries nobody knows."""
+    """Our name of each entry that has one, the reason to drop each that has none, and the unknown entries."""
     kept, left, unknown = {}, {}, []
     for name in weights:
         parts = name.split(".")
@@ -255,8 +253,8 @@ def _sort(
 
 
 def _count_layers(weights: Mapping[str, Tensor], source: Source, part: str) -> int:
-    found = (f"{source.prefix}transformer.{part}.layers.{i}.norm2.weight" in weights for i in count())
-    return next(i for i, present in enumerate(found) if not present)
+    name = f"{source.prefix}transformer.{part}.layers.%d.norm2.weight"
+    return next(i for i in count() if name % i not in weights)
 
 
 def _architecture(
@@ -306,13 +304,13 @@ def _resnet(weights: Mapping[str, Tensor], body: str) -> str:
     sides = (("conv1", 0), ("conv2", 1), ("conv3", 0))
     names = ((f"{body}.layer1.0.{conv}.weight", side) for conv, side in sides)
     widths = [weights[name].shape[side] for name, side in names if name in weights and weights[name].ndim == 4]
-    found = (*blocks, *widths)
-    if found not in RESNETS:
+    shape = (*blocks, *widths)
+    if shape not in RESNETS:
         raise ValueError(
             f"backbone: found stages of {blocks} blocks, {widths} channels wide, under {body}, expected "
             f"{', '.join(RESNETS.values())}"
         )
-    return RESNETS[found]
+    return RESNETS[shape]
 
 
 def _classes(channels: int, options: SourceOptions) -> tuple[list[int], tuple[Category, ...], str]:

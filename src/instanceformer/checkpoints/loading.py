@@ -1,4 +1,4 @@
-"""Files of tensors, of this package or not: loaded without running anything, refused by what they are."""
+"""Checkpoints and other files of tensors: loaded without running anything, refused by what they are."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ import pickletools
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 import safetensors
 import torch
 
+from instanceformer.checkpoints.checkpoint import METADATA, PREFIX, Checkpoint, FrameSize, few
+from instanceformer.data.annotations import Category
 from instanceformer.files import natural_order
-
-METADATA = "instanceformer"
-"""Key of the options and categories, as one JSON object, in the metadata of a safetensors file."""
-
-PREFIX = "network."
-"""What the LightningModule puts before the names of the network's weights."""
+from instanceformer.model.options import check_type
 
 _HARMLESS = re.compile(
     r"collections\.OrderedDict|argparse\.Namespace|torch\._utils\._rebuild_\w+|torch\.(storage\.)?\w*Storage"
@@ -33,6 +32,99 @@ _RUNS = {"REDUCE", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "STOP"}
 
 class DamagedError(ValueError):
     """A file that is not whole, or not of the kind that its name says."""
+
+
+def read(path: str | Path) -> Checkpoint:
+    """Read a checkpoint that ``fit`` or ``convert`` wrote, of either format. Nothing in a file is executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds no network of this package.
+    """
+    return from_content(load(path), str(path))
+
+
+def load_for_trainer(path: str | Path) -> dict[str, Any]:
+    """What Lightning's trainer takes as the content of a checkpoint, of either format.
+
+    A file of weights alone has no ``optimizer_states``, ``loops`` and so on: no training can be resumed from it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as in ``read``; of a damaged file the message names the newest sound one beside it, if there is one.
+    """
+    path = Path(path)
+    try:
+        content = load(path)
+    except DamagedError as error:
+        newest, _ = find_newest(path.parent)
+        if newest is None:
+            raise
+        raise DamagedError(f"{error}; the newest sound one beside it is {newest}") from error
+    from_content(content, str(path))
+    return {"pytorch-lightning_version": version("lightning"), **content}
+
+
+def is_own(content: Mapping[str, Any]) -> bool:
+    """Whether a loaded file says which network of this package it holds."""
+    return "network_options" in content and "state_dict" in content
+
+
+def from_content(content: Mapping[str, Any], name: str) -> Checkpoint:
+    """The checkpoint in what ``load`` or Lightning loaded.
+
+    Args:
+        content: of the file.
+        name: of the checkpoint, such as the file's path.
+
+    Raises:
+        ValueError: it holds no network of this package, or something of another type than it should.
+    """
+    if not is_own(content):
+        found = ", ".join(str(key)[:60] for key in list(content)[:5]) or "nothing"
+        raise ValueError(
+            f"{name}: found no 'network_options' but {found}; expected a checkpoint that `instanceformer fit` or "
+            "`instanceformer convert` wrote; turn weights of the authors' release, Deformable-DETR or SeqFormer into "
+            "one by `instanceformer convert`"
+        )
+    try:
+        size, inference = (content.get(key) for key in ("frame_size", "inference"))
+        state = _mapping("state_dict", content["state_dict"])
+        return Checkpoint(
+            options=dict(_mapping("network_options", content["network_options"])),
+            weights={key.removeprefix(PREFIX): x for key, x in state.items() if key.startswith(PREFIX)},
+            categories=_categories(content.get("categories", [])),
+            frame_size=None if size is None else FrameSize(**_mapping("frame_size", size, "size", "max_size")),
+            inference=None if inference is None else dict(_mapping("inference", inference)),
+            name=name,
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: a checkpoint that is not whole; {error}; write or copy it again") from error
+
+
+def _mapping(name: str, value: object, *keys: str) -> Mapping[str, Any]:
+    """The value, if it is a dictionary by name, of these keys if there are any."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name}: found {type(value).__name__}, expected a dictionary of values by name")
+    if keys and set(keys) != set(value):
+        raise ValueError(f"{name}: found {few(list(value)) or 'nothing'}, expected {' and '.join(keys)}")
+    return value
+
+
+def _categories(entries: object) -> tuple[Category, ...]:
+    if not isinstance(entries, list | tuple):
+        raise ValueError(f"categories: found {type(entries).__name__}, expected a list")
+    categories = []
+    for i, entry in enumerate(entries):
+        values = _mapping(f"categories[{i}]", entry, "id", "name")
+        check_type(f"categories[{i}].id", values["id"], int)
+        check_type(f"categories[{i}].name", values["name"], str)
+        if abs(values["id"]) >= 2**63 or len(values["name"]) > 1000:
+            raise ValueError(f"categories[{i}]: found an id or a name that is too long, expected 64 bits, 1000 letters")
+        categories.append(Category(**values))
+    if len({category.id for category in categories}) < len(categories):
+        raise ValueError("categories: found an id twice, expected one for each class")
+    return tuple(categories)
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -140,7 +232,7 @@ def _foreign_objects(path: Path) -> list[str]:
 def _names(file: IO[bytes]) -> list[str]:
     """Dotted names of what one pickle would make objects of: it is read opcode by opcode, not run."""
     named: list[str] = []
-    found: list[str] = []
+    made: list[str] = []
     texts = ["", ""]  # as they come on the stack: STACK_GLOBAL takes the last two
     memo: dict[object, str] = {}
     try:
@@ -150,7 +242,7 @@ def _names(file: IO[bytes]) -> list[str]:
             elif opcode.name == "STACK_GLOBAL":
                 named.append(".".join(texts[-2:]))
             elif opcode.name in _RUNS:
-                found, named = [*found, *named], []
+                made, named = [*made, *named], []
             elif opcode.name == "MEMOIZE":
                 memo[len(memo)] = texts[-1]
             elif opcode.name.endswith("PUT"):
@@ -161,4 +253,4 @@ def _names(file: IO[bytes]) -> list[str]:
                 texts.append(argument)
     except Exception:  # a damaged pickle can raise anything; what came before would have run
         pass
-    return [name for name in found if re.fullmatch(r"\w+(\.\w+)+", name)]
+    return [name for name in made if re.fullmatch(r"\w+(\.\w+)+", name)]

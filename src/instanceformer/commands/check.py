@@ -20,25 +20,25 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("--decode", action="store_true", help="read every frame")
     parser.add_argument("--outside_images", action="store_true", help="frames may lie outside that folder")
     parser.add_argument("--root", type=Path, help="folder of all datasets, such as ROOT/ovis")
-    parser.add_argument("--name", type=DatasetName, help="dataset of the catalogue that is expected")
+    parser.add_argument("--name", type=DatasetName, help="dataset of the catalog that is expected")
     parser.add_argument("--split", type=CatalogSplit, default="train", help="split of that dataset")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    found = parser.parse_args(list(args))
-    annotations, images = found.annotations, found.images
-    if annotations is not None and found.root is not None:
+    given = parser.parse_args(list(args))
+    annotations, images = given.annotations, given.images
+    if annotations is not None and given.root is not None:
         parser.error("--root: expected none with an annotation file, whose frames --images says")
     if annotations is None:
-        if found.root is None or found.name is None:
+        if given.root is None or given.name is None:
             parser.error("expected an annotation file, or --root and --name")
-        annotations, located = locate(found.root, found.name, found.split)
+        annotations, located = locate(given.root, given.name, given.split)
         images = images or located
-    if found.decode and images is None:
+    if given.decode and images is None:
         parser.error("--decode: expected --images, the folder of the frames")
-    entry = None if found.name is None else CATALOG[found.name]
-    split = None if entry is None else entry.splits.get(found.split)
+    entry = None if given.name is None else CATALOG[given.name]
+    split = None if entry is None else entry.splits.get(given.split)
     report = check_dataset(
-        annotations, images, decode=found.decode, outside_images=found.outside_images, entry=entry, split=split
+        annotations, images, decode=given.decode, outside_images=given.outside_images, entry=entry, split=split
     )
-    print(json.dumps(report.to_json()) if found.json else report)
+    print(json.dumps(report.to_json()) if given.json else report)
     if not report.is_sound:
         sys.exit(1)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from instanceformer.checkpoints.convert import SourceOptions, convert_file
-from instanceformer.commands.parsing import Parser
+from instanceformer.commands.parsing import Parser, pick
 
 
 def run(args: Sequence[str]) -> None:
@@ -17,6 +16,6 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("output", type=Path, help="checkpoint to write, .ckpt or .safetensors")
     parser.add_class_arguments(SourceOptions)
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-    found = parser.parse_args(list(args))
-    options = SourceOptions(**{field.name: found[field.name] for field in fields(SourceOptions)})
-    print(convert_file(found.source, found.output, options, found.overwrite))
+    given = parser.parse_args(list(args))
+    options = pick(SourceOptions, given)
+    print(convert_file(given.source, given.output, options, given.overwrite))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
-from instanceformer.commands.parsing import Parser
+from instanceformer.commands.parsing import Parser, pick
 from instanceformer.inference.export import ExportOptions, export_files
 
 
@@ -18,10 +17,10 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("checkpoint", type=Path, help="of the network")
     parser.add_argument("folder", type=Path, help="where encode, step, about.json and run.py go")
     parser.add_class_arguments(ExportOptions)
-    found = parser.parse_args(list(args))
-    options = ExportOptions(**{field.name: found[field.name] for field in fields(ExportOptions)})
+    given = parser.parse_args(list(args))
+    options = pick(ExportOptions, given)
     for name in ("onnxscript", "onnx_ir"):  # which tell of every node that they leave as it is
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "No complete tensor found in the group")  # of torch.export.save
-    files = export_files(found.checkpoint, found.folder, options)
+    files = export_files(given.checkpoint, given.folder, options)
     print(f"written: {', '.join(map(str, files))}")

@@ -13,7 +13,7 @@ from instanceformer.data.formats.youtube_vis import write_youtube_vis
 
 
 def run(args: Sequence[str]) -> None:
-    """Turn a video export of a labelling tool, or label images, into an annotation file in YouTube-VIS format."""
+    """Turn a video export of a labeling tool, or label images, into an annotation file in YouTube-VIS format."""
     parser = Parser(prog="instanceformer import", description=run.__doc__)
     parser.add_argument(
         "format",
@@ -43,28 +43,28 @@ def run(args: Sequence[str]) -> None:
         help="where a cocovid has several annotations of one track in a frame, take the union of their masks",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-    found = parser.parse_args(list(args))
-    if found.output.exists() and (not found.overwrite or found.output.samefile(found.source)):
+    given = parser.parse_args(list(args))
+    if given.output.exists() and (not given.overwrite or given.output.samefile(given.source)):
         raise FileExistsError(
-            f"{found.output} exists; give another output, or --overwrite to replace one of an earlier run"
+            f"{given.output} exists; give another output, or --overwrite to replace one of an earlier run"
         )
-    if (found.format == "cocovid") == (found.images is not None):
-        parser.error(f"--images: expected {'none' if found.images else 'a folder'} for {found.format}")
-    if found.names is not None and found.format not in ("davis", "masks"):
-        parser.error(f"--names: expected none, since {found.format} has categories of its own")
-    if found.other_videos and found.names is None:
+    if (given.format == "cocovid") == (given.images is not None):
+        parser.error(f"--images: expected {'none' if given.images else 'a folder'} for {given.format}")
+    if given.names is not None and given.format not in ("davis", "masks"):
+        parser.error(f"--names: expected none, since {given.format} has categories of its own")
+    if given.other_videos and given.names is None:
         parser.error("--other_videos: expected --names, the file with the names of other videos too")
-    if found.merge_parts and found.format != "cocovid":
-        parser.error(f"--merge_parts: expected none for {found.format}, which has one mask of an instance in a frame")
-    match found.format:
+    if given.merge_parts and given.format != "cocovid":
+        parser.error(f"--merge_parts: expected none for {given.format}, which has one mask of an instance in a frame")
+    match given.format:
         case "cocovid":
-            dataset = import_cocovid(found.source, merge_parts=found.merge_parts)
+            dataset = import_cocovid(given.source, merge_parts=given.merge_parts)
         case "davis":
-            dataset = import_davis(found.source, found.images, found.names, other_videos=found.other_videos)
+            dataset = import_davis(given.source, given.images, given.names, other_videos=given.other_videos)
         case "mots":
-            dataset = import_mots(found.source, found.images)
+            dataset = import_mots(given.source, given.images)
         case _:
-            dataset = import_binary_masks(found.source, found.images, found.names, other_videos=found.other_videos)
-    write_youtube_vis(found.output, dataset)
+            dataset = import_binary_masks(given.source, given.images, given.names, other_videos=given.other_videos)
+    write_youtube_vis(given.output, dataset)
     instances = sum(len(video.instances) for video in dataset.videos)
-    print(f"{len(dataset.videos)} videos with {instances} instances written to {found.output}")
+    print(f"{len(dataset.videos)} videos with {instances} instances written to {given.output}")

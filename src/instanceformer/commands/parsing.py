@@ -8,13 +8,16 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
+
+T = TypeVar("T")
 
 begun: ContextVar[bool] = ContextVar("begun", default=False)
 """Whether training or evaluation has begun: from then on a ValueError may be a fault of the program."""
@@ -29,7 +32,7 @@ def nearest(found: str, known: Iterable[str]) -> str:
 
 
 def of_the_users(error: BaseException) -> bool:
-    """Whether an error says what is wrong with the user's input, so that its traceback helps nobody."""
+    """Whether an error says what is wrong with the user's input, so that a traceback would not help."""
     library = type(error).__module__.partition(".")[0]
     if isinstance(error, OSError) or library in {"argparse", "instanceformer", "jsonargparse", "lightning", "wandb"}:
         return True
@@ -53,6 +56,11 @@ def rank() -> str:
     """``[rank N] `` in all processes of a distributed run but the first."""
     number = next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0")
     return "" if number == "0" else f"[rank {number}] "
+
+
+def pick(options: type[T], given: Namespace) -> T:
+    """A dataclass of options, of the values that a command line has under their names."""
+    return options(**{field.name: given[field.name] for field in fields(options)})  # type: ignore[arg-type]
 
 
 class Parser(ArgumentParser):
@@ -83,21 +91,21 @@ class Parser(ArgumentParser):
 def _said(message: str, parser: ArgumentParser, args: Sequence[str]) -> str:
     """A message of jsonargparse in the words of this package."""
     options = [option for option in parser._option_string_actions if option.startswith("--")]
-    if found := re.match(r"(?:[Uu]nrecognized arguments|ambiguous option): ([^\s=]+)", message):
-        expected = f"an option{nearest(found[1], options)}" if found[1].startswith("-") else "nothing more"
-        return f"found {found[1]}, expected {expected}"
-    if found := re.match(r"the following arguments are required: (.+)", message):
-        return "missing: " + ", ".join(f"--{key}" if f"--{key}" in options else key for key in found[1].split(", "))
-    if found := re.search(r"(?:Group '([\w.]+)'.*)?[Oo]ption '([\w.]+)'(?: is not accepted)?$", message):
-        key = ".".join(filter(None, found.groups()))
+    if match := re.match(r"(?:[Uu]nrecognized arguments|ambiguous option): ([^\s=]+)", message):
+        expected = f"an option{nearest(match[1], options)}" if match[1].startswith("-") else "nothing more"
+        return f"found {match[1]}, expected {expected}"
+    if match := re.match(r"the following arguments are required: (.+)", message):
+        return "missing: " + ", ".join(f"--{key}" if f"--{key}" in options else key for key in match[1].split(", "))
+    if match := re.search(r"(?:Group '([\w.]+)'.*)?[Oo]ption '([\w.]+)'(?: is not accepted)?$", message):
+        key = ".".join(filter(None, match.groups()))
         near = nearest(key, (option[2:] for option in options))
         return f"{_file_with(key, args)}found {key}, expected an option{near}"
     if re.match(r"(Parser key \"config\": )?(Problems parsing|Unexpected) config", message):
         return next(_not_yaml(args), " ".join(message.split()))
-    if found := re.match(r'Parser key "([\w.]+)":(.*)', message, re.DOTALL):
-        key, option = found[1], f"--{found[1]}"
+    if match := re.match(r'Parser key "([\w.]+)":(.*)', message, re.DOTALL):
+        key, option = match[1], f"--{match[1]}"
         file = "" if any(word.startswith(option) for word in args) else _file_with(key, args)
-        return f"{file}{option if option in options and not file else key}: {_explained(found[2])}"
+        return f"{file}{option if option in options and not file else key}: {_explained(match[2])}"
     return _explained(message)
 
 
@@ -107,22 +115,23 @@ UNION = r"Subtypes: [\[(](.+)[\])]\n\s*Errors:\n(.*)\n\s*Given value type: .*?\n
 
 def _explained(message: str) -> str:
     """What is wrong with a value, without the list of all that was tried with it."""
+    message = re.sub(r"^Call to compute_fn of link .*? failed: ", "", message, flags=re.DOTALL)
     if tried := re.findall(CLASS, message, re.DOTALL):
         path, reason = tried[-1]
-        if found := re.search(r"[Oo]ption '([\w.]+)'", reason):
-            near = nearest(found[1], inspect.signature(resolve_name(path)).parameters)
-            return f"{path}: found {found[1]}, expected an argument of it{near}"
-        if found := re.match(r"module '([\w.]+)' has no attribute '(\w+)'", reason):
-            return f"found {path}, expected a class{nearest(found[2], vars(resolve_name(found[1])))}"
+        if match := re.search(r"[Oo]ption '([\w.]+)'", reason):
+            near = nearest(match[1], inspect.signature(resolve_name(path)).parameters)
+            return f"{path}: found {match[1]}, expected an argument of it{near}"
+        if match := re.match(r"module '([\w.]+)' has no attribute '(\w+)'", reason):
+            return f"found {path}, expected a class{nearest(match[2], vars(resolve_name(match[1])))}"
         return f"{path}: {_explained(reason)}"
-    if found := re.search(UNION, message, re.DOTALL):
-        indent = " " * (len(found[2]) - len(found[2].lstrip()))
-        reasons = re.findall(rf"^{indent}- (.+)", found[2], re.MULTILINE)
+    if match := re.search(UNION, message, re.DOTALL):
+        indent = " " * (len(match[2]) - len(match[2].lstrip()))
+        reasons = re.findall(rf"^{indent}- (.+)", match[2], re.MULTILINE)
         plain = [reason for reason in reasons if not re.match("Expected|Not a valid subclass", reason)]
-        return plain[0] if plain else f"found {found[3]}, expected {_type(found[1])}"
-    if found := re.search(r"Expected an? (.+)\. Got value: (.*)", message, re.DOTALL):
-        near = nearest(found[2], re.findall(r"'(\w+)'", found[1])) if "Literal" in found[1] else ""
-        message = f"{message[: found.start()]}found {found[2]}, expected {_type(found[1])}{near}"
+        return plain[0] if plain else f"found {match[3]}, expected {_type(match[1])}"
+    if match := re.search(r"Expected an? (.+)\. Got value: (.*)", message, re.DOTALL):
+        near = nearest(match[2], re.findall(r"'(\w+)'", match[1])) if "Literal" in match[1] else ""
+        message = f"{message[: match.start()]}found {match[2]}, expected {_type(match[1])}{near}"
     return re.sub(r'Parser key "([\w.]+)":\s*', r"\1: ", message)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from threading import current_thread, main_thread
 
-from instanceformer.commands.parsing import Parser
 from instanceformer.inference.optimise import keep_memory
 from instanceformer.inference.outputs import SegmentOutputs, refuse_same, segment_video
+from instanceformer.commands.parsing import Parser, pick
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
 from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.video.reading import open_video
@@ -37,19 +36,19 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("--device", help="such as cpu or cuda:1; a GPU if there is one when left out")
     parser.add_class_arguments(SegmenterOptions, skip={"compile"})
     parser.add_argument("--compile", action="store_true", help="compile the network: slow to begin with, faster later")
-    parsed = parser.parse_args(list(args))
-    outputs = SegmentOutputs(**{field.name: parsed[field.name] for field in fields(SegmentOutputs)})
-    options = SegmenterOptions(**{field.name: parsed[field.name] for field in fields(SegmenterOptions)})
-    refuse_same({"video": parsed.video, "checkpoint": parsed.checkpoint, **outputs.paths})
+    given = parser.parse_args(list(args))
+    outputs = pick(SegmentOutputs, given)
+    options = pick(SegmenterOptions, given)
+    refuse_same({"video": given.video, "checkpoint": given.checkpoint, **outputs.paths})
     outputs.refuse_existing()  # before the network is loaded
     keep_memory()
     for name in ("SIGTERM", "SIGHUP"):  # complete the outputs, as after Ctrl-C
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL and current_thread() is main_thread():
             signal.signal(number, signal.default_int_handler)
-    video = open_video(parsed.video, parsed.fps, parsed.reconnect)
-    segmenter = VideoInstanceSegmenter.from_checkpoint(parsed.checkpoint, parsed.device, options)
-    part = {"start": parsed.start, "end": parsed.end, "stride": parsed.stride}
+    video = open_video(given.video, given.fps, given.reconnect)
+    segmenter = VideoInstanceSegmenter.from_checkpoint(given.checkpoint, given.device, options)
+    part = {"start": given.start, "end": given.end, "stride": given.stride}
     try:
         count = segment_video(video, segmenter, outputs, **part, progress=True)
     except KeyboardInterrupt:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
-from instanceformer.commands.parsing import Parser
+from instanceformer.commands.parsing import Parser, pick
 from instanceformer.data.synthetic import SyntheticOptions, synthesize
 
 
@@ -16,6 +15,6 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("directory", type=Path, help="where train.json, valid.json and JPEGImages/ go")
     parser.add_argument("--overwrite", action="store_true", help="replace what the directory holds")
     parser.add_class_arguments(SyntheticOptions)
-    found = parser.parse_args(list(args))
-    options = SyntheticOptions(**{field.name: found[field.name] for field in fields(SyntheticOptions)})
-    print(synthesize(found.directory, options, overwrite=found.overwrite))
+    given = parser.parse_args(list(args))
+    options = pick(SyntheticOptions, given)
+    print(synthesize(given.directory, options, overwrite=given.overwrite))

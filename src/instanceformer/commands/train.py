@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from instanceformer import checkpoints
 from instanceformer.commands.parsing import Parser, begun
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.files import locking, remove_leftovers, replacing
-from instanceformer.training.callbacks import ResultsWriter
+from instanceformer.training.callbacks import MetricsFile, ResultsWriter
 from instanceformer.training.checkpointing import LAST, CheckpointFiles, LastCheckpoint
-from instanceformer.training.metrics_file import MetricsFile
 from instanceformer.training.module import InstanceFormerModule
 
 CONFIG = "config.yaml"
+CLASSES = "model.network.num_classes"
 FREE = {"ckpt_path", "overwrite", "weights_only", "trainer.default_root_dir", "results.path", "model.compile"}
 """Options that do not make a training another one."""
 
@@ -96,11 +97,23 @@ class InstanceFormerCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what every run has: the newest checkpoint, the writer of result files."""
+        """Add what every run has: the newest checkpoint, the writer of result files, as many classes as the data."""
         parser.add_lightning_class_args(ResultsWriter, "results")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         help_text = "fit: start again, and replace the training that the folder holds"
         parser.add_argument("--overwrite", action="store_true", help=help_text)
+        flag = parser._option_string_actions[f"--{CLASSES}"]
+        parser.link_arguments("data.count_classes", CLASSES, self.count_classes, apply_on="instantiate")
+        parser._option_string_actions[f"--{CLASSES}"] = flag  # may be given even so, and the module checks it
+
+    def count_classes(self, of_data: Callable[[str], int | None]) -> int:
+        """As many as are given, as the annotations have or, where there are none, as the checkpoint has."""
+        count: int | None = self.config[self.subcommand].model.network.get("num_classes")
+        if count is None:
+            count = of_data(str(self.subcommand))
+        if count is None and self.start is not None:
+            count = checkpoints.read(self.start).options.get("num_classes")
+        return count or 1  # without data, which the data module's `setup` refuses
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: LightningCLI would look for hyperparameters in the checkpoint, and ours has none."""
@@ -130,7 +143,11 @@ class InstanceFormerCLI(LightningCLI):
         """Hand the checkpoint to the trainer; the configuration stays as given, and so fits a folder that is moved."""
         for logger in self._unplaced(self.config[self.subcommand]):
             logger.init_args.save_dir = "."
-        self.config_init[self.subcommand].ckpt_path = None if self.start is None else str(self.start)
+        if self.subcommand == "fit":
+            self.config_init[self.subcommand].ckpt_path = None if self.start is None else str(self.start)
+        else:  # in this way the trainer says it in `setup`
+            self.config_init[self.subcommand].ckpt_path = None
+            self.trainer.ckpt_path = self.start
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the project's way to write checkpoints, and a table of what is logged; keep everything in the folder."""
@@ -154,8 +171,10 @@ class InstanceFormerCLI(LightningCLI):
     def _unplaced(config: Namespace) -> list[Namespace]:
         """Loggers that were not told where to write, and so write to the run's folder."""
         loggers = [logger for logger in _as_list(config.trainer.logger) if isinstance(logger, Namespace)]
-        places = (None, ".", config.trainer.default_root_dir)
-        return [logger for logger in loggers if "save_dir" in logger.init_args and logger.init_args.save_dir in places]
+        unplaced = (None, ".", config.trainer.default_root_dir)
+        return [
+            logger for logger in loggers if "save_dir" in logger.init_args and logger.init_args.save_dir in unplaced
+        ]
 
     def _find_start(self, folder: Path, config: Namespace) -> Path | None:
         """The checkpoint that a training starts from, if any: the folder's own where the command is that of its run.
@@ -184,10 +203,10 @@ class InstanceFormerCLI(LightningCLI):
         if not path.is_file():
             return f"no {path.name} is there"
         theirs = yaml.safe_load(path.read_text())
-        found = list(_differences(yaml.safe_load(_dump(self._parser(self.subcommand), config)), theirs))
+        unlike = list(_differences(yaml.safe_load(_dump(self._parser(self.subcommand), config)), theirs))
         if config.ckpt_path is not None and str(config.ckpt_path) != theirs.get("ckpt_path"):
-            found.append(f"ckpt_path: {config.ckpt_path} here, {theirs.get('ckpt_path')} there")
-        return ", ".join(found[:3])
+            unlike.append(f"ckpt_path: {config.ckpt_path} here, {theirs.get('ckpt_path')} there")
+        return ", ".join(unlike[:3])
 
 
 def run(args: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,6 +78,7 @@ class VideoDataModule(LightningDataModule):
     Attributes:
         seed: of the training data: that of ``seed_everything``, or else the checkpoint's, or torch's.
         given_sizes: ``eval_size`` and ``max_size`` as they were given.
+        skip: ids of videos that test and predict leave out, empty after ``setup``; given before the loaders are made.
         raw_videos: those to predict where ``predict`` is a path, once ``setup`` was called.
     """
 
@@ -125,16 +125,18 @@ class VideoDataModule(LightningDataModule):
         self.skip_unreadable, self.outside_images = skip_unreadable, outside_images
         self.seed = 0
         self.training_clips: SeededClips | None = None  # once there is a loader of them
-        self.find_finished: Callable[[], frozenset[int]] = frozenset  # ids of videos that test and predict leave out
+        self.skip: frozenset[int] = frozenset()
         self.raw_videos: list[RawVideo] = []
         self._datasets: dict[SplitName, VideoDataset] = {}
-        self._adopted_categories: tuple[Category, ...] = ()
 
     @property
     def categories(self) -> tuple[Category, ...]:
-        """The categories in the order of their class indices, from a split in use or else the first that is given."""
+        """The categories in the order of their class indices, from a split in use or else the first that is given.
+
+        Empty once ``setup`` took videos that have no annotations.
+        """
         if self.raw_videos:
-            return self._adopted_categories
+            return ()
         for dataset in self._datasets.values():
             return dataset.categories
         for name, split in self.splits.items():
@@ -153,6 +155,19 @@ class VideoDataModule(LightningDataModule):
     def category_names(self) -> list[str]:
         """Names of the categories by class index."""
         return [category.name for category in self.categories]
+
+    def count_classes(self, stage: str) -> int | None:
+        """Number of categories of a stage's annotations, before ``setup``; None where no annotations are given."""
+        alone = stage == "predict" and self._predicted_path is not None
+        is_given = self.splits[SPLIT_OF_STAGE[stage]] is not None or (self.root and self.dataset_name)
+        return self.videos(stage)[0].num_classes if is_given and not alone else None
+
+    def ground_truth(self, stage: str) -> VideoDataset | None:
+        """Annotations that the validation of fit or validate, or test, is measured against; None if there are none."""
+        if stage == "predict" or (stage == "fit" and not self._validates):
+            return None
+        dataset = self._dataset("test" if stage == "test" else "valid")
+        return dataset if dataset.is_annotated else None
 
     def annotations_path(self, stage: str) -> Path:
         """Annotation file of a stage: fit, validate, test or predict."""
@@ -175,7 +190,7 @@ class VideoDataModule(LightningDataModule):
             ValueError: a split is not given, not in the format or without annotations, or two splits differ in their
                 categories, there are too few clips for one batch, or a frame lies outside the images' folder.
         """
-        self.raw_videos = []
+        self.raw_videos, self.skip = [], frozenset()
         if stage == "predict" and self._predicted_path is not None:
             self.raw_videos = find_videos(self._predicted_path)
             return
@@ -203,10 +218,6 @@ class VideoDataModule(LightningDataModule):
         """Take the sizes of a checkpoint, in pixels, where none were given."""
         given_eval_size, given_max_size = self.given_sizes
         self.eval_size, self.max_size = given_eval_size or eval_size, given_max_size or max_size
-
-    def adopt_categories(self, categories: Sequence[Category]) -> None:
-        """Take the categories of a checkpoint for those of videos that have none of their own."""
-        self._adopted_categories = tuple(categories)
 
     def state_dict(self) -> dict[str, Any]:
         """What the order of the training clips follows from, for a checkpoint."""
@@ -276,7 +287,7 @@ class VideoDataModule(LightningDataModule):
                 chunk_frames=self.chunk_frames,
                 size=self.eval_size,
                 max_size=self.max_size,
-                skip=self.find_finished(),
+                skip=self.skip,
             )
             return self._chunk_loader(stream, min(1, self.num_workers))
         return self._stream("predict")
@@ -320,7 +331,7 @@ class VideoDataModule(LightningDataModule):
             chunk_frames=self.chunk_frames,
             size=self.eval_size,
             max_size=self.max_size,
-            skip=self.find_finished() if name in ("test", "predict") else frozenset(),
+            skip=self.skip,
         )
         return self._chunk_loader(videos, self.num_workers)
 

@@ -65,8 +65,8 @@ class GroundTruth:
         return frozenset(video.id for video in self.videos.values() if video.length > frames)
 
 
-def read_ground_truth(source: str | Path | Mapping[str, Any]) -> GroundTruth:
-    """Read an annotation file, or take its parsed content.
+def read_ground_truth(source: str | Path | Mapping[str, Any] | VideoDataset, name: str = "ground truth") -> GroundTruth:
+    """Read an annotation file, or take its parsed content, as JSON has it or as ``read_annotations`` returns it.
 
     The file's ``areas`` are used as they stand, and those of the masks where it has none. But where more than nine in
     ten annotations have the areas of their boxes, and some of these differ from those of the masks, as in OVIS, those
@@ -76,8 +76,10 @@ def read_ground_truth(source: str | Path | Mapping[str, Any]) -> GroundTruth:
         FileNotFoundError: there is no such file.
         ValueError: it is not in a known format, has no annotations or an unknown level of occlusion.
     """
-    if isinstance(source, Mapping):
-        name, dataset = "ground truth", parse_annotations(source, "ground truth")
+    if isinstance(source, VideoDataset):
+        dataset = source
+    elif isinstance(source, Mapping):
+        dataset = parse_annotations(source, name)
     else:
         name, dataset = str(source), read_annotations(source)
     if not dataset.is_annotated:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from instanceformer.evaluation.evaluate import compare_tracks
-from instanceformer.evaluation.ground_truth import read_ground_truth
+from instanceformer.evaluation.ground_truth import GroundTruth, read_ground_truth
 from instanceformer.evaluation.identity import VideoIdentity, compare_identity, summarize_identity
 from instanceformer.evaluation.precision_recall import ComparedTrack, VideoEvaluation, summarize
 from instanceformer.evaluation.results import Track
@@ -45,7 +45,8 @@ class VideoAveragePrecision(Metric):
           for other datasets there is a number of frames.
 
     Args:
-        ground_truth: path of an annotation file in YouTube-VIS format, or its parsed content.
+        ground_truth: path of an annotation file in YouTube-VIS format, its parsed content, or what
+            ``read_ground_truth`` made of either, which several metrics can share.
         only_updated: evaluate only the videos that were given to ``update``. By default all videos of the ground truth
             count, those never updated as having no predictions.
         long_frames: videos with more frames than this are long.
@@ -65,7 +66,7 @@ class VideoAveragePrecision(Metric):
 
     def __init__(
         self,
-        ground_truth: str | Path | Mapping[str, Any],
+        ground_truth: str | Path | Mapping[str, Any] | GroundTruth,
         *,
         only_updated: bool = False,
         long_frames: int | None = None,
@@ -74,7 +75,9 @@ class VideoAveragePrecision(Metric):
     ) -> None:
         super().__init__()
         self.only_updated, self.identity = only_updated, identity
-        self._ground_truth = read_ground_truth(ground_truth)
+        if not isinstance(ground_truth, GroundTruth):
+            ground_truth = read_ground_truth(ground_truth)
+        self._ground_truth = ground_truth
         self._long_videos = self._ground_truth.long_videos(long_frames, long_videos)
         # One JSON line per video, as bytes, with all that matching needs of its tracks: small enough for ranks to
         # exchange.

@@ -1,10 +1,10 @@
-"""What happens beside the network: result files and films."""
+"""What happens beside the network: result files, a table of what is logged, films."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from instanceformer import __version__
 from instanceformer.data.datamodule import VideoDataModule
@@ -29,7 +31,8 @@ class ResultsWriter(Callback):
     when it is started again. When all videos are finished, rank 0 writes the result file and, beside it, its zip; of
     videos without an annotation file also which id is whose, in ``results.videos.json``. All ranks must see the same
     folder; their number may change. Nothing is written where ``limit_test_batches`` or ``limit_predict_batches`` leaves
-    videos out.
+    videos out. Outside of the command line a run is resumed if its checkpoint is given as ``trainer.ckpt_path``, which
+    is known in ``setup``, and not as an argument of ``trainer.test``.
 
     Args:
         path: of the result file, which ends in .json; a relative one lies in the trainer's ``default_root_dir``.
@@ -41,26 +44,32 @@ class ResultsWriter(Callback):
         self.path = path
         self._parts: ResultParts | None = None
         self._finished: frozenset[int] = frozenset()
+        self._checkpoint: object = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have the data module leave out what is finished."""
+        """Find what is finished, and have the data module leave it out; all ranks go by what rank 0 finds."""
         self._parts = None
         if stage not in ("test", "predict"):
             return
+        data = getattr(trainer, "datamodule", None)
         assert isinstance(pl_module, InstanceFormerModule)
-        pl_module.data.find_finished = frozenset
+        assert isinstance(data, VideoDataModule)
         limit = trainer.limit_test_batches if stage == "test" else trainer.limit_predict_batches
         if isinstance(limit, int) or limit < 1:
             pl_module.print(f"no results are written, since only {limit} of the batches are asked for")
             return
         trainer.predict_loop.return_predictions = False  # they are on disk
-        pl_module.data.find_finished = partial(self._find_finished, trainer, pl_module, stage)
+        self._parts = self._describe_parts(pl_module, data)
+        self._finished = data.skip = trainer.strategy.broadcast(self._parts.finished())
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the folder of parts, now that nothing can be refused any more."""
         if self._parts is not None:
-            if trainer.is_global_zero and (found := self._parts.start()):
-                pl_module.print(found)
+            if trainer.ckpt_path != self._checkpoint:  # Lightning did not say an argument of `test` in `setup`
+                self._parts = self._describe_parts(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+                self._finished = frozenset()
+            if trainer.is_global_zero and (report := self._parts.start()):
+                pl_module.print(report)
             trainer.strategy.barrier("parts")
 
     on_predict_start = on_test_start
@@ -92,51 +101,59 @@ class ResultsWriter(Callback):
         if self._parts is not None:
             trainer.strategy.barrier("results")
             if trainer.is_global_zero:
-                assert isinstance(pl_module, InstanceFormerModule)
                 pl_module.print(self._parts.merge())
-                if pl_module.data.raw_videos:
+                if raw_videos := trainer.datamodule.raw_videos:  # type: ignore[attr-defined]
                     with replacing(self._parts.path.with_suffix(".videos.json")) as temporary:
-                        videos = {video.id: str(video.path) for video in pl_module.data.raw_videos}
+                        videos = {video.id: str(video.path) for video in raw_videos}
                         temporary.write_text(json.dumps(videos, indent=2) + "\n")
 
     on_predict_end = on_test_end
 
-    def _find_finished(self, trainer: Trainer, module: InstanceFormerModule, stage: str) -> frozenset[int]:
-        """Ids of the videos that are finished; all ranks go by what rank 0 finds."""
-        parts = None
+    def _describe_parts(self, module: LightningModule, data: VideoDataModule) -> ResultParts:
+        """The parts of the run with the checkpoint that the trainer says now."""
+        trainer, parts = module.trainer, None
+        self._checkpoint, stage = trainer.ckpt_path, "test" if trainer.testing else "predict"
         if trainer.is_global_zero:
+            assert isinstance(module, InstanceFormerModule)
             path = Path(trainer.default_root_dir) / self.path
-            parts = ResultParts(path, describe_run(module, stage), module.data.video_ids(stage))
-        self._parts = trainer.strategy.broadcast(parts)
-        assert self._parts is not None
-        self._finished = trainer.strategy.broadcast(self._parts.finished())
-        return self._finished
+            parts = ResultParts(path, describe_run(module, data, stage), data.video_ids(stage))
+        parts = trainer.strategy.broadcast(parts)
+        assert parts is not None
+        return parts
 
 
-def describe_run(module: InstanceFormerModule, stage: str) -> dict[str, object]:
-    """By name all that the tracks of ``test`` or ``predict`` depend on; of the images only where they are."""
-    trainer, data = module.trainer, module.data
+def describe_run(module: InstanceFormerModule, data: VideoDataModule, stage: str) -> dict[str, object]:
+    """By name all that the tracks of ``test`` or ``predict`` depend on; of the images only where they are.
+
+    It is made before the checkpoint is loaded: what that says for an option that was not given follows from its file.
+    """
+    trainer, given = module.trainer, module.given_inference
     if data.raw_videos:
         videos = {str(video.path.resolve()): video.path.stat().st_mtime_ns for video in data.raw_videos}
         source: dict[str, object] = {"videos": videos}
     else:
-        with data.annotations_path(stage).open("rb") as file:
-            annotations = hashlib.file_digest(file, "sha256").hexdigest()
-        source = {"annotations": annotations, "images": data.videos(stage)[1].resolve()}
+        source = {"annotations": hash_file(data.annotations_path(stage)), "images": data.videos(stage)[1].resolve()}
+    checkpoint = trainer.ckpt_path
     return {
         "command": stage,
-        "weights": hash_weights(module.network),
+        "weights": hash_weights(module.network) if checkpoint is None else hash_file(Path(checkpoint)),
         **{f"model.network.{name}": value for name, value in module.network.options.items()},
-        **{f"model.inference.{name}": value for name, value in vars(module.inference).items()},
+        **{f"model.inference.{name}": value for name, value in ({} if given is None else vars(given)).items()},
         **source,
         "data.chunk_frames": data.chunk_frames,
-        "data.eval_size": data.eval_size,
-        "data.max_size": data.max_size,
+        "data.eval_size": data.given_sizes[0],
+        "data.max_size": data.given_sizes[1],
         "precision": trainer.precision,
         "device": trainer.strategy.root_device.type,
         "version": __version__,
         "version of torch": torch.__version__,
     }
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of its content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_weights(network: InstanceFormer) -> str:
@@ -145,6 +162,72 @@ def hash_weights(network: InstanceFormer) -> str:
     for tensor in network.state_dict().values():
         digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+class MetricsFile(Logger):
+    """Writes what is logged to ``metrics.csv``: a row for each call, a column for each name, ``step`` the first.
+
+    A resumed training goes on in the same file. Rows that it writes again, of steps that came after the checkpoint it
+    goes on from, are dropped.
+
+    Args:
+        folder: of the file.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self._columns: list[str] | None = None  # known once something was logged
+
+    @property
+    def name(self) -> str:
+        """Of the logger."""
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        """Empty, since a run has one folder."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The folder."""
+        return str(self.path.parent)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the configuration has a file of its own."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a row."""
+        row = {"step": str(step), **{name: str(float(value)) for name, value in metrics.items()}}
+        if self._columns is None or not set(row) <= set(self._columns):
+            rows, columns = self._read()
+            if self._columns is None and step is not None:
+                again = {name for name in row if name not in ("step", "epoch")}  # of this step only what is logged anew
+                rows = [
+                    old
+                    for old in rows
+                    if int(old["step"]) < step or (int(old["step"]) == step and not any(old.get(n) for n in again))
+                ]
+            self._columns = list(dict.fromkeys(["step", *columns, *sorted(row)]))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self._columns, restval="")
+                writer.writeheader()
+                writer.writerows([*rows, row])
+            return
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self._columns, restval="").writerow(row)
+
+    def _read(self) -> tuple[list[dict[str, str]], list[str]]:
+        """The whole rows that are there, without one that was cut off, and their columns."""
+        if not self.path.is_file():
+            return [], []
+        with self.path.open(newline="") as file:
+            reader = csv.DictReader(file, restval=None)
+            rows = [row for row in reader if None not in row.values() and row["step"].isdecimal()]
+            return rows, list(reader.fieldnames or [])
 
 
 class VideoLogger(Callback):

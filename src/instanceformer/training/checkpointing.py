@@ -71,7 +71,7 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, every_n_train_steps: int = 500) -> None:
         if every_n_train_steps < 1:
-            raise ValueError(f"checkpoint.every_n_train_steps: expected 1 or more, found {every_n_train_steps}")
+            raise ValueError(f"checkpoint.every_n_train_steps: found {every_n_train_steps}, expected 1 or more")
         self.every_n_train_steps = every_n_train_steps
         self._saved_step = 0
         self._validates = False  # a validation has begun and not ended, here or in the checkpoint that is resumed

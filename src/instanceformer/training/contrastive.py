@@ -8,19 +8,28 @@ from torch import Tensor
 
 
 def temporal_contrastive_loss(queries: Tensor, held: Tensor, window: int, temperature: float = 0.07) -> Tensor:
-    """Pull an instance towards its own past and away from everything else's.
+    """Pull an instance towards its past and away from everything else's.
 
-    An anchor is an instance at frame t. Its positives are itself in the frames t - window to t - 1; its negatives every
-    other instance of the clip in any earlier frame. For every positive the loss is minus the logarithm of its share in
-    the softmax over all of them. An anchor's loss is the mean over its positives, as in supervised contrastive learning
-    (Khosla et al.), where equation 5 has the sum, so that its weight does not depend on the window; the softmax leaves
-    out the anchor's own past beyond the window. Anchors without a positive or without a negative give zero.
+    Equation 5 as printed, of instance i at frame t::
+
+        L_t^i = - sum_{f=t-d}^{t-1} log( exp(q_t^i . q_f^i / tau) / sum_{j=0}^{t-1} exp(q_t^i . q_f^j / tau) )
+
+    and as computed, with unit vectors u = q / |q|, P the frames of [t - d, t - 1] in which i holds its query, and S all
+    (f, j) with f < t in which another instance j holds its query, together with the (f, i) of P::
+
+        L_t^i = - 1/|P| sum_{f in P} log( exp(u_t^i . u_f^i / tau) / sum_{(g, j) in S} exp(u_t^i . u_g^j / tau) )
+
+    It differs because (a) j of the printed denominator runs over frames, not instances: it is read as all instances in
+    all earlier frames, but for the anchor's past beyond the window, which is neither positive nor negative; (b) the
+    mean over positives and the unit vectors are those of supervised contrastive learning (Khosla et al.), which the
+    paper adopts; with the sum, an anchor's weight would depend on the window. An anchor without a positive or without
+    a negative gives zero.
 
     Args:
         queries: (T, B, n, C) final content of the instances' queries.
         held: (T, B, n) bool, whether the instance holds its query at that frame.
         window: d, in frames.
-        temperature: of the softmax.
+        temperature: tau.
 
     Returns:
         Scalar float32, the sum over all anchors.

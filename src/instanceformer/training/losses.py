@@ -17,14 +17,25 @@ from instanceformer.training.recognition import FrameRecognition, identity_losse
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of equation 6: lambda_1 classification, lambda_2 box_l1, lambda_3 mask_focal, lambda_4 contrastive.
+    """Weights of the terms of equation 6.
 
-    The last two are past the paper, for a network with ``identity``; others have no such terms.
+    As printed::
+
+        L = lambda_1 L_cls + lambda_2 L_box + lambda_3 L_mask + lambda_4 L_tcl
+
+    and as computed, with a weight w for each of our terms::
+
+        L = sum over decoder layers (w classification + w box_l1 + w box_giou + w mask_focal + w mask_dice)
+            + w contrastive  (+ w appearance + w recognition)
+
+    It differs because the paper takes its losses from Deformable-DETR, which compares every layer and whose box loss is
+    L1 and generalized IoU; the mask's cross-entropy is the focal and dice loss of SeqFormer and the authors' release.
+    The terms in brackets are past the paper, of a network with ``identity``.
 
     Attributes:
         classification: of the focal loss of all queries, over all classes.
         box_l1: of the L1 distance between boxes, cxcywh in [0, 1].
-        box_giou: of one minus the generalised IoU.
+        box_giou: of one minus the generalized IoU.
         mask_focal: of the focal loss of the mask's pixels.
         mask_dice: of the dice loss of the mask.
         contrastive: of the temporal contrastive loss; 0 leaves it out (table 4, without TCL).
@@ -121,8 +132,8 @@ def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normaliser: Tensor,
 def class_targets(outputs: ClipOutputs, labels: Tensor) -> Tensor:
     """(T, D, B, N, K) float32, one for the class of the instance that holds a query, from its first appearance on."""
     targets = torch.zeros_like(outputs.logits, dtype=torch.float32)
-    places = outputs.assigned.clamp(min=0) * targets.shape[-1] + labels  # no two that are held are the same
-    targets.flatten(3).scatter_add_(3, places.expand_as(outputs.held), outputs.held.float())
+    cells = outputs.assigned.clamp(min=0) * targets.shape[-1] + labels  # of held ones no two are the same
+    targets.flatten(3).scatter_add_(3, cells.expand_as(outputs.held), outputs.held.float())
     return targets
 
 

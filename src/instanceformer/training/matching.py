@@ -19,7 +19,7 @@ class MatchCosts:
     Attributes:
         classification: of the focal cost of the instance's class.
         box_l1: of the L1 distance between boxes, cxcywh in [0, 1].
-        box_giou: of minus the generalised IoU.
+        box_giou: of minus the generalized IoU.
     """
 
     classification: float = 2.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -16,12 +15,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from instanceformer import checkpoints
-from instanceformer.checkpoints.classes import take_over
+from instanceformer.checkpoints.checkpoint import take_over
 from instanceformer.data.annotations import Category
 from instanceformer.data.batch import ClipBatch, VideoChunk, to_device
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.data.sampling import derive_seed
 from instanceformer.evaluation.protocol import InferenceOptions, VideoInference
+from instanceformer.evaluation.ground_truth import read_ground_truth
 from instanceformer.evaluation.results import Track
 from instanceformer.evaluation.video_ap import VideoAveragePrecision
 from instanceformer.model.decoder import of_queries
@@ -37,7 +37,7 @@ class VideoOutput(TypedDict):
 
     Attributes:
         tracks: of the whole video, best first.
-        others: the same by the protocol's other score, which ``test`` measures beside it; else nothing.
+        others: the same by the protocol's other score, which ``test`` measures as well; otherwise empty.
     """
 
     tracks: list[Track]
@@ -61,7 +61,7 @@ class InstanceFormerModule(LightningModule):
         network: to train.
         losses: weights of equation 6.
         costs: weights of the matching.
-        optimizer: optimiser and schedule.
+        optimizer: optimizer and schedule.
         inference: protocol of validation, test and prediction; none: that of the checkpoint which is evaluated, or the
             paper's.
         backbone_weights: ``imagenet`` loads torchvision's weights into the backbone before training.
@@ -70,6 +70,14 @@ class InstanceFormerModule(LightningModule):
             What it has nothing for is new; a line says what. Without names of its categories all classes are new.
         compile: put backbone, encoder and decoder through ``torch.compile``, which takes minutes in the beginning, and
             again for frames of other sizes, and makes steps of few kernels.
+
+    Attributes:
+        inference: protocol in use.
+        given_inference: ``inference`` as it was given.
+        categories: of the classes, in their order, from the data or else the checkpoint; empty where neither says them,
+            and then results have the ids 1 to K.
+        metric: of validation and test, from the data's annotations if there are any; or assigned by the caller.
+        other_metric: of ``test``, of the protocol's other score.
     """
 
     def __init__(
@@ -86,27 +94,44 @@ class InstanceFormerModule(LightningModule):
         super().__init__()
         self.network = network
         self.losses, self.costs, self.optimizer_options = losses, costs, optimizer
-        self.inference, self._gave_inference = inference or InferenceOptions(), inference is not None
+        self.inference, self.given_inference = inference or InferenceOptions(), inference
         self.backbone_weights, self.init_from = backbone_weights, init_from
         if compile:
             network.compile_parts()
+        self.categories: tuple[Category, ...] = ()
         self.metric: VideoAveragePrecision | None = None
         self.other_metric: VideoAveragePrecision | None = None
         self._videos: dict[int, VideoInference] = {}
+        self._seed = 0  # of a training whose data module has none
 
     # Set-up ----------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check that network and data agree, before anything runs; a training says what it will not train."""
-        if self.data.raw_videos:
+        """Take categories and metrics from the data, and check that it agrees with the network, before anything runs.
+
+        Warns of ages of the memory that a training's clips do not reach.
+
+        Raises:
+            ValueError: the network has another number of classes, or the annotations cannot be measured against.
+        """
+        data = self.data
+        if data is None:
             return
-        found = self.data.num_classes
-        if found != self.network.num_classes:
+        self.categories = data.categories
+        if self.categories and len(self.categories) != self.network.num_classes:
             raise ValueError(
-                f"model.network.num_classes: found {self.network.num_classes}, expected {found}, the number of "
-                f"categories of the data ({', '.join(self.data.category_names[:5])}, ...)"
+                f"model.network.num_classes: found {self.network.num_classes}, expected {len(self.categories)}, the "
+                f"number of categories of the data ({', '.join(c.name for c in self.categories[:5])}, ...)"
             )
-        frames, memory_frames, options = self.data.clip_frames, self.network.memory_frames, self.network.options
+        self.metric = self.other_metric = None
+        if (annotations := data.ground_truth(stage)) is not None:
+            truth = read_ground_truth(annotations, str(data.annotations_path("validate" if stage == "fit" else stage)))
+            self.metric = VideoAveragePrecision(truth, only_updated=True, identity=stage == "test")
+            if stage == "test":
+                self.other_metric = VideoAveragePrecision(truth, only_updated=True)
+        elif stage == "test":
+            self.print(f"{data.annotations_path(stage)} has no annotations, so that no AP is computed")
+        frames, memory_frames, options = data.clip_frames, self.network.memory_frames, self.network.options
         if stage == "fit" and 1 < frames <= memory_frames and (options["memory"] or options["class_prior"]):
             self.print(
                 f"data.clip_frames: in clips of {frames}, ages {frames} to {memory_frames} of the memory are never "
@@ -134,17 +159,15 @@ class InstanceFormerModule(LightningModule):
             )
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print in process 0. Lightning's own loses what is said before its progress bar has begun."""
+        """Print in process 0. Lightning's ``print`` loses what is printed before its progress bar begins."""
         if self.trainer.is_global_zero:
             print(*args, **kwargs)
 
     @property
-    def data(self) -> VideoDataModule:
-        """The data module of the running trainer."""
+    def data(self) -> VideoDataModule | None:
+        """The trainer's data module, if it can say more of its videos than their frames; others only have loaders."""
         data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, VideoDataModule):
-            raise TypeError(f"InstanceFormerModule needs a VideoDataModule, found {type(data).__name__}")
-        return data
+        return data if isinstance(data, VideoDataModule) else None
 
     def _take_over(self, path: Path) -> None:
         """Load what fits of another network's weights, and say what does not."""
@@ -153,16 +176,16 @@ class InstanceFormerModule(LightningModule):
             self.print(
                 f"{path}: saved at step {content['global_step']} of a training that had not ended; is it running?"
             )
-        found = checkpoints.from_content(content, str(path))
-        InstanceFormer.from_checkpoint(found)  # refuses what is not whole
-        weights, became = take_over(self.network.state_dict(), self.data.categories, found)
+        source = checkpoints.from_content(content, str(path))
+        InstanceFormer.from_checkpoint(source)  # refuses what is not whole
+        weights, report = take_over(self.network.state_dict(), self.categories, source)
         self.network.load_state_dict(weights)
-        self.print(f"{path}: {became}")
+        self.print(f"{path}: {report}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let a checkpoint say what its network and its classes are, and how it is evaluated; see ``checkpoints``."""
-        size = checkpoints.FrameSize(self.data.eval_size, self.data.max_size)
-        checkpoint.update(checkpoints.describe(self.network.options, self.data.categories, size, vars(self.inference)))
+        """Add the network's options, its classes and how it is evaluated; see ``checkpoints``."""
+        size = None if self.data is None else checkpoints.FrameSize(self.data.eval_size, self.data.max_size)
+        checkpoint.update(checkpoints.describe(self.network.options, self.categories, size, vars(self.inference)))
         limits = (self.trainer.max_steps, self.trainer.max_epochs)
         epochs: Any = self.trainer.fit_loop.epoch_progress.current
         done = (self.trainer.global_step, epochs.processed)
@@ -171,37 +194,37 @@ class InstanceFormerModule(LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights of another network or other classes; take over how they are evaluated, if nothing was given.
+        """Refuse weights of another network or other classes; adopt how they were evaluated where no option is given.
 
         Raises:
             ValueError: what does not fit; a training is to be resumed from weights alone.
         """
-        path, fits = self.trainer.ckpt_path, self.trainer.state.fn == "fit"
-        if fits and not {"optimizer_states", VideoDataModule.__name__} <= checkpoint.keys():
+        path, fits, data = self.trainer.ckpt_path, self.trainer.state.fn == "fit", self.data
+        needed = {"optimizer_states"} if data is None else {"optimizer_states", VideoDataModule.__name__}
+        if fits and not needed <= checkpoint.keys():
             raise ValueError(
                 f"{path}: found weights without the state of a training of this version, which cannot be resumed; "
                 "expected a last.ckpt; to begin a training with these weights, give the file as --model.init_from"
             )
-        found = checkpoints.from_content(checkpoint, str(path))
-        found.check_network(self.network.options, self.network.state_dict())
-        if self.data.raw_videos:
-            numbered = [Category(k, f"class {k}") for k in range(1, self.network.num_classes + 1)]
-            self.data.adopt_categories(found.categories or numbered)
+        saved = checkpoints.from_content(checkpoint, str(path))
+        saved.check_network(self.network.options, self.network.state_dict())
+        if self.categories:
+            saved.check_categories(self.categories)
         else:
-            found.check_categories(self.data.categories)
-        if not fits:
-            if found.frame_size is not None:
-                self.data.adopt_sizes(found.frame_size.size, found.frame_size.max_size)
-            elif self.data.given_sizes[0] is None:
+            self.categories = saved.categories
+        if not fits and data is not None:
+            if saved.frame_size is not None:
+                data.adopt_sizes(saved.frame_size.size, saved.frame_size.max_size)
+            elif data.given_sizes[0] is None:
                 self.print(
                     f"{path}: does not say at which size its training evaluated it; frames are seen at "
-                    f"{self.data.eval_size} pixels; if that was another, give it as --data.eval_size"
+                    f"{data.eval_size} pixels; if that was another, give it as --data.eval_size"
                 )
-            if found.inference is not None and not self._gave_inference:
-                self.inference = InferenceOptions(**found.inference)
+        if not fits and saved.inference is not None and self.given_inference is None:
+            self.inference = InferenceOptions(**saved.inference)
         unlike = [
             f"{name}={self.network.options[name]} ({value})"
-            for name, value in found.options.items()
+            for name, value in saved.options.items()
             if self.network.options.get(name) != value
         ]
         if unlike:
@@ -210,15 +233,17 @@ class InstanceFormerModule(LightningModule):
     # Training --------------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Let the options of this run count, not those with which the checkpoint was written that it resumes."""
+        """Use the rates and the weight decay of this run, not those in the checkpoint that it resumes."""
+        self._seed = torch.initial_seed()
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         assert isinstance(optimizer, Optimizer)
         assert isinstance(scheduler, LambdaLR)
         apply_options(optimizer, scheduler, self.optimizer_options)
 
     def on_train_batch_start(self, batch: ClipBatch, batch_idx: int) -> None:
-        """Let the random numbers of a step, dropout's, follow from the seed, the batch and the rank alone."""
-        torch.manual_seed(derive_seed(self.data.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank))
+        """Seed the random numbers of a step, dropout's, by the seed, the batch and the rank alone."""
+        seed = self._seed if self.data is None else self.data.seed
+        torch.manual_seed(derive_seed(seed, self.trainer.fit_loop.total_batch_idx, self.global_rank))
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         """One step on a batch of clips: the total loss of equation 6."""
@@ -229,8 +254,8 @@ class InstanceFormerModule(LightningModule):
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=size)
         for field in fields(terms):
             self.log(f"train/{field.name}", getattr(terms, field.name).detach(), batch_size=size)
-        if self.data.skip_unreadable and self.data.training_clips is not None:
-            self.log("train/replaced_clips", float(self.data.training_clips.replaced.value), batch_size=size)
+        if (data := self.data) is not None and data.skip_unreadable and data.training_clips is not None:
+            self.log("train/replaced_clips", float(data.training_clips.replaced.value), batch_size=size)
         return total
 
     def compute_losses(self, batch: ClipBatch) -> LossTerms:
@@ -300,7 +325,7 @@ class InstanceFormerModule(LightningModule):
     ) -> None:
         """Clip all gradients together by their norm, or each by its value, and log the norm before that.
 
-        Lightning's own clipping refuses a fused optimizer under every mixed precision.
+        Lightning's clipping refuses a fused optimizer under every mixed precision.
         """
         parameters = [p for p in self.network.parameters() if p.grad is not None]
         if gradient_clip_val is not None and gradient_clip_algorithm != "value":
@@ -314,83 +339,54 @@ class InstanceFormerModule(LightningModule):
     # Evaluation ------------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Start with an empty metric."""
-        self._start_evaluation("validate")
-
-    def on_test_epoch_start(self) -> None:
-        """Start with an empty metric."""
-        self._start_evaluation("test")
-
-    def on_predict_epoch_start(self) -> None:
-        """Forget what an interrupted run may have left."""
+        """Start with empty metrics, and forget what an interrupted run may have left."""
         self._videos.clear()
+        for metric in (self.metric, self.other_metric):
+            if metric is not None:
+                metric.reset()
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: VideoChunk, batch_idx: int) -> VideoOutput | None:
-        """Take in a chunk; the video's tracks with its last one."""
-        return self._evaluate(batch)
+        """Take in a chunk; with the last one of a video its tracks, which count in the metrics."""
+        output = self.predict_step(batch, batch_idx)
+        if output is not None:
+            self.count_tracks(batch.video_id, **output)
+        return output
 
-    def test_step(self, batch: VideoChunk, batch_idx: int) -> VideoOutput | None:
-        """Take in a chunk; the video's tracks with its last one."""
-        return self._evaluate(batch)
+    test_step = validation_step
 
     def predict_step(self, batch: VideoChunk, batch_idx: int) -> VideoOutput | None:
-        """Take in a chunk; the video's tracks with its last one."""
-        return self._run_video(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log AP and AR of the videos seen."""
-        self._log_metric("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log AP and AR of the videos seen, and what shows identity."""
-        self._log_metric("test")
+        """Take in a chunk; the tracks of a video with its last one. State starts anew with its first one."""
+        if batch.length == 0:  # this rank has no video
+            return None
+        if batch.start == 0:
+            self._videos[batch.video_id] = VideoInference(self.network, self.inference, batch.size)
+        video = self._videos[batch.video_id]
+        video.add(batch)
+        if not batch.is_last:
+            return None
+        del self._videos[batch.video_id]
+        ids = [category.id for category in self.categories] or list(range(1, self.network.num_classes + 1))
+        others = []
+        if self.other_metric is not None:
+            others = video.tracks(batch.video_id, ids, self.inference.other_score)
+        return {"tracks": video.tracks(batch.video_id, ids), "others": others}
 
     def count_tracks(self, video_id: int, tracks: list[Track], others: list[Track]) -> None:
         """Let all tracks of a video, by either score, count in the metrics that there are."""
-        for metric, found in ((self.metric, tracks), (self.other_metric, others)):
+        for metric, predicted in ((self.metric, tracks), (self.other_metric, others)):
             if metric is not None:
-                metric.update(video_id, found)
+                metric.update(video_id, predicted)
 
-    def _start_evaluation(self, stage: str) -> None:
-        self._videos.clear()
-        self.metric = self.other_metric = None
-        annotations = self.data.annotations_path(stage)
-        if self.data.videos(stage)[0].is_annotated:
-            self.metric = VideoAveragePrecision(annotations, only_updated=True).to(self.device)
-            if stage == "test":
-                self.other_metric = deepcopy(self.metric)
-                self.metric.identity = True
-        else:
-            self.print(f"{annotations} has no annotations, so that no AP is computed")
-
-    def _evaluate(self, chunk: VideoChunk) -> VideoOutput | None:
-        output = self._run_video(chunk)
-        if output is not None:
-            self.count_tracks(chunk.video_id, **output)
-        return output
-
-    def _run_video(self, chunk: VideoChunk) -> VideoOutput | None:
-        """Take in a chunk; state starts anew with the first one of a video."""
-        if chunk.length == 0:  # this rank has no video
-            return None
-        if chunk.start == 0:
-            self._videos[chunk.video_id] = VideoInference(self.network, self.inference, chunk.size)
-        video = self._videos[chunk.video_id]
-        video.add(chunk)
-        if not chunk.is_last:
-            return None
-        del self._videos[chunk.video_id]
-        ids = [category.id for category in self.data.categories]
-        others = []
-        if self.other_metric is not None:
-            others = video.tracks(chunk.video_id, ids, self.inference.other_score)
-        return {"tracks": video.tracks(chunk.video_id, ids), "others": others}
-
-    def _log_metric(self, stage: str) -> None:
+    def on_validation_epoch_end(self) -> None:
+        """Log AP and AR of the videos seen, in ``test`` also what shows identity and the AP by the other score."""
+        stage = "test" if self.trainer.testing else "val"
         if self.metric is not None:
             for name, value in self.metric.compute().items():
                 self.log(f"{stage}/{name}", value, prog_bar=name == "AP", sync_dist=True)
         if self.other_metric is not None:
             self.log(f"{stage}/AP_{self.inference.other_score}", self.other_metric.compute()["AP"], sync_dist=True)
-        self.metric = self.other_metric = None
         self._videos.clear()
+
+    on_test_epoch_end = on_validation_epoch_end

@@ -1,4 +1,4 @@
-"""Optimiser, parameter groups and learning-rate schedules (A.2)."""
+"""Optimizer, parameter groups and learning-rate schedules (A.2)."""
 
 from __future__ import annotations
 

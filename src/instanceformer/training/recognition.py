@@ -1,4 +1,4 @@
-"""What teaches a network with ``identity`` to know instances again: past the paper, see ``model.identity``."""
+"""Losses that teach a network with ``identity`` to recognize instances; past the paper, see ``model.identity``."""
 
 from __future__ import annotations
 
@@ -72,22 +72,22 @@ def recognize_frame(
     right = covering.transpose(1, 2)
 
     claims = of(sighting.claims, query)  # (B, n, N)
-    own = query[..., None] == torch.arange(held.shape[1], device=held.device)
-    weights = own + torch.where(right, FREE_RIGHT, FREE_WRONG) * ~held[:, None]
+    holds = query[..., None] == torch.arange(held.shape[1], device=held.device)
+    weights = holds + torch.where(right, FREE_RIGHT, FREE_WRONG) * ~held[:, None]
     known = of(sighting.known, query) & has_query
     loss = F.binary_cross_entropy_with_logits(claims, right.float(), reduction="none") * weights * known[..., None]
     return FrameRecognition(
         looks=torch.stack((of(sighting.looks, query), appearance(features.looks, 20 * truth - 10))),
-        shown=torch.stack(((right & own).any(dim=-1) & has_query, large)),
+        shown=torch.stack(((right & holds).any(dim=-1) & has_query, large)),
         loss=loss.sum(),
     )
 
 
 def covers(masks: Tensor, truth: Tensor) -> Tensor:
     """Whether (B, M, h, w) mask logits have an IoU above 0.5 with (B, n, h, w) true masks in [0, 1]: (B, M, n) bool."""
-    found, true = (x.float().flatten(2) for x in (masks > 0, truth > 0.5))
-    shared = found @ true.transpose(1, 2)
-    return shared > 0.5 * (found.sum(dim=-1)[..., None] + true.sum(dim=-1)[:, None] - shared)
+    predicted, true = (x.float().flatten(2) for x in (masks > 0, truth > 0.5))
+    shared = predicted @ true.transpose(1, 2)
+    return shared > 0.5 * (predicted.sum(dim=-1)[..., None] + true.sum(dim=-1)[:, None] - shared)
 
 
 def identity_losses(frames: Sequence[FrameRecognition]) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.plugins import TorchCheckpointIO
+from torch import Tensor
 
 from instanceformer import InstanceFormer, checkpoints
-from instanceformer.checkpoints import Checkpoint, DamagedError, FrameSize, load_for_trainer
-from instanceformer.checkpoints.convert import convert_file
+from instanceformer.checkpoints import Checkpoint, FrameSize, load_for_trainer
+from instanceformer.checkpoints.checkpoint import take_over
 from instanceformer.cli import main
 from instanceformer.data.annotations import Category
 from instanceformer.data.augment import Augmentation
+from instanceformer.data.catalog import CATALOG, DatasetName, find_namesakes
 from instanceformer.data.datamodule import Split, VideoDataModule
 from instanceformer.training.module import InstanceFormerModule
 from instanceformer.training.optim import OptimizerOptions
@@ -113,57 +116,6 @@ def test_categories_are_one_for_each_class() -> None:
         Checkpoint({"num_classes": 4}, {}, CATEGORIES)
 
 
-def test_cut_off_safetensors_say_so(tiny, tmp_path: Path) -> None:
-    network = tiny()
-    path = tmp_path / "a.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"a\.safetensors: no such file"):
-        checkpoints.read(path)
-    checkpoints.write(Checkpoint(network.options, network.state_dict()), path)
-    whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"not a checkpoint", bytes(4096)):
-        path.write_bytes(content)
-        with pytest.raises(DamagedError, match=r"a\.safetensors: a damaged safetensors file"):
-            load_for_trainer(path)
-
-
-def test_files_of_something_else_say_what_was_expected(tiny, tmp_path: Path) -> None:
-    network = tiny()
-    torch.save({"model": {}}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"no 'network_options' but model; .*instanceformer convert"):
-        InstanceFormer.from_checkpoint(tmp_path / "a.pth")
-    torch.save([1, 2], tmp_path / "b.pth")
-    with pytest.raises(ValueError, match="found list, expected a dictionary"):
-        checkpoints.read(tmp_path / "b.pth")
-    torch.save({"network_options": network.options, "state_dict": None}, tmp_path / "c.ckpt")
-    with pytest.raises(ValueError, match="not whole; state_dict: found NoneType, expected a dictionary"):
-        checkpoints.read(tmp_path / "c.ckpt")
-    for wrong, message in (
-        ({"wormholes": 3}, "options that no network of this version has; .*wormholes"),
-        ({"dim": 33}, "options that no network of this version has; dim: found 33"),
-        ({"dim": 64}, r"found shape \(.*32.*\) for .*, expected"),
-        ({"memory": False}, "has too many 14 weights, such as memory"),
-        ({"encoder_layers": 2}, r"lacks 16 weights, such as encoder\.layers\.1"),
-    ):
-        checkpoints.write(Checkpoint({**network.options, **wrong}, network.state_dict()), tmp_path / "d.ckpt")
-        for use in (InstanceFormer.from_checkpoint, lambda path: convert_file(path, tmp_path / "e.safetensors")):
-            with pytest.raises(ValueError, match=rf"d\.ckpt: {message}") as refusal:
-                use(tmp_path / "d.ckpt")
-            assert "\n" not in str(refusal.value)
-    assert not (tmp_path / "e.safetensors").exists()
-    weights = network.state_dict()
-    for value, message in ((torch.full((5,), torch.nan), "NaN or infinity in decoder"), (5, "found int for decoder")):
-        broken = Checkpoint(network.options, {**weights, "decoder.class_heads.0.bias": value})
-        with pytest.raises(ValueError, match=f"checkpoint: .*{message}"):
-            InstanceFormer.from_checkpoint(broken)
-    with pytest.raises(ValueError, match=r"found suffix '\.pt', expected \.ckpt or \.safetensors"):
-        checkpoints.write(Checkpoint(network.options, network.state_dict()), tmp_path / "e.pt")
-
-
-def content_of(network: InstanceFormer, **entries: object) -> dict[str, object]:
-    """As ``load`` gives it, with other entries."""
-    return {**Checkpoint(network.options, network.state_dict(), CATEGORIES).to_lightning(), **entries}
-
-
 OTHER: dict[str, object] = {
     "num_classes": 7,
     "backbone": "resnet18",
@@ -204,8 +156,9 @@ def test_no_option_in_a_header_is_built_without_a_look(tiny, option: str) -> Non
     network = tiny()
     default = network.options[option]
     for value in WRONG:
-        content = content_of(network, network_options={**network.options, option: value}, categories=[])
-        checkpoint = checkpoints.from_content(content, "a.ckpt")
+        asked = Checkpoint(network.options, network.state_dict()).to_lightning()
+        asked["network_options"] = {**network.options, option: value}
+        checkpoint = checkpoints.from_content(asked, "a.ckpt")
         right_kind = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
         try:
             InstanceFormer.from_checkpoint(checkpoint)
@@ -238,43 +191,6 @@ def test_a_few_numbers_that_seem_many_are_refused_before_room_is_made_for_them(t
     checkpoint = Checkpoint({**network.options, "num_queries": 10**5}, weights)
     with pytest.raises(ValueError, match=r"fewer numbers for query_content than its shape \(100000, 32\) has"):
         InstanceFormer.from_checkpoint(checkpoint)
-
-
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        ({"categories": "cat"}, "categories: found str, expected a list"),
-        ({"categories": 5}, "categories: found int, expected a list"),
-        ({"categories": ["cat"]}, r"categories\[0\]: found str, expected a dictionary"),
-        ({"categories": [{"id": 1}]}, r"categories\[0\]: found id, expected id and name"),
-        ({"categories": [{"id": "1", "name": "a"}]}, r"categories\[0\].id: found '1' of type str, expected a whole"),
-        ({"categories": [{"id": True, "name": "a"}]}, r"id: found True of type bool, expected a whole number"),
-        ({"categories": [{"id": math.nan, "name": "a"}]}, "id: found nan of type float, expected a whole number"),
-        ({"categories": [{"id": 1, "name": None}]}, r"name: found None of type NoneType, expected text"),
-        ({"categories": [{"id": 10**30, "name": "a"}]}, "found an id or a name that is too long"),
-        ({"categories": [{"id": 1, "name": "a" * 10**6}]}, "found an id or a name that is too long"),
-        ({"categories": [{"id": 1, "name": "a"}] * 5}, "found an id twice"),
-        ({"categories": [{"id": 1, "name": "a"}]}, "categories: found 1, expected one for each of 5 classes"),
-        ({"frame_size": 360}, "frame_size: found int, expected a dictionary"),
-        ({"frame_size": {"size": 360}}, "frame_size: found size, expected size and max_size"),
-        (
-            {"frame_size": {"size": "360", "max_size": 768}},
-            "frame_size.size: found '360' of type str, expected a whole",
-        ),
-        ({"frame_size": {"size": 0, "max_size": 768}}, "frame_size.size: found 0, expected at least 1 pixel"),
-        ({"frame_size": {"size": 96, "max_size": -1}}, "frame_size.max_size: found -1, expected at least 1 pixel"),
-        ({"frame_size": {"size": True, "max_size": 768}}, "frame_size.size: found True of type bool"),
-        ({"frame_size": {"size": 10**9, "max_size": 10**9}}, "frame_size.size: found 1000000000, expected at most"),
-        ({"inference": ["any_frame"]}, "inference: found list, expected a dictionary"),
-        ({"inference": {3: 4}}, "inference: found dict, expected a dictionary of values by name"),
-        ({"network_options": 3}, "network_options: found int, expected a dictionary"),
-        ({"state_dict": {1: torch.ones(1)}}, "state_dict: found dict, expected a dictionary of values by name"),
-    ],
-)
-def test_entries_of_a_wrong_kind_are_refused_in_words(tiny, entries: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=rf"^a\.ckpt: a checkpoint that is not whole; .*{message}") as refusal:
-        checkpoints.from_content(content_of(tiny(), **entries), "a.ckpt")
-    assert len(str(refusal.value)) < 400
 
 
 def test_other_values_are_known_for_every_option(tiny) -> None:
@@ -347,3 +263,118 @@ def test_other_categories_than_the_datas_are_refused() -> None:
 def test_a_checkpoint_that_knows_no_classes_says_so() -> None:
     with pytest.warns(UserWarning, match=r"x\.ckpt: does not say what its classes are; .*: kind 0, .*, kind 4$"):
         Checkpoint({"num_classes": 5}, {}, name="x.ckpt").check_categories(CATEGORIES)
+
+
+def named(*names: str) -> tuple[Category, ...]:
+    return tuple(Category(10 * i, name) for i, name in enumerate(names, start=1))
+
+
+def taken(
+    tiny: Callable[..., InstanceFormer], ours: tuple[Category, ...], theirs: tuple[Category, ...], **options: object
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], str]:
+    """State dicts of our network before, of theirs, of ours after, and what is said."""
+    before = tiny(len(ours), **options).state_dict()
+    source = tiny(len(theirs))
+    after, said = take_over(before, ours, Checkpoint(source.options, source.state_dict(), theirs))
+    assert {name: x.shape for name, x in after.items()} == {name: x.shape for name, x in before.items()}
+    return before, source.state_dict(), after, said
+
+
+def test_classes_are_taken_over_by_name_wherever_they_stand(tiny) -> None:
+    ours, theirs = named("fish", "Tennis_Racket", "dog", "cat"), named("cat", "pizza", "tennis racket", "dog", "apple")
+    before, source, after, said = taken(tiny, ours, theirs)
+    assert said == "3 of 4 classes are taken over by name (Tennis_Racket from tennis racket); new: fish"
+    found = {1: 2, 2: 3, 3: 0}
+    for i in range(2):
+        for part in ("weight", "bias"):
+            name = f"decoder.class_heads.{i}.{part}"
+            assert torch.equal(after[name][0], before[name][0])
+            assert all(torch.equal(after[name][a], source[name][b]) for a, b in found.items())
+    name = "class_prior.temporal.weight"
+    for a in range(4):
+        for b in range(4):
+            known = a in found and b in found
+            assert after[name][a, b] == (source[name][found[a], found[b]] if known else before[name][a, b])
+    assert torch.equal(after["class_prior.temporal.bias"][1:], source["class_prior.temporal.bias"][[2, 3, 0]])
+    name = "memory.projection.weight"  # 32 of the content, the classes, 4 of the box
+    assert torch.equal(after[name][:, :32], source[name][:, :32])
+    assert torch.equal(after[name][:, 32], before[name][:, 32])
+    assert torch.equal(after[name][:, 33:36], source[name][:, [34, 35, 32]])
+    assert torch.equal(after[name][:, 36:], source[name][:, 37:])
+    classes = [n for n in after if "class" in n or n == "memory.projection.weight"]
+    assert all(torch.equal(after[n], source[n]) for n in after if n not in classes)
+    assert not any(torch.equal(after[n], before[n]) for n in classes)
+
+
+def test_the_same_categories_are_taken_over_to_the_bit(tiny) -> None:
+    categories = named("square", "disc", "star")
+    _, source, after, said = taken(tiny, categories, categories)
+    assert said == "3 of 3 classes are taken over by name"
+    assert all(torch.equal(x, source[name]) for name, x in after.items())
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        (named("apple", "pear"), "0 of 2 classes are taken over by name; new: cat, dog"),
+        ((), "all 2 classes are new, since it does not say what its own are"),
+    ],
+)
+def test_without_a_namesake_every_class_is_new_though_the_shapes_agree(tiny, theirs, said: str) -> None:
+    ours = tiny(2).state_dict()
+    source = tiny(2)
+    after, found = take_over(ours, named("cat", "dog"), Checkpoint(source.options, source.state_dict(), theirs))
+    assert found == said
+    for name in ("decoder.class_heads.0.weight", "decoder.class_heads.1.bias", "class_prior.temporal.weight"):
+        assert torch.equal(after[name], ours[name])
+    assert torch.equal(after["memory.projection.weight"][:, 32:34], ours["memory.projection.weight"][:, 32:34])
+    assert torch.equal(after["query_content"], source.state_dict()["query_content"])
+
+
+def test_what_does_not_fit_is_said_with_the_classes(tiny) -> None:
+    before, _, after, said = taken(tiny, named("cat", "dog"), named("dog"), location="refined", num_queries=9)
+    assert said == (
+        "1 of 2 classes are taken over by name; new: cat; not taken over, since shapes or names differ: "
+        "location.step.bias, location.step.weight, query_content, query_position"
+    )
+    assert torch.equal(after["query_content"], before["query_content"])
+
+
+def test_class_heads_of_other_channels_stay(tiny) -> None:
+    before, _, after, said = taken(tiny, named("cat"), named("cat"), dim=64, num_heads=4)
+    assert "decoder.class_heads.0.weight" in said
+    assert "memory.projection.weight" in said
+    assert torch.equal(after["decoder.class_heads.0.weight"], before["decoder.class_heads.0.weight"])
+
+
+def namesakes(ours: DatasetName, theirs: DatasetName) -> dict[str, str | None]:
+    a, b = CATALOG[ours].categories, CATALOG[theirs].categories
+    found = find_namesakes(a, b)
+    return {our.name: None if i is None else b[i].name for our, i in zip(a, found, strict=True)}
+
+
+def test_namesakes_among_the_datasets() -> None:
+    from_coco = namesakes("ovis", "coco")
+    assert (from_coco["Person"], from_coco["Vehical"], from_coco["Motorcycle"]) == ("person", "car", "motorcycle")
+    assert {name for name, found in from_coco.items() if found is None} == {
+        *("Fish", "Giant_panda", "Lizard", "Monkey", "Parrot", "Poultry", "Rabbit", "Tiger", "Turtle")
+    }
+    years = namesakes("ytvis21", "ytvis19")
+    assert (years["car"], years["truck"], years["motorbike"], years["mouse"]) == (
+        "sedan",
+        "truck",
+        "motorbike",
+        "mouse",
+    )
+    assert {name for name, found in years.items() if found is None} == {"bird", "flying_disc", "squirrel", "whale"}
+    assert namesakes("ytvis21", "ovis")["truck"] == "Vehical"
+    assert namesakes("ovis", "ytvis19")["Vehical"] == "sedan"
+    assert namesakes("ytvis19", "coco")["mouse"] is None  # a computer's
+    assert namesakes("coco", "ytvis19")["mouse"] is None
+    assert all(name == found for name, found in namesakes("coco", "coco").items())
+
+
+def test_a_name_comes_before_its_synonyms_and_synonyms_are_no_chain() -> None:
+    cars = named("vehicle", "sedan", "car")
+    assert find_namesakes(named("car", "sedan", "truck", "bus", "vehical"), cars) == (2, 1, 0, 0, 0)
+    assert find_namesakes(named("car"), named("truck", "bus")) == (None,)

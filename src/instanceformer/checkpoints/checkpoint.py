@@ -1,4 +1,4 @@
-"""Checkpoints as files: what Lightning writes, and safetensors with the configuration inside."""
+"""A checkpoint: a network's options and weights and what its classes are; written, and taken over into another one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from instanceformer.checkpoints.loading import METADATA, PREFIX, DamagedError, find_newest, load
 from instanceformer.data.annotations import Category
+from instanceformer.data.catalog import find_namesakes
 from instanceformer.files import replacing
 from instanceformer.model.options import check_type
+
+METADATA = "instanceformer"
+"""Key of the options and categories, as one JSON object, in the metadata of a safetensors file."""
+
+PREFIX = "network."
+"""What the LightningModule puts before the names of the network's weights."""
 
 SHAPING = (
     "num_classes",
@@ -75,10 +81,10 @@ class Checkpoint:
     Attributes:
         options: arguments of InstanceFormer by name.
         weights: state dict of InstanceFormer.
-        categories: id and name of every class, in the order of the class indices; empty where nobody knows them.
-        frame_size: at which its training evaluated it; None where nobody knows it.
-        inference: InferenceOptions by name, with which its training evaluated it; None where nobody knows them.
-        name: what messages call it, such as the path of its file.
+        categories: id and name of every class, in the order of the class indices; empty if unknown.
+        frame_size: at which its training evaluated it; None if unknown.
+        inference: InferenceOptions by name, with which its training evaluated it; None if unknown.
+        name: for messages, such as the path of its file.
 
     Raises:
         ValueError: there are categories, but not one for each class.
@@ -156,7 +162,7 @@ class Checkpoint:
         if not self.categories:
             warnings.warn(
                 f"{self.name}: does not say what its classes are; they are taken for the data's, in this order: "
-                f"{_few(names)}",
+                f"{few(names)}",
                 stacklevel=2,
             )
             return
@@ -169,13 +175,13 @@ class Checkpoint:
                 if known.name != category.name or (reordered and known.id != category.id)
             ]
             raise ValueError(
-                f"{self.name}: made for {self._classes()}, found {len(names)} in the data ({_few(names)}); "
+                f"{self.name}: made for {self._classes()}, found {len(names)} in the data ({few(names)}); "
                 f"{', '.join([*unlike[:1], 'expected the same names in the same order'])}; use data with its "
                 "categories, or train on these, from its weights by --model.init_from"
             )
 
     def _classes(self) -> str:
-        names = _few([category.name for category in self.categories])
+        names = few([category.name for category in self.categories])
         return f"{_shown(self.options.get('num_classes'))} classes" + (f" ({names})" if names else "")
 
     def to_lightning(self) -> dict[str, Any]:
@@ -183,11 +189,15 @@ class Checkpoint:
         return {
             "pytorch-lightning_version": version("lightning"),
             "state_dict": {f"{PREFIX}{name}": weight for name, weight in self.weights.items()},
-            **describe(self.options, self.categories, self.frame_size, self.inference),
+            **self.description(),
         }
 
+    def description(self) -> dict[str, Any]:
+        """All but the weights, of plain values."""
+        return describe(self.options, self.categories, self.frame_size, self.inference)
 
-def _few(names: Sequence[str]) -> str:
+
+def few(names: Sequence[str]) -> str:
     """The first names, as messages show them."""
     return ", ".join([*(name[:60] for name in names[:5]), *(["..."] if len(names) > 5 else [])])
 
@@ -197,18 +207,18 @@ def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)[:60]
 
 
-def check_finite(name: str, weight: Tensor, where: str) -> None:
+def check_finite(name: str, weight: Tensor, owner: str) -> None:
     """Refuse a weight that is no real number.
 
     Raises:
         ValueError: it is complex, quantized, NaN, infinite, or repeats a few numbers to seem large.
     """
     if weight.is_complex() or weight.is_quantized or weight.layout != torch.strided:
-        raise ValueError(f"{where}: found {name} of {weight.dtype}, {weight.layout}, expected plain real numbers")
+        raise ValueError(f"{owner}: found {name} of {weight.dtype}, {weight.layout}, expected plain real numbers")
     if weight.untyped_storage().nbytes() < weight.numel() * weight.itemsize:
-        raise ValueError(f"{where}: found fewer numbers for {name} than its shape {tuple(weight.shape)} has")
+        raise ValueError(f"{owner}: found fewer numbers for {name} than its shape {tuple(weight.shape)} has")
     if not weight.float().isfinite().all():
-        raise ValueError(f"{where}: found NaN or infinity in {name}, expected finite weights; take an earlier file")
+        raise ValueError(f"{owner}: found NaN or infinity in {name}, expected finite weights; take an earlier file")
 
 
 def describe(
@@ -226,99 +236,6 @@ def describe(
     return description
 
 
-def read(path: str | Path) -> Checkpoint:
-    """Read a checkpoint that ``fit`` or ``convert`` wrote, of either format. Nothing in a file is executed.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or holds no network of this package.
-    """
-    return from_content(load(path), str(path))
-
-
-def load_for_trainer(path: str | Path) -> dict[str, Any]:
-    """What Lightning's trainer takes as the content of a checkpoint, of either format.
-
-    A file of weights alone has no ``optimizer_states``, ``loops`` and so on: no training can be resumed from it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: as in ``read``; of a damaged file the message names the newest sound one beside it, if there is one.
-    """
-    path = Path(path)
-    try:
-        content = load(path)
-    except DamagedError as error:
-        newest, _ = find_newest(path.parent)
-        if newest is None:
-            raise
-        raise DamagedError(f"{error}; the newest sound one beside it is {newest}") from error
-    from_content(content, str(path))
-    return {"pytorch-lightning_version": version("lightning"), **content}
-
-
-def is_own(content: Mapping[str, Any]) -> bool:
-    """Whether a loaded file says which network of this package it holds."""
-    return "network_options" in content and "state_dict" in content
-
-
-def from_content(content: Mapping[str, Any], name: str) -> Checkpoint:
-    """The checkpoint in what ``load`` or Lightning loaded.
-
-    Args:
-        content: of the file.
-        name: of the checkpoint, such as the file's path.
-
-    Raises:
-        ValueError: it holds no network of this package, or something of another type than it should.
-    """
-    if not is_own(content):
-        found = ", ".join(str(key)[:60] for key in list(content)[:5]) or "nothing"
-        raise ValueError(
-            f"{name}: found no 'network_options' but {found}; expected a checkpoint that `instanceformer fit` or "
-            "`instanceformer convert` wrote; turn weights of the authors' release, Deformable-DETR or SeqFormer into "
-            "one by `instanceformer convert`"
-        )
-    try:
-        size, inference = (content.get(key) for key in ("frame_size", "inference"))
-        state = _mapping("state_dict", content["state_dict"])
-        return Checkpoint(
-            options=dict(_mapping("network_options", content["network_options"])),
-            weights={key.removeprefix(PREFIX): x for key, x in state.items() if key.startswith(PREFIX)},
-            categories=_categories(content.get("categories", [])),
-            frame_size=None if size is None else FrameSize(**_mapping("frame_size", size, "size", "max_size")),
-            inference=None if inference is None else dict(_mapping("inference", inference)),
-            name=name,
-        )
-    except ValueError as error:
-        raise ValueError(f"{name}: a checkpoint that is not whole; {error}; write or copy it again") from error
-
-
-def _mapping(name: str, value: object, *keys: str) -> Mapping[str, Any]:
-    """The value, if it is a dictionary by name, of these keys if there are any."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{name}: found {type(value).__name__}, expected a dictionary of values by name")
-    if keys and set(keys) != set(value):
-        raise ValueError(f"{name}: found {_few(list(value)) or 'nothing'}, expected {' and '.join(keys)}")
-    return value
-
-
-def _categories(found: object) -> tuple[Category, ...]:
-    if not isinstance(found, list | tuple):
-        raise ValueError(f"categories: found {type(found).__name__}, expected a list")
-    categories = []
-    for i, entry in enumerate(found):
-        values = _mapping(f"categories[{i}]", entry, "id", "name")
-        check_type(f"categories[{i}].id", values["id"], int)
-        check_type(f"categories[{i}].name", values["name"], str)
-        if abs(values["id"]) >= 2**63 or len(values["name"]) > 1000:
-            raise ValueError(f"categories[{i}]: found an id or a name that is too long, expected 64 bits, 1000 letters")
-        categories.append(Category(**values))
-    if len({category.id for category in categories}) < len(categories):
-        raise ValueError("categories: found an id twice, expected one for each class")
-    return tuple(categories)
-
-
 def write(checkpoint: Checkpoint, path: Path) -> None:
     """Write ``.ckpt``, which Lightning reads too, or ``.safetensors``; it has its name only when it is complete.
 
@@ -333,10 +250,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
             torch.save(checkpoint.to_lightning(), temporary)
         else:
             weights = {name: weight.contiguous() for name, weight in checkpoint.weights.items()}
-            description = describe(
-                checkpoint.options, checkpoint.categories, checkpoint.frame_size, checkpoint.inference
-            )
-            metadata = {"format": "pt", METADATA: json.dumps(description)}
+            metadata = {"format": "pt", METADATA: json.dumps(checkpoint.description())}
             temporary.write_bytes(safetensors.torch.save(weights, metadata))  # save_file makes a file of the user alone
 
 
@@ -344,3 +258,77 @@ def check_suffix(path: Path) -> None:
     """Refuse a name that ``write`` has no format for."""
     if path.suffix not in (".ckpt", ".safetensors"):
         raise ValueError(f"{path}: found suffix {path.suffix!r}, expected .ckpt or .safetensors")
+
+
+def class_indices(name: str, shape: Sequence[int], classes: Sequence[int]) -> tuple[Tensor, ...] | None:
+    """Where a weight of InstanceFormer has what belongs to some classes or to none in particular.
+
+    Args:
+        name: of the weight.
+        shape: of the weight, with all of its classes.
+        classes: indices of the classes wanted, in the order wanted.
+
+    Returns:
+        What the weight can be indexed with, to read or to write; None where it has no class dimension.
+
+    Raises:
+        IndexError: the weight has too few dimensions.
+    """
+    along = [list(range(size)) for size in shape]
+    if name.startswith("decoder.class_heads."):
+        along[0] = list(classes)
+    elif name.startswith("class_prior.temporal."):
+        along = [list(classes) for _ in shape]
+    elif name == "memory.projection.weight":  # of content, class scores and box, equation 3
+        content, box = range(shape[0]), range(shape[1] - 4, shape[1])
+        along[1] = [*content, *(len(content) + index for index in classes), *box]
+    else:
+        return None
+    return torch.meshgrid(*(torch.tensor(x, dtype=torch.int64) for x in along), indexing="ij")
+
+
+def take_over(
+    ours: Mapping[str, Tensor], categories: Sequence[Category], checkpoint: Checkpoint
+) -> tuple[dict[str, Tensor], str]:
+    """Weights of a network with those of another one put into it as far as they fit: classes by name, else by shape.
+
+    Args:
+        ours: state dict of the network.
+        categories: of its classes, in class order.
+        checkpoint: of the other network.
+
+    Returns:
+        The network's state dict anew, and a line of what became of the classes and of what did not fit.
+    """
+    namesakes = find_namesakes(categories, checkpoint.categories)
+    pairs = [(i, j) for i, j in enumerate(namesakes) if j is not None]
+    weights, left_new = dict(ours), []
+    for name, x in ours.items():
+        y = checkpoint.weights.get(name)
+        if y is None or x.ndim != y.ndim:
+            left_new.append(name)
+            continue
+        here, there = (
+            class_indices(name, z.shape, [pair[side] for pair in pairs]) or (...,) for side, z in enumerate((x, y))
+        )
+        if x[here].shape != y[there].shape:
+            left_new.append(name)
+            continue
+        weights[name] = x.clone()
+        weights[name][here] = y[there].to(x)
+    return weights, f"{_say_classes(categories, checkpoint, namesakes)}{_say_left(left_new)}"
+
+
+def _say_classes(ours: Sequence[Category], checkpoint: Checkpoint, namesakes: Sequence[int | None]) -> str:
+    if not checkpoint.categories:
+        return f"all {len(ours)} classes are new, since it does not say what its own are"
+    named = zip(ours, namesakes, strict=True)
+    taken = [(our, checkpoint.categories[i]) for our, i in named if i is not None]
+    new = [our.name for our, i in zip(ours, namesakes, strict=True) if i is None]
+    synonyms = [f"{our.name} from {their.name}" for our, their in taken if our.name.lower() != their.name.lower()]
+    said = f"{len(taken)} of {len(ours)} classes are taken over by name"
+    return said + (f" ({', '.join(synonyms)})" if synonyms else "") + (f"; new: {', '.join(new)}" if new else "")
+
+
+def _say_left(names: Sequence[str]) -> str:
+    return f"; not taken over, since shapes or names differ: {', '.join(sorted(names))}" if names else ""
