@@ -28,7 +28,7 @@ from instanceformer.checkpoints.loading import load
 def sound(tiny: Callable[..., InstanceFormer], tmp_path: Path) -> Path:
     network = tiny()
     path = tmp_path / "sound.ckpt"
-    checkpoints.write(Checkpoint(network.options, network.state_dict()), path)
+    checkpoints.write(Checkpoint(vars(network.options), network.state_dict()), path)
     return path
 
 
@@ -160,11 +160,11 @@ def test_weights_of_others_are_sent_to_convert(tmp_path: Path) -> None:
 def test_the_trainer_gets_what_it_needs_of_either_format(tiny, suffix: str, tmp_path: Path) -> None:
     network = tiny()
     path = tmp_path / f"a.{suffix}"
-    checkpoints.write(Checkpoint(network.options, network.state_dict()), path)
+    checkpoints.write(Checkpoint(vars(network.options), network.state_dict()), path)
     content = load_for_trainer(str(path))
     assert content["pytorch-lightning_version"]
     assert set(content["state_dict"]) == {f"network.{name}" for name in network.state_dict()}
-    assert content["network_options"] == network.options
+    assert content["network_options"] == vars(network.options)
 
 
 @pytest.fixture

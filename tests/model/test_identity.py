@@ -20,6 +20,7 @@ from instanceformer.model.identity import (
     pooled,
     recover,
 )
+from instanceformer.model.pyramid import build_pyramid
 from instanceformer.model.state import Identities, TrackState, of
 
 KNOWN: dict[str, Any] = {"identity": "recover", "free_queries": "renew", "min_confidence": 0.02}
@@ -94,16 +95,16 @@ def test_greatest_of_others() -> None:
 def test_looks_are_of_what_lies_under_the_mask(stride: int) -> None:
     appearance = Appearance(16, 8, stride)
     frames, finest, encoded = torch.randn(1, 3, 64, 96), torch.randn(1, 8, 16, 24), torch.randn(1, 16, 8, 12)
-    sizes = torch.tensor([[96.0, 64.0]])
+    pyramid = build_pyramid(((64, 96),), (64, 96), 3, 16, torch.device("cpu"))
     masks = torch.full((1, 2, 64 // stride, 96 // stride), -50.0)
     masks[:, 0, :, : 48 // stride] = 50.0
     masks[:, 1, :, 48 // stride :] = 50.0
-    before = appearance(appearance.encode(frames, finest, encoded, sizes), masks)
+    before = appearance(appearance.encode(frames, finest, encoded, pyramid), masks)
     torch.testing.assert_close(before.norm(dim=-1), torch.ones(1, 2))
     frames[..., 48:] += 2
     finest[..., 12:] += 2
     encoded[..., 6:] += 2
-    after = appearance(appearance.encode(frames, finest, encoded, sizes), masks)
+    after = appearance(appearance.encode(frames, finest, encoded, pyramid), masks)
     torch.testing.assert_close(after[:, 0], before[:, 0])
     assert (after[:, 1] - before[:, 1]).abs().max() > 0.05
 
@@ -285,7 +286,7 @@ def test_released_queries_know_nothing(tiny: Callable[..., InstanceFormer]) -> N
 
 def test_a_checkpoint_of_before_recognizes_nobody(tiny: Callable[..., InstanceFormer]) -> None:
     network = tiny()
-    options = {name: value for name, value in network.options.items() if name != "identity"}
+    options = {name: value for name, value in vars(network.options).items() if name != "identity"}
     loaded = InstanceFormer.from_checkpoint(checkpoints.Checkpoint(options, network.state_dict()))
     assert loaded.identity is None
     assert loaded.initial_state(1).identities is None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from instanceformer.inference.options import SegmenterOptions
-from instanceformer.model.network import duplicates
+from instanceformer.model.boxes import duplicates
 
 
 class Tracks:

@@ -127,7 +127,7 @@ def describe_run(module: InstanceFormerModule, stage: str) -> dict[str, object]:
     return {
         "command": stage,
         "weights": hash_weights(module.network),
-        **{f"model.network.{name}": value for name, value in module.network.options.items()},
+        **{f"model.network.{name}": value for name, value in vars(module.network.options).items()},
         **{f"model.inference.{name}": value for name, value in vars(module.inference).items()},
         **source,
         "data.chunk_frames": data.chunk_frames,

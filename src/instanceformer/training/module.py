@@ -107,7 +107,7 @@ class InstanceFormerModule(LightningModule):
                 f"categories of the data ({', '.join(self.data.category_names[:5])}, ...)"
             )
         frames, memory_frames, options = self.data.clip_frames, self.network.memory_frames, self.network.options
-        if stage == "fit" and 1 < frames <= memory_frames and (options["memory"] or options["class_prior"]):
+        if stage == "fit" and 1 < frames <= memory_frames and (options.memory or options.class_prior):
             self.print(
                 f"data.clip_frames: in clips of {frames}, ages {frames} to {memory_frames} of the memory are never "
                 f"trained; expected {memory_frames + 1}, or --model.network.memory_frames {frames - 1}"
@@ -126,7 +126,7 @@ class InstanceFormerModule(LightningModule):
             self.trainer.strategy.barrier("imagenet")
             if self.trainer.local_rank > 0:
                 self.network.backbone.load_imagenet_weights(progress=False)
-        elif options["backbone_norm"] == "frozen" and options["backbone"].startswith("res"):
+        elif options.backbone_norm == "frozen" and options.backbone.startswith("res"):
             raise ValueError(
                 "model.network.backbone_norm: found frozen on a backbone with random weights, whose first stage would "
                 "never learn; expected --model.backbone_weights imagenet, --model.init_from or --ckpt_path, or "
@@ -162,7 +162,9 @@ class InstanceFormerModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let a checkpoint say what its network and its classes are, and how it is evaluated; see ``checkpoints``."""
         size = checkpoints.FrameSize(self.data.eval_size, self.data.max_size)
-        checkpoint.update(checkpoints.describe(self.network.options, self.data.categories, size, vars(self.inference)))
+        checkpoint.update(
+            checkpoints.describe(vars(self.network.options), self.data.categories, size, vars(self.inference))
+        )
         limits = (self.trainer.max_steps, self.trainer.max_epochs)
         epochs: Any = self.trainer.fit_loop.epoch_progress.current
         done = (self.trainer.global_step, epochs.processed)
@@ -183,7 +185,7 @@ class InstanceFormerModule(LightningModule):
                 "expected a last.ckpt; to begin a training with these weights, give the file as --model.init_from"
             )
         found = checkpoints.from_content(checkpoint, str(path))
-        found.check_network(self.network.options, self.network.state_dict())
+        found.check_network(vars(self.network.options), self.network.state_dict())
         if self.data.raw_videos:
             numbered = [Category(k, f"class {k}") for k in range(1, self.network.num_classes + 1)]
             self.data.adopt_categories(found.categories or numbered)
@@ -199,11 +201,8 @@ class InstanceFormerModule(LightningModule):
                 )
             if found.inference is not None and not self._gave_inference:
                 self.inference = InferenceOptions(**found.inference)
-        unlike = [
-            f"{name}={self.network.options[name]} ({value})"
-            for name, value in found.options.items()
-            if self.network.options.get(name) != value
-        ]
+        options = vars(self.network.options)
+        unlike = [f"{k}={options[k]} ({value})" for k, value in found.options.items() if options.get(k) != value]
         if unlike:
             self.print(f"model.network: other options than the checkpoint's, in brackets: {', '.join(unlike)}")
 
