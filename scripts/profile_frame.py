@@ -99,7 +99,7 @@ class Stream:
             network = copy
             network.compile_parts(options={"freezing": True})
         elif variant == "identity":
-            added = {"identity": "recover", "min_confidence": network.min_confidence or 1e-3}
+            added = {"identity": "recover", "min_confidence": network.options.min_confidence or 1e-3}
             recognizing = InstanceFormer(**{**vars(network.options), **added}).eval()
             recognizing.load_state_dict(network.state_dict(), strict=False)
             network = optimise(recognizing)

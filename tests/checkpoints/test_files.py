@@ -325,7 +325,7 @@ def test_weights_that_a_training_ruined_are_refused_for_a_network_that_fits(tiny
     weights = {**network.state_dict(), "decoder.class_heads.0.bias": torch.full((5,), value)}
     checkpoint = checkpoints.from_content(Checkpoint(vars(network.options), weights).to_lightning(), "x.ckpt")
     with pytest.raises(ValueError, match=r"^x\.ckpt: found NaN or infinity in decoder.class_heads.0.bias, expected"):
-        checkpoint.check_network(network.options, network.state_dict())
+        checkpoint.check_network(vars(network.options), network.state_dict())
 
 
 def test_other_categories_than_the_datas_are_refused() -> None:

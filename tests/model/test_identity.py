@@ -160,7 +160,8 @@ def test_before_it_has_learned_everything_is_on_its_instance(tiny: Callable[...,
     torch.nn.init.constant_(network.identity.recognition.output.bias, 2.0)
     plain = tiny(**{**KNOWN, "identity": "none"})
     plain.load_state_dict({k: v for k, v in network.state_dict().items() if not k.startswith("identity.")})
-    network.min_confidence = plain.min_confidence = 0.0  # all are held from the first frame on
+    for net in (network, plain):
+        net.options = replace(net.options, min_confidence=1e-9)  # all are held from the first frame on
     frames = torch.randn(1, 4, 3, 64, 96)
     found, state = network(frames)
     torch.testing.assert_close(found.logits, plain(frames)[0].logits, rtol=0, atol=1e-3)  # tokens hold scores

@@ -231,7 +231,10 @@ def test_padding_must_be_a_margin(tiny) -> None:
         ({"min_confidence": 1.5}, "min_confidence"),
         ({"memory_frames": 0}, "at least 1"),
         ({"mask_stride": 16}, "mask_stride: found 16, expected 4 or 8"),
-        ({"location": "multiplicative"}, "location: found 'multiplicative', expected none or paper or additive"),
+        (
+            {"location": "multiplicative"},
+            "location: found 'multiplicative', expected none or paper or refined or additive",
+        ),
         ({"location_from": "query"}, "location_from: found 'query', expected content or position"),
         ({"temporal_index": "sine"}, "temporal_index: found 'sine'"),
         ({"mask_upsampling": "nearest"}, "mask_upsampling: found 'nearest'"),
@@ -371,7 +374,7 @@ def test_a_checkpoint_of_before_has_the_papers_class_history(tiny) -> None:
     network = tiny()
     options = {name: value for name, value in vars(network.options).items() if name != "class_history"}
     loaded = InstanceFormer.from_checkpoint(checkpoints.Checkpoint(options, network.state_dict()))
-    assert loaded.class_history == "all"
+    assert loaded.options.class_history == "all"
 
 
 @torch.no_grad()

@@ -64,7 +64,8 @@ class InstanceFormer(nn.Module):
     def __init__(self, num_classes: int = 40, **options: Any) -> None:
         super().__init__()
         self.options = o = NetworkOptions(num_classes=num_classes, **options)
-        self.num_classes, self.num_queries, self.memory_frames = o.num_classes, o.num_queries, o.memory_frames
+        self.num_classes, self.num_queries, self.dim = o.num_classes, o.num_queries, o.dim
+        self.memory_frames = o.memory_frames
 
         parts = release.parts(o)
         layer: dict[str, Any] = {
@@ -169,7 +170,7 @@ class InstanceFormer(nn.Module):
         return TrackState.empty(
             batch,
             num_queries=self.num_queries,
-            dim=self.options.dim,
+            dim=self.dim,
             num_classes=self.num_classes,
             memory_frames=self.memory_frames,
             memory_tokens=self.options.memory_tokens,
@@ -192,7 +193,7 @@ class InstanceFormer(nn.Module):
         """
         batch, count, _, height, width = frames.shape
         clips = ((height, width),) * batch if padding is None else valid_sizes(padding)
-        pyramid = build_pyramid(clips, (height, width), self.options.num_levels, self.options.dim, frames.device)
+        pyramid = build_pyramid(clips, (height, width), self.options.num_levels, self.dim, frames.device)
         every_frame, images = pyramid.repeated(count), frames.flatten(0, 1)
 
         if pyramid.is_padded and not (self.training and count == 1 and self.backbone.is_frozen):
