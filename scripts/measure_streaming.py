@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def main() -> None:
     network, height, width = build(arguments.name)
     network.to(arguments.device)
     confident = threshold(network, moving_squares(height, width, 0), shown=10)
-    network.min_confidence, network.free_queries = confident, "renew"
+    network.options = replace(network.options, min_confidence=confident, free_queries="renew")
     options = SegmenterOptions(birth=confident, show=confident, patience=5, max_tracks=20, size=height, max_size=width)
     old, young = (VideoInstanceSegmenter(network, options=options) for _ in range(2))
     early = 0.0

@@ -94,13 +94,13 @@ class Stream:
     def __init__(self, network: InstanceFormer, variant: str, shown: int) -> None:
         self.variant, self.shown, self.watch = variant, shown, Stopwatch()
         if variant == "compiled":
-            copy = InstanceFormer(**network.options).eval()
+            copy = InstanceFormer(**vars(network.options)).eval()
             copy.load_state_dict(network.state_dict())
             network = copy
             network.compile_parts(options={"freezing": True})
         elif variant == "identity":
-            added = {"identity": "recover", "min_confidence": network.min_confidence or 1e-3}
-            recognizing = InstanceFormer(**{**network.options, **added}).eval()
+            added = {"identity": "recover", "min_confidence": network.options.min_confidence or 1e-3}
+            recognizing = InstanceFormer(**{**vars(network.options), **added}).eval()
             recognizing.load_state_dict(network.state_dict(), strict=False)
             network = optimise(recognizing)
         elif variant != "plain":

@@ -125,7 +125,7 @@ def test_fit_then_validate_test_predict_and_evaluate(
     assert 0 <= summary["AP"] <= summary["AP50"] <= 1
 
     network = InstanceFormer.from_checkpoint(checkpoint)
-    assert network.options["num_queries"] == 10
+    assert network.options.num_queries == 10
     with torch.no_grad():
         assert network(torch.randn(1, 1, 3, 96, 160))[0].logits.shape == (1, 1, 10, 4)
 

@@ -127,7 +127,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     network = InstanceFormer(4, **TINY).eval()
     for path in ("model.safetensors", "runs/demo/last.ckpt"):
-        checkpoints.write(checkpoints.Checkpoint(network.options, network.state_dict(), SHAPES), root / path)
+        checkpoints.write(checkpoints.Checkpoint(vars(network.options), network.state_dict(), SHAPES), root / path)
     for name, channels in (("r50_ovis", 27), ("r50_ytvis", 42)):
         weights = theirs(build(RELEASE, channels, location="paper"), RELEASE)
         torch.save({"model": weights}, root / f"{name}.pth")

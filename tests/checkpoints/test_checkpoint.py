@@ -34,10 +34,10 @@ CATEGORIES = tuple(Category(3 * i, f"kind {i}") for i in range(5))
 def test_one_file_is_enough(tiny, tmp_path: Path, name: str, backbone: str) -> None:
     network = tiny(location="refined", backbone=backbone)
     told = {"frame_size": FrameSize(96, 160), "inference": {"candidates": "any_frame", "max_tracks": 7}}
-    checkpoints.write(Checkpoint(network.options, network.state_dict(), CATEGORIES, **told), tmp_path / name)
+    checkpoints.write(Checkpoint(vars(network.options), network.state_dict(), CATEGORIES, **told), tmp_path / name)
     assert [path.name for path in (tmp_path / name).parent.iterdir()] == [Path(name).name]
     found = checkpoints.read(tmp_path / name)
-    assert found.options == network.options
+    assert found.options == vars(network.options)
     assert found.categories == CATEGORIES
     assert {key: getattr(found, key) for key in told} == told
     assert set(found.weights) == set(network.state_dict())
@@ -51,7 +51,7 @@ def test_one_file_is_enough(tiny, tmp_path: Path, name: str, backbone: str) -> N
 
 def test_other_programs_can_read_the_exported_weights(tiny, tmp_path: Path) -> None:
     network = tiny()
-    checkpoints.write(Checkpoint(network.options, network.state_dict()), tmp_path / "a.safetensors")
+    checkpoints.write(Checkpoint(vars(network.options), network.state_dict()), tmp_path / "a.safetensors")
     with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert set(file.keys()) == set(network.state_dict())
         assert json.loads(file.metadata()["instanceformer"])["network_options"]["num_classes"] == 5
@@ -106,7 +106,7 @@ def test_a_training_goes_on_from_what_is_read_and_evaluates_either_format(tiny, 
 def test_an_early_checkpoint_has_no_categories_and_no_sizes(tiny, tmp_path: Path) -> None:
     network = tiny()
     weights = {f"network.{name}": value for name, value in network.state_dict().items()}
-    torch.save({"state_dict": weights, "network_options": network.options, "loops": {}}, tmp_path / "a.ckpt")
+    torch.save({"state_dict": weights, "network_options": vars(network.options), "loops": {}}, tmp_path / "a.ckpt")
     found = checkpoints.read(tmp_path / "a.ckpt")
     assert (found.categories, found.frame_size, found.inference) == ((), None, None)
 
@@ -154,10 +154,10 @@ WRONG = ("text", None, [1], {}, math.nan, -1, 10**9, 10**30, -0.5, 2.5, True, 1)
 @pytest.mark.parametrize("option", OTHER)
 def test_no_option_in_a_header_is_built_without_a_look(tiny, option: str) -> None:
     network = tiny()
-    default = network.options[option]
+    default = getattr(network.options, option)
     for value in WRONG:
-        asked = Checkpoint(network.options, network.state_dict()).to_lightning()
-        asked["network_options"] = {**network.options, option: value}
+        asked = Checkpoint(vars(network.options), network.state_dict()).to_lightning()
+        asked["network_options"] = {**vars(network.options), option: value}
         checkpoint = checkpoints.from_content(asked, "a.ckpt")
         right_kind = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
         try:
@@ -171,13 +171,13 @@ def test_no_option_in_a_header_is_built_without_a_look(tiny, option: str) -> Non
         else:
             assert right_kind, value  # a few of these values are right
             assert value == value
-            assert value in (True, 1, 0.5, network.options[option]), value
+            assert value in (True, 1, 0.5, getattr(network.options, option)), value
 
 
 def test_a_header_that_asks_for_a_million_layers_is_refused_in_words(tiny, tmp_path: Path) -> None:
     network = tiny()
     for option in ("encoder_layers", "decoder_layers", "memory_frames", "num_queries", "dim"):
-        options = {**network.options, option: 8 * 10**6}
+        options = {**vars(network.options), option: 8 * 10**6}
         checkpoints.write(Checkpoint(options, network.state_dict()), tmp_path / "a.safetensors")
         with pytest.raises(ValueError, match=rf"{option}: found 8000000, expected at least 1 and at most \d+$"):
             InstanceFormer.from_checkpoint(tmp_path / "a.safetensors")
@@ -188,13 +188,13 @@ def test_a_few_numbers_that_seem_many_are_refused_before_room_is_made_for_them(t
     weights = network.state_dict()
     for name in ("query_content", "query_position"):
         weights[name] = torch.ones(()).expand(10**5, 32)
-    checkpoint = Checkpoint({**network.options, "num_queries": 10**5}, weights)
+    checkpoint = Checkpoint({**vars(network.options), "num_queries": 10**5}, weights)
     with pytest.raises(ValueError, match=r"fewer numbers for query_content than its shape \(100000, 32\) has"):
         InstanceFormer.from_checkpoint(checkpoint)
 
 
 def test_other_values_are_known_for_every_option(tiny) -> None:
-    assert set(OTHER) == set(tiny().options)
+    assert set(OTHER) == set(vars(tiny().options))
 
 
 @pytest.mark.parametrize("option", OTHER)
@@ -203,30 +203,31 @@ def test_what_changes_the_weights_is_refused_by_name_and_nothing_else(tiny, opti
     needs = {"min_confidence": 0.3} if option in ("free_queries", "class_history", "identity") else {}
     other = tiny(**{option: OTHER[option], **needs})
     theirs, ours = ({name: x.shape for name, x in n.state_dict().items()} for n in (network, other))
-    checkpoint = Checkpoint(network.options, network.state_dict(), name="x.ckpt")
+    checkpoint = Checkpoint(vars(network.options), network.state_dict(), name="x.ckpt")
     if theirs == ours:
-        checkpoint.check_network(other.options, other.state_dict())
+        checkpoint.check_network(vars(other.options), other.state_dict())
         other.load_state_dict(network.state_dict())
     else:
-        value = str(network.options[option]).lower() if option in ("memory", "class_prior") else network.options[option]
+        value = getattr(network.options, option)
+        value = str(value).lower() if isinstance(value, bool) else value
         with pytest.raises(ValueError, match=rf"^x\.ckpt: made .*--model\.network\.{option}={value}$"):
-            checkpoint.check_network(other.options, other.state_dict())
+            checkpoint.check_network(vars(other.options), other.state_dict())
 
 
 def test_a_checkpoint_of_before_identity_says_how_to_go_on(tiny) -> None:
     old, new = tiny(), tiny(identity="recover", min_confidence=0.3)
-    options = {name: value for name, value in old.options.items() if name != "identity"}
+    options = {name: value for name, value in vars(old.options).items() if name != "identity"}
     checkpoint = Checkpoint(options, old.state_dict(), name="x.ckpt")
-    checkpoint.check_network(old.options, old.state_dict())
+    checkpoint.check_network(vars(old.options), old.state_dict())
     with pytest.raises(ValueError, match=r"made with identity=none, found recover; .*--model\.network\.identity=none$"):
-        checkpoint.check_network(new.options, new.state_dict())
+        checkpoint.check_network(vars(new.options), new.state_dict())
 
 
 def test_classes_come_first_with_their_names_where_a_network_is_another(tiny) -> None:
     network, other = tiny(), tiny(25, dim=64, min_confidence=0.2)
-    checkpoint = Checkpoint(network.options, network.state_dict(), CATEGORIES, name="x.ckpt")
+    checkpoint = Checkpoint(vars(network.options), network.state_dict(), CATEGORIES, name="x.ckpt")
     with pytest.raises(ValueError) as refusal:
-        checkpoint.check_network(other.options, other.state_dict())
+        checkpoint.check_network(vars(other.options), other.state_dict())
     assert str(refusal.value) == (
         "x.ckpt: made for 5 classes (kind 0, kind 1, kind 2, kind 3, kind 4), found 25 in model.network.num_classes; "
         "made with dim=32, found 64; give the options it was trained with: --model.network.num_classes=5 "
@@ -238,9 +239,9 @@ def test_classes_come_first_with_their_names_where_a_network_is_another(tiny) ->
 def test_weights_that_a_training_ruined_are_refused_for_a_network_that_fits(tiny, value: float) -> None:
     network = tiny()
     weights = {**network.state_dict(), "decoder.class_heads.0.bias": torch.full((5,), value)}
-    checkpoint = checkpoints.from_content(Checkpoint(network.options, weights).to_lightning(), "x.ckpt")
+    checkpoint = checkpoints.from_content(Checkpoint(vars(network.options), weights).to_lightning(), "x.ckpt")
     with pytest.raises(ValueError, match=r"^x\.ckpt: found NaN or infinity in decoder.class_heads.0.bias, expected"):
-        checkpoint.check_network(network.options, network.state_dict())
+        checkpoint.check_network(vars(network.options), network.state_dict())
 
 
 def test_other_categories_than_the_datas_are_refused() -> None:

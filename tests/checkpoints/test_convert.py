@@ -72,7 +72,7 @@ def test_the_release_round_trip(memory: bool, location: str, rule: str) -> None:
     weights["detr.backbone.0.body.bn1.num_batches_tracked"] = torch.tensor(0)
     options = SourceOptions(location, tokens=4, support=4, heads=TINY["num_heads"], all_channels=True)
     found = convert(weights, options)
-    assert found.checkpoint.options == network.options
+    assert found.checkpoint.options == vars(network.options)
     assert not found.left_new
     assert set(found.mapped) | set(found.dropped) == set(weights)
     assert {name.split(".")[1] for name in found.dropped} == {"transformer", "temporal_class_embed", "backbone"}
@@ -196,7 +196,7 @@ def test_files_of_every_format(tmp_path: Path) -> None:
 def test_sizes_and_protocol_survive_another_format(tiny, tmp_path: Path) -> None:
     network = tiny()
     told = {"frame_size": FrameSize(96, 160), "inference": {"candidates": "any_frame"}}
-    checkpoints.write(Checkpoint(network.options, network.state_dict(), **told), tmp_path / "a.ckpt")
+    checkpoints.write(Checkpoint(vars(network.options), network.state_dict(), **told), tmp_path / "a.ckpt")
     main(["convert", str(tmp_path / "a.ckpt"), str(tmp_path / "b.safetensors")])
     found = checkpoints.read(tmp_path / "b.safetensors")
     assert {key: getattr(found, key) for key in told} == told
@@ -205,7 +205,7 @@ def test_sizes_and_protocol_survive_another_format(tiny, tmp_path: Path) -> None
 def test_an_output_that_exists_is_replaced_only_if_told(tiny, tmp_path: Path) -> None:
     network = tiny()
     source, output, link = (tmp_path / name for name in ("a.ckpt", "b.safetensors", "link.ckpt"))
-    checkpoints.write(Checkpoint(network.options, network.state_dict()), source)
+    checkpoints.write(Checkpoint(vars(network.options), network.state_dict()), source)
     link.symlink_to(source)
     output.write_text("of an earlier run")
     command = ["convert", str(source), str(output)]
@@ -216,7 +216,7 @@ def test_an_output_that_exists_is_replaced_only_if_told(tiny, tmp_path: Path) ->
         main([*command, "--overwrite"])
     assert output.read_text() == "of an earlier run"
     main([*command, "--overwrite"])
-    assert checkpoints.read(output).options == network.options
+    assert checkpoints.read(output).options == vars(network.options)
     before = source.read_bytes()
     for same in (source, link):
         with pytest.raises(SystemExit, match=rf"{same.name} exists"):

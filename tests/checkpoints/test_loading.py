@@ -30,7 +30,7 @@ from instanceformer.checkpoints.loading import load
 def sound(tiny: Callable[..., InstanceFormer], tmp_path: Path) -> Path:
     network = tiny()
     path = tmp_path / "sound.ckpt"
-    checkpoints.write(Checkpoint(network.options, network.state_dict()), path)
+    checkpoints.write(Checkpoint(vars(network.options), network.state_dict()), path)
     return path
 
 
@@ -162,11 +162,11 @@ def test_weights_of_others_are_sent_to_convert(tmp_path: Path) -> None:
 def test_the_trainer_gets_what_it_needs_of_either_format(tiny, suffix: str, tmp_path: Path) -> None:
     network = tiny()
     path = tmp_path / f"a.{suffix}"
-    checkpoints.write(Checkpoint(network.options, network.state_dict()), path)
+    checkpoints.write(Checkpoint(vars(network.options), network.state_dict()), path)
     content = load_for_trainer(str(path))
     assert content["pytorch-lightning_version"]
     assert set(content["state_dict"]) == {f"network.{name}" for name in network.state_dict()}
-    assert content["network_options"] == network.options
+    assert content["network_options"] == vars(network.options)
 
 
 def test_cut_off_safetensors_say_so(tiny, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_cut_off_safetensors_say_so(tiny, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     with pytest.raises(FileNotFoundError, match=r"a\.safetensors: no such file"):
         checkpoints.read(path)
-    checkpoints.write(Checkpoint(network.options, network.state_dict()), path)
+    checkpoints.write(Checkpoint(vars(network.options), network.state_dict()), path)
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"not a checkpoint", bytes(4096)):
         path.write_bytes(content)
@@ -190,7 +190,7 @@ def test_files_of_something_else_say_what_was_expected(tiny, tmp_path: Path) -> 
     torch.save([1, 2], tmp_path / "b.pth")
     with pytest.raises(ValueError, match="found list, expected a dictionary"):
         checkpoints.read(tmp_path / "b.pth")
-    torch.save({"network_options": network.options, "state_dict": None}, tmp_path / "c.ckpt")
+    torch.save({"network_options": vars(network.options), "state_dict": None}, tmp_path / "c.ckpt")
     with pytest.raises(ValueError, match="not whole; state_dict: found NoneType, expected a dictionary"):
         checkpoints.read(tmp_path / "c.ckpt")
     for wrong, message in (
@@ -200,7 +200,7 @@ def test_files_of_something_else_say_what_was_expected(tiny, tmp_path: Path) -> 
         ({"memory": False}, "has too many 14 weights, such as memory"),
         ({"encoder_layers": 2}, r"lacks 16 weights, such as encoder\.layers\.1"),
     ):
-        checkpoints.write(Checkpoint({**network.options, **wrong}, network.state_dict()), tmp_path / "d.ckpt")
+        checkpoints.write(Checkpoint({**vars(network.options), **wrong}, network.state_dict()), tmp_path / "d.ckpt")
         for use in (InstanceFormer.from_checkpoint, lambda path: convert_file(path, tmp_path / "e.safetensors")):
             with pytest.raises(ValueError, match=rf"d\.ckpt: {message}") as refusal:
                 use(tmp_path / "d.ckpt")
@@ -208,11 +208,11 @@ def test_files_of_something_else_say_what_was_expected(tiny, tmp_path: Path) -> 
     assert not (tmp_path / "e.safetensors").exists()
     weights = network.state_dict()
     for value, message in ((torch.full((5,), torch.nan), "NaN or infinity in decoder"), (5, "found int for decoder")):
-        broken = Checkpoint(network.options, {**weights, "decoder.class_heads.0.bias": value})
+        broken = Checkpoint(vars(network.options), {**weights, "decoder.class_heads.0.bias": value})
         with pytest.raises(ValueError, match=f"checkpoint: .*{message}"):
             InstanceFormer.from_checkpoint(broken)
     with pytest.raises(ValueError, match=r"found suffix '\.pt', expected \.ckpt or \.safetensors"):
-        checkpoints.write(Checkpoint(network.options, network.state_dict()), tmp_path / "e.pt")
+        checkpoints.write(Checkpoint(vars(network.options), network.state_dict()), tmp_path / "e.pt")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_files_of_something_else_say_what_was_expected(tiny, tmp_path: Path) -> 
 )
 def test_entries_of_a_wrong_kind_are_refused_in_words(tiny, entries: dict[str, object], message: str) -> None:
     network = tiny()
-    whole = Checkpoint(network.options, network.state_dict()).to_lightning()
+    whole = Checkpoint(vars(network.options), network.state_dict()).to_lightning()
     with pytest.raises(ValueError, match=rf"^a\.ckpt: a checkpoint that is not whole; .*{message}") as refusal:
         checkpoints.from_content({**whole, **entries}, "a.ckpt")
     assert len(str(refusal.value)) < 400

@@ -120,7 +120,7 @@ def test_the_best_quarter_is_of_the_frames_since_the_query_is_held(tiny, monkeyp
 def test_tracks_begin_where_queries_are_held_though_all_propagate(tiny, frames) -> None:
     network = tiny(class_history="held", min_confidence=0.05)
     scores = network(frames)[0].logits[0].sigmoid().amax(-1)
-    network.min_confidence = float(scores.max(0).values.median())
+    network.options = replace(network.options, min_confidence=float(scores.max(0).values.median()))
     state, begins = network.initial_state(1), {}
     for t in range(8):
         features = network.encode(frames[:, t : t + 1])[0]
@@ -150,9 +150,9 @@ def test_a_track_begins_where_its_query_is_first_confident(tiny, frames) -> None
     with torch.no_grad():
         # queries become confident one after the other as this threshold lies within the range of their scores
         scores = network(frames)[0].logits[0].sigmoid().amax(-1)
-        network.min_confidence = float(scores.max(0).values.median())
+        network.options = replace(network.options, min_confidence=float(scores.max(0).values.median()))
         scores = network(frames)[0].logits[0].sigmoid().amax(-1)
-    confident = scores >= network.min_confidence
+    confident = scores >= network.options.min_confidence
     late = [int(q) for q in range(12) if confident[:, q].any() and not confident[0, q]]
     assert late, "the example should have a query that becomes confident late"
     tracks = run(network, frames, 8, candidates="any_frame", max_tracks=60)

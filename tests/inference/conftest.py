@@ -24,7 +24,7 @@ def checkpoint(tiny: Callable[..., InstanceFormer], tmp_path: Path) -> Path:
     path = tmp_path / "tiny.ckpt"
     torch.save(
         {
-            "network_options": network.options,
+            "network_options": vars(network.options),
             "state_dict": weights,
             "categories": [{"id": 4, "name": "cat"}, {"id": 9, "name": "dog"}],
         },

@@ -126,7 +126,7 @@ def test_the_command_writes_programs_and_what_one_has_to_know_of_them(
     network = tiny(num_classes=1)
     source, folder = tmp_path / "tiny.safetensors", tmp_path / "street"
     category = Category(4, "cat")
-    checkpoints.write(checkpoints.Checkpoint(network.options, network.state_dict(), (category,)), source)
+    checkpoints.write(checkpoints.Checkpoint(vars(network.options), network.state_dict(), (category,)), source)
     main(["export", str(source), str(folder), f"--height={HEIGHT}", f"--width={WIDTH}", f"--shown={SHOWN}"])
     assert sorted(path.name for path in folder.iterdir()) == ["about.json", "encode.pt2", "run.py", "step.pt2"]
     assert "step.pt2" in capsys.readouterr().out
@@ -160,7 +160,9 @@ def test_what_is_written_to_run_the_programs_runs_them(
         for head in network.decoder.class_heads:
             head.bias.fill_(3.0)  # something to print
     source, folder = tmp_path / "tiny.safetensors", tmp_path / "street"
-    checkpoints.write(checkpoints.Checkpoint(network.options, network.state_dict(), (Category(4, "cat"),)), source)
+    checkpoints.write(
+        checkpoints.Checkpoint(vars(network.options), network.state_dict(), (Category(4, "cat"),)), source
+    )
     export_files(source, folder, ExportOptions(HEIGHT, WIDTH, SHOWN, form))
     frames = make_frames(3)
     images = tmp_path / "images"

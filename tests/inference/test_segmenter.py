@@ -200,7 +200,7 @@ def test_bfloat16_is_close(tiny):
 def test_a_checkpoint_brings_its_categories(tiny, tmp_path):
     network = tiny(num_classes=2)
     checkpoint = {
-        "network_options": network.options,
+        "network_options": vars(network.options),
         "state_dict": {f"network.{name}": value for name, value in network.state_dict().items()},
     }
     torch.save(checkpoint, tmp_path / "bare.ckpt")
@@ -228,7 +228,7 @@ def test_a_checkpoint_brings_its_categories(tiny, tmp_path):
 )
 def test_frames_are_seen_at_the_checkpoints_size_unless_told(tiny, tmp_path, own, given, seen):
     network = tiny()
-    checkpoint = Checkpoint(network.options, network.state_dict(), frame_size=own)
+    checkpoint = Checkpoint(vars(network.options), network.state_dict(), frame_size=own)
     checkpoints.write(checkpoint, tmp_path / "a.ckpt")
     with warnings.catch_warnings(action="error"):
         segmenter = VideoInstanceSegmenter.from_checkpoint(
@@ -244,7 +244,7 @@ def test_frames_are_seen_at_the_checkpoints_size_unless_told(tiny, tmp_path, own
 
 def test_a_checkpoint_without_sizes_warns_and_a_network_without_one_does_not(tiny, tmp_path):
     network = tiny()
-    checkpoints.write(Checkpoint(network.options, network.state_dict()), tmp_path / "a.ckpt")
+    checkpoints.write(Checkpoint(vars(network.options), network.state_dict()), tmp_path / "a.ckpt")
     with pytest.warns(UserWarning, match=r"a\.ckpt: does not say at which size .* at 360 pixels .* give it by --size"):
         segmenter = VideoInstanceSegmenter.from_checkpoint(tmp_path / "a.ckpt", "cpu")
     assert segmenter.frame_size == FrameSize(360, 768)

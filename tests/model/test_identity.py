@@ -20,6 +20,7 @@ from instanceformer.model.identity import (
     pooled,
     recover,
 )
+from instanceformer.model.pyramid import build_pyramid
 from instanceformer.model.state import Identities, TrackState, of
 
 KNOWN: dict[str, Any] = {"identity": "recover", "free_queries": "renew", "min_confidence": 0.02}
@@ -94,16 +95,16 @@ def test_greatest_of_others() -> None:
 def test_looks_are_of_what_lies_under_the_mask(stride: int) -> None:
     appearance = Appearance(16, 8, stride)
     frames, finest, encoded = torch.randn(1, 3, 64, 96), torch.randn(1, 8, 16, 24), torch.randn(1, 16, 8, 12)
-    sizes = torch.tensor([[96.0, 64.0]])
+    pyramid = build_pyramid(((64, 96),), (64, 96), 3, 16, torch.device("cpu"))
     masks = torch.full((1, 2, 64 // stride, 96 // stride), -50.0)
     masks[:, 0, :, : 48 // stride] = 50.0
     masks[:, 1, :, 48 // stride :] = 50.0
-    before = appearance(appearance.encode(frames, finest, encoded, sizes), masks)
+    before = appearance(appearance.encode(frames, finest, encoded, pyramid), masks)
     torch.testing.assert_close(before.norm(dim=-1), torch.ones(1, 2))
     frames[..., 48:] += 2
     finest[..., 12:] += 2
     encoded[..., 6:] += 2
-    after = appearance(appearance.encode(frames, finest, encoded, sizes), masks)
+    after = appearance(appearance.encode(frames, finest, encoded, pyramid), masks)
     torch.testing.assert_close(after[:, 0], before[:, 0])
     assert (after[:, 1] - before[:, 1]).abs().max() > 0.05
 
@@ -159,7 +160,8 @@ def test_before_it_has_learned_everything_is_on_its_instance(tiny: Callable[...,
     torch.nn.init.constant_(network.identity.recognition.output.bias, 2.0)
     plain = tiny(**{**KNOWN, "identity": "none"})
     plain.load_state_dict({k: v for k, v in network.state_dict().items() if not k.startswith("identity.")})
-    network.min_confidence = plain.min_confidence = 0.0  # all are held from the first frame on
+    for net in (network, plain):
+        net.options = replace(net.options, min_confidence=1e-9)  # all are held from the first frame on
     frames = torch.randn(1, 4, 3, 64, 96)
     found, state = network(frames)
     torch.testing.assert_close(found.logits, plain(frames)[0].logits, rtol=0, atol=1e-3)  # tokens hold scores
@@ -285,7 +287,7 @@ def test_released_queries_know_nothing(tiny: Callable[..., InstanceFormer]) -> N
 
 def test_a_checkpoint_of_before_recognizes_nobody(tiny: Callable[..., InstanceFormer]) -> None:
     network = tiny()
-    options = {name: value for name, value in network.options.items() if name != "identity"}
+    options = {name: value for name, value in vars(network.options).items() if name != "identity"}
     loaded = InstanceFormer.from_checkpoint(checkpoints.Checkpoint(options, network.state_dict()))
     assert loaded.identity is None
     assert loaded.initial_state(1).identities is None

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
+from instanceformer.model.attention import sine_position
 from instanceformer.model.memory import Memory, MemoryAttention, MemoryTokens, remember
-from instanceformer.model.position import pixel_position, sine_position
 from instanceformer.model.state import TrackState
 
 N, C, K, D, TOKENS = 7, 8, 3, 3, 2
@@ -63,22 +63,6 @@ def test_equation_3_and_the_temporal_index() -> None:
             torch.testing.assert_close(tokens.values[0, f * TOKENS + j], value)
             index = position[state.memory_indices[0, f, j]] + sine_position(torch.tensor(f + 1), C)
             torch.testing.assert_close(tokens.index[0, f * TOKENS + j], index)
-
-
-def test_places_in_the_queue_count_from_the_oldest_frame_that_left_a_token() -> None:
-    """As in the authors' release: the same frame keeps its code until the queue is full and its place moves."""
-    memory, position = Memory(C, K, "place"), torch.randn(N, C)
-    column = pixel_position(torch.ones(1, D, 1, dtype=torch.bool), C)[0, :, 0]
-    state = empty(2)
-    for seen in range(1, D + 2):
-        admitted = torch.ones(2, N, dtype=torch.bool)
-        admitted[1] = seen > 1  # the second video's first frame leaves nothing
-        state = remember(state, *frame(), admitted)
-        tokens = memory(state, position)
-        codes = tokens.index.unflatten(1, (D, TOKENS)) - position[state.memory_indices]
-        for clip, count in ((0, min(seen, D)), (1, min(seen - 1, D))):
-            for place in range(count):
-                torch.testing.assert_close(codes[clip, count - 1 - place], column[place].expand(TOKENS, C))
 
 
 def test_memory_carries_no_gradient_but_its_projection_learns() -> None:

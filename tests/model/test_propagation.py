@@ -20,22 +20,6 @@ def test_equation_1_to_the_letter() -> None:
             torch.testing.assert_close(found[b, i], expected)
 
 
-@pytest.mark.parametrize(
-    ("rule", "move"),
-    [("paper", lambda start, last: start * last), ("additive", lambda start, last: start + last)],
-)
-def test_the_authors_release_places_queries_by_their_position_embedding(rule, move) -> None:
-    location = LocationPropagation(6, rule, "position")
-    position, previous = torch.randn(3, 6), torch.rand(2, 3, 2)
-    carried = torch.tensor([[True, True, False], [False, True, True]])
-    found = location(torch.full((2, 3, 6), torch.nan), position, previous, carried)
-    start = torch.sigmoid(position @ location.reference.weight.T + location.reference.bias)
-    for b in range(2):
-        for i in range(3):
-            expected = torch.sigmoid(move(start[i], previous[b, i])) if carried[b, i] else start[i]
-            torch.testing.assert_close(found[b, i], expected)
-
-
 def test_equation_1_squeezes_what_is_carried() -> None:
     found = LocationPropagation(6, "paper")(
         10 * torch.randn(1, 500, 6), NO_POSITION, torch.rand(1, 500, 2), torch.ones(1, 500, dtype=torch.bool)
@@ -79,7 +63,7 @@ def test_equation_2_without_history_changes_nothing() -> None:
     torch.testing.assert_close(prior(logits, history, torch.zeros(2, 4, 5, dtype=torch.bool)), logits)
 
 
-@pytest.mark.parametrize("rule", ["none", "paper", "additive", "refined"])
+@pytest.mark.parametrize("rule", ["none", "paper", "refined"])
 def test_every_parameter_gets_a_gradient_even_at_the_first_frame(rule) -> None:
     location = LocationPropagation(6, rule)
     location(

@@ -20,7 +20,7 @@ def test_parts_of_a_frame_and_equal_outputs(
 ) -> None:
     network = tiny()
     weights = {f"network.{name}": value for name, value in network.state_dict().items()}
-    torch.save({"state_dict": weights, "network_options": network.options}, tmp_path / "tiny.ckpt")
+    torch.save({"state_dict": weights, "network_options": vars(network.options)}, tmp_path / "tiny.ckpt")
     options = ["--size", "64", "96", "--shown", "3", "--rounds", "3", "--checkpoint", str(tmp_path / "tiny.ckpt")]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "plain", "optimised", "identity", *options])
     runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -39,7 +39,7 @@ def test_a_run_is_known_by_its_checkpoint_however_that_is_given(tiny, tmp_path: 
     main(["synthesize", str(tmp_path), "--train_videos=1", "--valid_videos=2", "--length=8", "--workers=1"])
     data = VideoDataModule(test=Split(tmp_path / "valid.json", tmp_path / "JPEGImages"), eval_size=64, num_workers=0)
     network, path = tiny(4), tmp_path / "a.ckpt"
-    checkpoints.write(checkpoints.Checkpoint(network.options, network.state_dict()), path)
+    checkpoints.write(checkpoints.Checkpoint(vars(network.options), network.state_dict()), path)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     runs = []
     for late in (True, False, False):

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -100,7 +100,7 @@ def test_two_ranks_equal_one(instances, tmp_path: Path) -> None:
 def every_option() -> Iterator[tuple[str, dict[str, Any]]]:
     """Each value that an option of a few values can have, all else as it is by default."""
     for name, choice in CHOICES.items():
-        for value in get_args(choice):
+        for value in choice:
             yield (
                 f"{name}={value}",
                 {name: value, "min_confidence": 0.3 if value in ("renew", "held", "hide", "recover") else 0.0},

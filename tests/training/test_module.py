@@ -246,7 +246,7 @@ def test_compiled_parts_are_whole_graphs_with_the_same_gradients(tiny) -> None:
     network.compile_parts(backend="aot_eager", fullgraph=True)
     names = list(network.state_dict())
     found = gradients(network, batch)
-    assert names == list(InstanceFormer(**network.options).state_dict())
+    assert names == list(InstanceFormer(**vars(network.options)).state_dict())
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 

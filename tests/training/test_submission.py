@@ -77,7 +77,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_checkpoint(path: Path, seed: int) -> None:
     torch.manual_seed(seed)
     network = InstanceFormer(4, **TINY, backbone_norm="batch")
-    checkpoints.write(checkpoints.Checkpoint(network.options, network.state_dict()), path)
+    checkpoints.write(checkpoints.Checkpoint(vars(network.options), network.state_dict()), path)
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_both_scores_are_measured_and_the_results_are_of_the_one_that_is_chosen(
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))  # its classes and masks differ
-    checkpoints.write(checkpoints.Checkpoint(network.options, network.state_dict()), tmp_path / "own.ckpt")
+    checkpoints.write(checkpoints.Checkpoint(vars(network.options), network.state_dict()), tmp_path / "own.ckpt")
     own = [f"--ckpt_path={tmp_path / 'own.ckpt'}", f"--data.test.annotations={tmp_path / 'truth.json'}"]
     shutil.copy(data / "valid.json", tmp_path / "truth.json")
     main([*command("first"), *own, "--model.inference.score=best_quarter"])

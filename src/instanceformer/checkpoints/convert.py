@@ -26,6 +26,7 @@ from instanceformer.data.catalog import CATALOG, DatasetName
 from instanceformer.files import locking
 from instanceformer.model.heads import COORDINATE_SCALE, HIDDEN
 from instanceformer.model.network import InstanceFormer
+from instanceformer.model.options import NetworkOptions
 
 RULES = {"multiplicative": "paper", "additive": "additive", "none": "none"}
 """The release's ways to propagate reference points and the rules of LocationPropagation that they are."""
@@ -101,8 +102,9 @@ class Conversion:
     classes: str
 
     def __str__(self) -> str:
-        defaults = InstanceFormer.__init__.__kwdefaults__ or {}
-        unlike = [f"{k}={v}" for k, v in self.checkpoint.options.items() if k in defaults and v != defaults[k]]
+        options = {**self.checkpoint.options, "num_classes": NetworkOptions.num_classes}
+        defaults = vars(NetworkOptions())
+        unlike = [f"{name}={value}" for name, value in options.items() if value != defaults[name]]
         lines = [
             self.source,
             f"  network: {', '.join(unlike) or 'every option at its default'}",
@@ -211,7 +213,7 @@ def convert(weights: Mapping[str, Any], options: SourceOptions = SourceOptions()
             f"found nothing in {source.title} for {len(lacking)} of our parameters, such as {', '.join(lacking[:3])}; "
             "expected a whole state dict"
         )
-    checkpoint = Checkpoint(network.options, {**expected, **ours}, categories, PAPER_SIZE)
+    checkpoint = Checkpoint(vars(network.options), {**expected, **ours}, categories, PAPER_SIZE)
     return Conversion(source.title, checkpoint, tuple(mapped), dropped, left_new, classes)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from instanceformer.checkpoints import FrameSize
-from instanceformer.model.network import duplicates
+from instanceformer.model.boxes import duplicates
 
 MIN_SIDE = 16
 """Least height and width of a frame in pixels."""

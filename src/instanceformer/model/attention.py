@@ -1,4 +1,4 @@
-"""Attention: multi-head, and multi-scale deformable (equation 7; Zhu et al., Deformable DETR)."""
+"""Attention, multi-head and multi-scale deformable (equation 7; Zhu et al., Deformable DETR), and sine positions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deform_attn import Backend, fused_ms_deform_attn
+
+WAVELENGTHS = 10_000.0
+"""Ratio of the longest to the shortest wavelength of sine positions."""
 
 Shapes = tuple[tuple[int, int], ...]
 """Height and width of every feature level, finest first."""
@@ -87,9 +90,9 @@ class DeformableAttention(nn.Module):
         if levels.padded is not None:
             value = value.masked_fill(levels.padded[..., None], 0.0)
         value = value.unflatten(-1, (self.heads, -1))
-        places = (batch, queries, self.heads, self.levels, self.points)
-        offsets = self.sampling_offsets(query).view(*places, 2)
-        logits = self.attention_weights(query).view(places)
+        points = (batch, queries, self.heads, self.levels, self.points)
+        offsets = self.sampling_offsets(query).view(*points, 2)
+        logits = self.attention_weights(query).view(points)
         attended = fused_ms_deform_attn(value, levels.shapes, reference, offsets, logits, backend=self.backend)
         result: Tensor = self.output_proj(attended)
         return result
@@ -151,3 +154,37 @@ def xavier_(layer: nn.Linear | nn.Conv2d) -> None:
     nn.init.xavier_uniform_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def sine_position(coordinates: Tensor, dim: int) -> Tensor:
+    """Interleaved sines and cosines of scalar coordinates.
+
+    Args:
+        coordinates: (...) float, in radians of the fastest sine.
+        dim: even number of channels.
+
+    Returns:
+        (..., dim) float32: sin and cos in turn, wavelengths from 2 pi to ``WAVELENGTHS`` times 2 pi.
+    """
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=coordinates.device) / dim
+    angles = coordinates.float()[..., None] / WAVELENGTHS**exponent
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+def pixel_position(valid: Tensor, dim: int) -> Tensor:
+    """Position of every cell of a feature map, relative to the valid part of its image.
+
+    Args:
+        valid: (B, H, W) bool, true in a rectangle at the top left, false where padded.
+        dim: number of channels, divisible by 4.
+
+    Returns:
+        (B, H, W, dim) float32, the first half for y, the second for x. Cell centres run over (0, 2 pi).
+    """
+    axes = []
+    for present in (valid.any(dim=2), valid.any(dim=1)):  # rows, columns
+        count = present.cumsum(1, dtype=torch.float32)
+        axes.append(sine_position((count - 0.5) / (count[:, -1:] + 1e-6) * (2 * math.pi), dim // 2))
+    rows, columns = axes
+    shape = (*valid.shape, dim // 2)
+    return torch.cat((rows[:, :, None].expand(shape), columns[:, None].expand(shape)), dim=-1)

@@ -19,6 +19,25 @@ def generalized_box_iou(a: Tensor, b: Tensor) -> Tensor:
     return shared / union - (hull - union) / hull
 
 
+def duplicates(boxes: Tensor, confidence: Tensor, candidates: Tensor, held: Tensor, max_overlap: float) -> Tensor:
+    """Candidates that would be a second query for an instance that has one.
+
+    Args:
+        boxes: (B, N, 4) cxcywh.
+        confidence: (B, N) in [0, 1].
+        candidates: (B, N) bool, confident queries.
+        held: (B, N) bool, queries that hold an instance already: they come first, and are never duplicates.
+        max_overlap: box IoU.
+
+    Returns:
+        (B, N) bool, queries that overlap by more with a candidate that comes before them.
+    """
+    overlap = box_iou(boxes[:, :, None], boxes[:, None])
+    priority = confidence + held
+    before = candidates[:, None, :] & (priority[:, None, :] > priority[:, :, None])
+    return (before & (overlap > max_overlap)).any(dim=-1) & ~held
+
+
 def _areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What both boxes cover, what either does, and the smallest box around both; the last two are never zero."""
     area = a[..., 2] * a[..., 3] + b[..., 2] * b[..., 3]

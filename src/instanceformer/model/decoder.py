@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,10 +68,8 @@ class DecoderLayer(nn.Module):
         feedforward_dim: int,
         dropout: float,
         memory: bool,
-        cross_position: bool,
     ) -> None:
         super().__init__()
-        self.cross_position = cross_position
         self.self_attention = Attention(dim, heads, dropout)
         self.norm_self = nn.LayerNorm(dim)
         self.cross_attention = DeformableAttention(dim, heads, levels, points)
@@ -93,38 +92,33 @@ class DecoderLayer(nn.Module):
         query_position, key_position, _ = self.self_attention.project(position, bias=False)
         attended = self.self_attention.attend(query + query_position, key + key_position, value)
         queries = self.norm_self(queries + self.dropout(attended))
-        located = queries + position if self.cross_position else queries
-        attended = self.cross_attention(located, reference, features.tokens, features.levels)
+        located = self.located(queries, position)
+        attended = self.cross_attention(located, reference, features.tokens, features.pyramid.levels)
         queries = self.norm_cross(queries + self.dropout(attended))
         if self.memory_attention is not None and memory is not None:
             queries = self.memory_attention(queries, position, memory)
         result: Tensor = self.norm_feedforward(queries + self.dropout(self.feedforward(queries)))
         return result
 
+    def located(self, queries: Tensor, position: Tensor) -> Tensor:
+        """(B, N, C) from which deformable attention works out where to look."""
+        return queries + position
+
 
 class Decoder(nn.Module):
-    """A stack of DecoderLayers, each with its own class and box head."""
+    """A stack of DecoderLayers, each with its own class and box head.
 
-    def __init__(
-        self,
-        dim: int,
-        layers: int,
-        heads: int,
-        levels: int,
-        points: int,
-        feedforward_dim: int,
-        dropout: float,
-        memory: bool,
-        num_classes: int,
-        cross_position: bool,
-    ) -> None:
+    Args:
+        layers: to stack.
+        dim: channels C.
+        num_classes: classes K.
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayer], dim: int, num_classes: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            DecoderLayer(dim, heads, levels, points, feedforward_dim, dropout, memory, cross_position)
-            for _ in range(layers)
-        )
-        self.class_heads = nn.ModuleList(class_head(dim, num_classes) for _ in range(layers))
-        self.box_heads = nn.ModuleList(box_head(dim, first=i == 0) for i in range(layers))
+        self.layers = nn.ModuleList(layers)
+        self.class_heads = nn.ModuleList(class_head(dim, num_classes) for _ in layers)
+        self.box_heads = nn.ModuleList(box_head(dim, first=i == 0) for i in range(len(layers)))
 
     def forward(
         self,
@@ -146,7 +140,7 @@ class Decoder(nn.Module):
         Returns:
             The prediction, the class prior not yet applied.
         """
-        ratios = features.valid_ratios[:, None]
+        ratios = features.pyramid.valid_ratios[:, None]
         reference = references
         all_logits, all_boxes, all_queries, all_centres = [], [], [], []
         for layer, classify, refine in zip(self.layers, self.class_heads, self.box_heads, strict=True):

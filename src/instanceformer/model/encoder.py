@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,32 +21,19 @@ class FrameFeatures:
     Attributes:
         tokens: (B, T, S, C) encoder output, all levels flattened.
         mask_features: (B, T, F, h, w) features of the mask head at its stride.
-        levels: grids of the L levels of the tokens.
-        valid_ratios: (B, L, 2) float32, fraction (x, y) of each level that is not padding.
-        sizes: (B, 2) float32, (width, height) in pixels of the clips without padding.
-        grid: (height, width) of the mask logits: a quarter of the padded frames' size, rounded up.
         looks: (B, T, channels, h, w) from which the looks of instances are pooled, at the mask head's stride; None for
-            a network that does not recognize them.
+            a network without ``identity``.
+        pyramid: of the B clips.
     """
 
     tokens: Tensor
     mask_features: Tensor
-    levels: Levels
-    valid_ratios: Tensor
-    sizes: Tensor
-    grid: tuple[int, int]
     looks: Tensor | None
+    pyramid: Pyramid
 
     def __getitem__(self, t: int) -> FrameFeatures:
-        return FrameFeatures(
-            self.tokens[:, t],
-            self.mask_features[:, t],
-            self.levels,
-            self.valid_ratios,
-            self.sizes,
-            self.grid,
-            None if self.looks is None else self.looks[:, t],
-        )
+        looks = None if self.looks is None else self.looks[:, t]
+        return FrameFeatures(self.tokens[:, t], self.mask_features[:, t], looks, self.pyramid)
 
 
 class Projection(nn.Module):
@@ -120,25 +108,20 @@ class Encoder(nn.Module):
             EncoderLayer(dim, heads, levels, points, feedforward_dim, dropout) for _ in range(layers)
         )
 
-    def forward(self, features: list[Tensor], pyramid: Pyramid) -> Tensor:
+    def forward(self, features: Sequence[Tensor], pyramid: Pyramid) -> Tensor:
         """Encode frames.
 
         Args:
-            features: (X, C, H_l, W_l) projected, of X = B T frames, a clip's frames next to each other.
-            pyramid: of the B clips.
+            features: (X, C, H_l, W_l) projected.
+            pyramid: of the X frames.
 
         Returns:
             (X, S, C) tokens.
         """
         tokens = torch.cat([feature.flatten(2).transpose(1, 2) for feature in features], dim=1)
-        frames, levels = tokens.shape[0] // len(pyramid.sizes), pyramid.levels
-        cells = [height * width for height, width in levels.shapes]
+        cells = [height * width for height, width in pyramid.levels.shapes]
         embedding = torch.cat([e.expand(n, -1) for e, n in zip(self.level_embedding, cells, strict=True)])
-        position, reference = (
-            x.repeat_interleave(frames, dim=0) for x in (pyramid.position + embedding, pyramid.centres)
-        )
-        if levels.padded is not None:
-            levels = replace(levels, padded=levels.padded.repeat_interleave(frames, dim=0))
+        position = pyramid.position + embedding
         for layer in self.layers:
-            tokens = layer(tokens, position, reference, levels)
+            tokens = layer(tokens, position, pyramid.centres, pyramid.levels)
         return tokens

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +12,13 @@ from torch import Tensor, nn
 
 from instanceformer.model.attention import xavier_
 from instanceformer.model.encoder import FrameFeatures
+from instanceformer.model.pyramid import Pyramid
 
 HIDDEN = 8
 """Channels of the mask features and of the dynamic layers that are applied to them."""
 
 COORDINATE_SCALE = 64.0
 """Pixels to one unit of the relative coordinates that enter the dynamic layers."""
-
-Upsampling = Literal["centred", "aligned"]
 
 PARAMETERS = (2 + HIDDEN) * HIDDEN + HIDDEN * HIDDEN + HIDDEN + HIDDEN + HIDDEN + 1
 """Weights (10 x 8, 8 x 8, 8 x 1), then biases (8, 8, 1) of one query's dynamic layers: 169."""
@@ -59,16 +59,14 @@ class MaskHead(nn.Module):
 
     Args:
         dim: channels C of queries and tokens.
-        stride: 8, the paper's, whose logits are upsampled twofold; or 4, which adds the backbone's C2 and shows
+        stride: 8, the paper's, whose logits are upsampled twofold; or 4, which adds the backbone's C2 and resolves
             smaller things.
         lateral: channels of C2, used at stride 4 only.
-        upsampling: of stride 8, bilinear: ``centred`` between the centres of cells; ``aligned`` as in CondInst and the
-            authors' release, whose logits lie a quarter of a cell, two pixels, further right and down.
     """
 
-    def __init__(self, dim: int, stride: int, lateral: int, upsampling: Upsampling = "centred") -> None:
+    def __init__(self, dim: int, stride: int, lateral: int) -> None:
         super().__init__()
-        self.stride, self.upsampling = stride, upsampling
+        self.stride = stride
         self.merge = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(3))
         self.lateral = nn.Conv2d(lateral, dim, 1) if stride == 4 else None
         self.reduce = nn.Conv2d(dim, dim // 4, 3, padding=1)
@@ -82,39 +80,34 @@ class MaskHead(nn.Module):
                 xavier_(module)
         self.to(memory_format=torch.channels_last)  # as the backbone
 
-    def encode(self, levels: list[Tensor], finest: Tensor, valid: list[Tensor] | None) -> Tensor:
+    def encode(self, levels: Sequence[Tensor], finest: Tensor, pyramid: Pyramid) -> Tensor:
         """The pixels' side.
 
         Args:
-            levels: (X, C, H_l, W_l) encoder output at strides 8, 16, 32.
+            levels: (X, C, H_l, W_l) encoder output at strides 8, 16, 32, and maybe more.
             finest: (X, channels, H/4, W/4) the backbone's C2.
-            valid: (X, 1, H_l, W_l) float at strides 4, 8, 16, 32, zero where padded; None when nothing is.
+            pyramid: of the X frames.
 
         Returns:
             (X, 8, H/stride, W/stride)
         """
-
-        def blank(x: Tensor, scale: int) -> Tensor:
-            return x if valid is None else x * valid[scale]
-
-        pyramid = [finest, *levels]
         x = levels[2]
         for conv, scale in zip(self.merge, (3, 2, 1), strict=True):
             if scale < 3:
-                x = pyramid[scale] + upsample_nearest(x, pyramid[scale].shape[-2:])
-            x = F.relu(conv(blank(x, scale)))
+                x = levels[scale - 1] + upsample_nearest(x, levels[scale - 1].shape[-2:])
+            x = F.relu(conv(pyramid.blanked(x, scale)))
         scale = 1
         if self.lateral is not None:
             scale = 0
             x = self.lateral(finest) + upsample_nearest(x, finest.shape[-2:])
-        x = F.relu(self.reduce(blank(x, scale)))
-        return F.relu(self.output(blank(x, scale)))
+        x = F.relu(self.reduce(pyramid.blanked(x, scale)))
+        return F.relu(self.output(pyramid.blanked(x, scale)))
 
     def coarse(self, features: FrameFeatures, queries: Tensor, centres: Tensor) -> Tensor:
         """As ``forward``, but (B, n, h, w) logits at the stride of the mask features."""
         parameters = self.controller(queries)
         with torch.autocast(queries.device.type, enabled=False):
-            pixels = centres.float() * features.sizes[:, None]
+            pixels = centres.float() * features.pyramid.sizes[:, None]
             return dynamic_layers(features.mask_features.float(), parameters.float(), pixels, self.stride)
 
     def forward(self, features: FrameFeatures, queries: Tensor, centres: Tensor) -> Tensor:
@@ -126,19 +119,20 @@ class MaskHead(nn.Module):
             centres: (B, n, 2) origin of the relative coordinates, (x, y) as fractions of the clip's own size.
 
         Returns:
-            (B, n, *features.grid) logits.
+            (B, n, *pyramid.grid) logits.
         """
         masks = self.coarse(features, queries, centres)
         if self.stride == 4:
             return masks
         with torch.autocast(queries.device.type, enabled=False):
-            if features.levels.padded is not None:
-                masks = repeat_border(masks, features.sizes, self.stride)
-            if self.upsampling == "centred":
-                masks = F.interpolate(masks, scale_factor=2.0, mode="bilinear", align_corners=False)
-            else:
-                masks = upsample_aligned(masks)
-            return masks[..., : features.grid[0], : features.grid[1]]
+            if features.pyramid.is_padded:
+                masks = repeat_border(masks, features.pyramid.sizes, self.stride)
+            height, width = features.pyramid.grid
+            return self.upsample(masks)[..., :height, :width]
+
+    def upsample(self, masks: Tensor) -> Tensor:
+        """Double (B, n, h, w), bilinear between the centers of cells."""
+        return F.interpolate(masks, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
 def dynamic_layers(features: Tensor, parameters: Tensor, centres: Tensor, stride: int) -> Tensor:
@@ -179,14 +173,6 @@ def dynamic_layers(features: Tensor, parameters: Tensor, centres: Tensor, stride
 def upsample_nearest(x: Tensor, size: torch.Size) -> Tensor:
     """Double a feature map and cut it to ``size``: cell i becomes cells 2i and 2i + 1, whatever the padding."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")[..., : size[0], : size[1]]
-
-
-def upsample_aligned(masks: Tensor) -> Tensor:
-    """Double (B, n, h, w): cell i lands on 2i + 1, and 2i is the mean of cells i - 1 and i (Tian et al., CondInst)."""
-    height, width = masks.shape[-2:]
-    masks = F.pad(masks, (1, 0, 1, 0), mode="replicate")
-    size = (2 * height + 1, 2 * width + 1)
-    return F.interpolate(masks, size, mode="bilinear", align_corners=True)[..., 1:, 1:]
 
 
 def repeat_border(masks: Tensor, sizes: Tensor, stride: int) -> Tensor:

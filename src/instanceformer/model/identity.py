@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from instanceformer.model.attention import xavier_
 from instanceformer.model.heads import upsample_nearest
+from instanceformer.model.pyramid import Pyramid
 from instanceformer.model.state import Identities, of
 
 IdentityRule = Literal["none", "hide", "recover"]
@@ -94,24 +95,24 @@ class Appearance(nn.Module):
         for layer in (self.finest, self.encoded, self.hidden, self.output):
             xavier_(layer)
 
-    def encode(self, frames: Tensor, finest: Tensor, encoded: Tensor, sizes: Tensor) -> Tensor:
+    def encode(self, frames: Tensor, finest: Tensor, encoded: Tensor, pyramid: Pyramid) -> Tensor:
         """What is pooled.
 
         Args:
             frames: (X, 3, H, W) normalised, zero where padded, as the others.
             finest: (X, channels, ceil(H / 4), ceil(W / 4)) C2.
             encoded: (X, C, ceil(H / 8), ceil(W / 8)) encoder output.
-            sizes: (X, 2) float32, (width, height) in pixels of the frames without padding.
+            pyramid: of the X frames.
 
         Returns:
             (X, 3 + 2 CHANNELS, h, w) at the stride of the mask features.
         """
-        pixels = pooled(frames, self.stride, sizes)
+        pixels = pooled(frames, self.stride, pyramid.sizes)
         finest, encoded = self.finest(finest), self.encoded(encoded)
         if self.stride == 4:
             encoded = upsample_nearest(encoded, finest.shape[-2:])
         else:
-            finest = pooled(finest, 2, (sizes / 4).ceil())
+            finest = pooled(finest, 2, (pyramid.sizes / 4).ceil())
         return torch.cat((pixels.to(finest.dtype), finest, encoded), dim=1)
 
     def forward(self, features: Tensor, masks: Tensor) -> Tensor:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from instanceformer.model.attention import Attention, narrowed, xavier_
-from instanceformer.model.position import pixel_position, sine_position
+from instanceformer.model.attention import Attention, narrowed, sine_position, xavier_
 from instanceformer.model.state import TrackState, push
-
-TemporalIndex = Literal["age", "place"]
 
 
 @dataclass(frozen=True)
@@ -31,19 +27,16 @@ class MemoryTokens:
 
 
 class Memory(nn.Module):
-    """Reads the queue: m = W_m [q, class scores, box] (equation 3), and its temporal index.
+    """Reads the queue: the tokens (equation 3) and their temporal index.
 
-    What the queue holds carries no gradient; W_m learns because a token is projected when it is read, not when it is
-    written. The temporal index is the position embedding of the query that wrote the token, plus a code of its frame:
-
-    - ``age``: the sine of t - f, as the paper's relative index;
-    - ``place``: the position of f among the d places of the queue, the oldest frame that left a token coming first, as
-      pixels of one column have it; so does the authors' release. The same age has another code until the queue is full.
+    The paper: m_f = W_m_proj(sg(q_f, b_f, c_f)), with the stop gradient sg.
+    Ours: m = W_m([q, class scores, box]), of inputs without gradient. W_m learns because a token is projected when it
+    is read, not when it is written. The temporal index is the position embedding of the query that wrote the token,
+    plus the sine of the frame's age t - f.
     """
 
-    def __init__(self, dim: int, num_classes: int, index: TemporalIndex = "age") -> None:
+    def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
-        self.index = index
         self.projection = nn.Linear(dim + num_classes + 4, dim)
         xavier_(self.projection)
 
@@ -56,25 +49,24 @@ class Memory(nn.Module):
         """
         inputs = torch.cat((state.memory_queries, state.memory_scores, state.memory_boxes), dim=-1)
         values = self.projection(inputs)
-        index = position[state.memory_indices] + self._frame_codes(state.memory_filled, position.shape[-1])[:, :, None]
+        index = position[state.memory_indices] + self.frame_codes(state.memory_filled, position.shape[-1])[:, :, None]
         return MemoryTokens(
             values=narrowed(values).flatten(1, 2),
             index=narrowed(index).flatten(1, 2),
             filled=state.memory_filled.flatten(1, 2),
         )
 
-    def _frame_codes(self, filled: Tensor, dim: int) -> Tensor:
+    def frame_codes(self, filled: Tensor, dim: int) -> Tensor:
         """Code of each frame of the queue, newest first: (B, d, k) bool gives (1 or B, d, C)."""
-        ages = torch.arange(1, filled.shape[1] + 1, device=filled.device)
-        if self.index == "age":
-            return sine_position(ages, dim)[None]
-        column = torch.ones(1, len(ages), 1, dtype=torch.bool, device=filled.device)
-        oldest = (filled.any(dim=-1) * ages).amax(dim=1, keepdim=True)
-        return pixel_position(column, dim)[0, :, 0][(oldest - ages).clamp(min=0)]
+        return sine_position(torch.arange(1, filled.shape[1] + 1, device=filled.device), dim)[None]
 
 
 class MemoryAttention(nn.Module):
-    """Cross-attention from queries to memory, then normalisation (equation 4); the identity where memory is empty."""
+    """Cross-attention from queries to memory, then normalization (equation 4).
+
+    The paper: q_t = Attn(q_t, M_t). Ours: the same, with the temporal index in the keys and not in the values; where
+    the memory is empty, queries pass unchanged.
+    """
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
-from instanceformer import checkpoints
+from instanceformer.model import release
 from instanceformer.model.attention import narrowed
-from instanceformer.model.backbone import Backbone, Norm
-from instanceformer.model.boxes import box_iou
+from instanceformer.model.backbone import Backbone
+from instanceformer.model.boxes import duplicates
 from instanceformer.model.decoder import Decoder, FramePrediction, of_queries
 from instanceformer.model.encoder import Encoder, FrameFeatures, Projection
-from instanceformer.model.heads import MaskHead, Upsampling
-from instanceformer.model.identity import CANDIDATES, LOOKS, Identity, IdentityRule, inside, observe, recover
-from instanceformer.model.memory import Memory, TemporalIndex, remember
-from instanceformer.model.options import ClassHistory, FreeQueries, MaskStride, check_options
-from instanceformer.model.propagation import ClassPrior, LocationPropagation, LocationRule, LocationSource
-from instanceformer.model.pyramid import Pyramid, Sizes, build_pyramid, valid_sizes
+from instanceformer.model.identity import CANDIDATES, LOOKS, Identity, inside, observe, recover
+from instanceformer.model.memory import remember
+from instanceformer.model.options import NetworkOptions
+from instanceformer.model.propagation import ClassPrior
+from instanceformer.model.pyramid import build_pyramid, extract_unpadded, valid_sizes
 from instanceformer.model.state import TrackState, of, push
+
+if TYPE_CHECKING:
+    from instanceformer.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -49,124 +51,46 @@ class InstanceFormer(nn.Module):
     off, which makes the rows of its tables 4 and 5.
 
     Args:
-        num_classes: classes K; every class has a sigmoid of its own, there is no background class.
-        backbone: a torchvision ResNet or Swin by name, or ``small``, a narrow ResNet.
-        backbone_norm: of a ResNet: ``frozen`` for pretrained weights, ``batch`` for random ones.
-        num_queries: queries N, the most instances a video can have.
-        dim: channels C.
-        num_heads: attention heads.
-        num_levels: feature levels, 3 to 5, the finest at stride 8.
-        num_points: sampling points for each head and level.
-        encoder_layers: layers of the encoder.
-        decoder_layers: layers of the decoder.
-        feedforward_dim: hidden channels of the feed-forward networks.
-        dropout: probability.
-        cross_position: whether the decoder's deformable attention sees a query's position embedding beside its content;
-            it does in Deformable-DETR, not in the authors' release.
-        mask_stride: of the mask features: 8 as the paper, or 4 with the backbone's finest level.
-        mask_upsampling: from stride 8 to 4, ``centred`` or ``aligned`` as in the authors' release, see MaskHead.
-        propagate_queries: whether a query's final content is its content at the next frame (representation
-            propagation); off, every frame starts from the learned content.
-        location: rule by which reference points are propagated, see LocationPropagation.
-        location_from: what places a query: its ``content``, the paper, or its ``position`` embedding, as in
-            Deformable-DETR and the authors' release.
-        class_prior: whether class logits are smoothed over the last ``memory_frames`` frames (equation 2).
-        class_history: which earlier frames of a query the class prior sees: ``all``, the paper, those before it held an
-            instance included, whose low logits outvote the present when one enters; ``held``, those since it has held
-            one (training: matched; inference: reached ``min_confidence`` and was no duplicate), the first of them
-            included. The same under ``free_queries: renew``, where nothing older is carried.
-        memory: whether the decoder attends to tokens of earlier frames (equations 3 and 4).
-        memory_frames: d, how many earlier frames memory and class prior reach back.
-        memory_tokens: k, the most instances remembered of each frame.
-        temporal_index: what tells the frames in memory apart: their ``age``, the paper, or their ``place`` in the
-            queue, as in the authors' release, see Memory.
-        min_confidence: score in [0, 1] below which inference does not take a query for an instance: it does not
-            enter the memory. 0, the paper: the k best do, whatever their score.
-        max_overlap: box IoU in (0, 1] above which inference takes a query that has held no instance for a duplicate of
-            a more confident one, or of one that holds an instance, and does not admit it; training matches one query
-            to an instance, too. 1, the paper: duplicates are admitted.
-        free_queries: what happens at the next frame to a query that has held no instance so far in the video
-            (training: unmatched; inference: never reached ``min_confidence``): ``propagate``, the paper, treats it as
-            any other; ``renew`` starts it again from its learned content and reference, for what may enter late.
-        identity: past the paper, see ``model.identity``: ``hide`` asks in every frame whether a query is on the
-            instance that it holds, and lets one that is not start afresh, without a trace of that frame in what is
-            known of the instance; ``recover`` also lets a free query that shows such an instance take its place.
+        num_classes: classes K.
+        **options: the other fields of NetworkOptions.
 
     Attributes:
-        options: every argument by name; ``InstanceFormer(**net.options)`` has the same architecture.
+        options: ``InstanceFormer(**vars(net.options))`` has the same architecture.
 
     Raises:
         ValueError: an option is out of range.
     """
 
-    def __init__(
-        self,
-        num_classes: int = 40,
-        *,
-        backbone: str = "resnet50",
-        backbone_norm: Norm = "frozen",
-        num_queries: int = 300,
-        dim: int = 256,
-        num_heads: int = 8,
-        num_levels: int = 4,
-        num_points: int = 4,
-        encoder_layers: int = 6,
-        decoder_layers: int = 6,
-        feedforward_dim: int = 1024,
-        dropout: float = 0.1,
-        cross_position: bool = True,
-        mask_stride: MaskStride = 8,
-        mask_upsampling: Upsampling = "centred",
-        propagate_queries: bool = True,
-        location: LocationRule = "paper",
-        location_from: LocationSource = "content",
-        class_prior: bool = True,
-        class_history: ClassHistory = "all",
-        memory: bool = True,
-        memory_frames: int = 4,
-        memory_tokens: int = 10,
-        temporal_index: TemporalIndex = "age",
-        min_confidence: float = 0.0,
-        max_overlap: float = 1.0,
-        free_queries: FreeQueries = "propagate",
-        identity: IdentityRule = "none",
-    ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+    def __init__(self, num_classes: int = 40, **options: Any) -> None:
         super().__init__()
-        check_options(options)
-        self.options: dict[str, Any] = options
+        self.options = o = NetworkOptions(num_classes=num_classes, **options)
+        self.num_classes, self.num_queries, self.dim = o.num_classes, o.num_queries, o.dim
+        self.memory_frames = o.memory_frames
 
-        self.num_classes, self.num_queries, self.dim = num_classes, num_queries, dim
-        self.memory_frames, self.memory_tokens = memory_frames, memory_tokens
-        self.min_confidence, self.max_overlap, self.free_queries = min_confidence, max_overlap, free_queries
-        self.propagate_queries, self.class_history = propagate_queries, class_history
-        self.recovers = identity == "recover"
-
-        self.backbone = Backbone(backbone, backbone_norm)
-        self.projection = Projection(self.backbone.channels[1:], dim, num_levels)
-        self.encoder = Encoder(dim, encoder_layers, num_heads, num_levels, num_points, feedforward_dim, dropout)
-        self.query_content = nn.Parameter(torch.randn(num_queries, dim))
-        self.query_position = nn.Parameter(torch.randn(num_queries, dim))
-        self.location = LocationPropagation(dim, location, location_from)
-        self.memory = Memory(dim, num_classes, temporal_index) if memory else None
-        self.decoder = Decoder(
-            dim,
-            decoder_layers,
-            num_heads,
-            num_levels,
-            num_points,
-            feedforward_dim,
-            dropout,
-            memory,
-            num_classes,
-            cross_position,
-        )
-        self.class_prior = ClassPrior(num_classes) if class_prior else None
-        self.mask_head = MaskHead(dim, mask_stride, self.backbone.channels[0], mask_upsampling)
-        self.identity = Identity(dim, self.backbone.channels[0], mask_stride) if identity != "none" else None
+        parts = release.parts(o)
+        layer: dict[str, Any] = {
+            "dim": o.dim,
+            "heads": o.num_heads,
+            "levels": o.num_levels,
+            "points": o.num_points,
+            "feedforward_dim": o.feedforward_dim,
+            "dropout": o.dropout,
+        }
+        self.backbone = Backbone(o.backbone, o.backbone_norm)
+        self.projection = Projection(self.backbone.channels[1:], o.dim, o.num_levels)
+        self.encoder = Encoder(layers=o.encoder_layers, **layer)
+        self.query_content = nn.Parameter(torch.randn(o.num_queries, o.dim))
+        self.query_position = nn.Parameter(torch.randn(o.num_queries, o.dim))
+        self.location = parts.location(o.dim, o.location)
+        self.memory = parts.memory(o.dim, o.num_classes) if o.memory else None
+        layers = [parts.decoder_layer(memory=o.memory, **layer) for _ in range(o.decoder_layers)]
+        self.decoder = Decoder(layers, o.dim, o.num_classes)
+        self.class_prior = ClassPrior(o.num_classes) if o.class_prior else None
+        self.mask_head = parts.mask_head(o.dim, o.mask_stride, self.backbone.channels[0])
+        self.identity = Identity(o.dim, self.backbone.channels[0], o.mask_stride) if o.identity != "none" else None
 
     @classmethod
-    def from_checkpoint(cls, source: str | Path | checkpoints.Checkpoint) -> InstanceFormer:
+    def from_checkpoint(cls, source: str | Path | Checkpoint) -> InstanceFormer:
         """The network of a checkpoint, with its weights, in evaluation mode, on the CPU.
 
         Args:
@@ -177,6 +101,8 @@ class InstanceFormer(nn.Module):
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, or holds no network of this package.
         """
+        from instanceformer import checkpoints
+
         checkpoint = source if isinstance(source, checkpoints.Checkpoint) else checkpoints.read(source)
         try:
             with torch.device("meta"):  # nothing is allocated before the weights are known to be those of the options
@@ -247,7 +173,7 @@ class InstanceFormer(nn.Module):
             dim=self.dim,
             num_classes=self.num_classes,
             memory_frames=self.memory_frames,
-            memory_tokens=self.memory_tokens,
+            memory_tokens=self.options.memory_tokens,
             looks=0 if self.identity is None else LOOKS,
             device=self.query_content.device if device is None else device,
         )
@@ -266,53 +192,27 @@ class InstanceFormer(nn.Module):
             Features of all frames.
         """
         batch, count, _, height, width = frames.shape
-        sizes = ((height, width),) * batch if padding is None else valid_sizes(padding)
-        pyramid = build_pyramid(sizes, (height, width), len(self.projection.levels), self.dim, frames.device)
-        shapes, padded = pyramid.levels.shapes, pyramid.levels.padded is not None
-        levels = self._extract_apart(frames, sizes, pyramid) if padded else self._extract(frames.flatten(0, 1))
-        tokens = self.encoder(levels[1:], pyramid)
-        encoded = [
-            x.transpose(1, 2).unflatten(2, shape)
-            for x, shape in zip(tokens.split([h * w for h, w in shapes], dim=1), shapes, strict=True)
-        ]
-        masks = [v[:, None].repeat_interleave(count, dim=0).to(tokens.dtype) for v in pyramid.valid[:4]]
-        mask_features = self.mask_head.encode(encoded[:3], levels[0], masks if padded else None)
+        clips = ((height, width),) * batch if padding is None else valid_sizes(padding)
+        pyramid = build_pyramid(clips, (height, width), self.options.num_levels, self.dim, frames.device)
+        every_frame, images = pyramid.repeated(count), frames.flatten(0, 1)
+
+        if pyramid.is_padded and not (self.training and count == 1 and self.backbone.is_frozen):
+            finest, *levels = extract_unpadded(frames, pyramid, self._extract)
+        else:  # as in DETR also single images of a training with frozen norms, each of which has another size
+            finest, *levels = self._extract(images)
+        tokens = self.encoder(levels, every_frame)
+        encoded = every_frame.unflatten(tokens)
+        mask_features = self.mask_head.encode(encoded, finest, every_frame)
         looks = None
         if self.identity is not None:
-            every_size = pyramid.sizes.repeat_interleave(count, dim=0)
-            looks = self.identity.appearance.encode(frames.flatten(0, 1), levels[0], encoded[0], every_size)
+            looks = self.identity.appearance.encode(images, finest, encoded[0], every_frame)
             looks = looks.unflatten(0, (batch, count))
         return FrameFeatures(
             tokens=narrowed(tokens).unflatten(0, (batch, count)),
             mask_features=mask_features.unflatten(0, (batch, count)),
-            levels=pyramid.levels,
-            valid_ratios=pyramid.valid_ratios,
-            sizes=pyramid.sizes,
-            grid=pyramid.grid,
             looks=looks,
+            pyramid=pyramid,
         )
-
-    def _extract_apart(self, frames: Tensor, sizes: Sizes, pyramid: Pyramid) -> list[Tensor]:
-        """As ``_extract`` for (B, T, 3, H, W) frames of different sizes, those of one size together; zero where padded.
-
-        Single images of a training with frozen norms are extracted all at once, padding and all, as in DETR: every
-        image has another size.
-        """
-        batch, count = frames.shape[:2]
-        if self.training and count == 1 and self.backbone.is_frozen:
-            return self._extract(frames.flatten(0, 1))
-        channels = (self.backbone.channels[0], *[self.dim] * len(pyramid.levels.shapes))
-        levels = [
-            frames.new_zeros(batch, count, c, h, w)
-            for c, (h, w) in zip(channels, (pyramid.grid, *pyramid.levels.shapes), strict=True)
-        ]
-        for h, w in dict.fromkeys(sizes):
-            clips = [clip for clip, size in enumerate(sizes) if size == (h, w)]
-            found = self._extract(frames[clips, :, :, :h, :w].flatten(0, 1))
-            for level, extracted in zip(levels, found, strict=True):
-                fh, fw = extracted.shape[-2:]
-                level[clips, :, :, :fh, :fw] = extracted.unflatten(0, (len(clips), count)).to(level.dtype)
-        return [level.flatten(0, 1) for level in levels]
 
     def _extract(self, images: Tensor) -> list[Tensor]:
         """(X, 3, H, W) give C2 and every projected level."""
@@ -333,7 +233,7 @@ class InstanceFormer(nn.Module):
             The prediction, with the class prior in the last layer's logits.
         """
         queries = self.query_content.expand(state.carried.shape[0], -1, -1)
-        if self.propagate_queries:
+        if self.options.propagate_queries:
             queries = torch.where(state.carried[..., None], state.queries, queries)
         references = self.location(queries, self.query_position, state.references, state.carried)
         memory = None if self.memory is None else self.memory(state, self.query_position)
@@ -357,12 +257,12 @@ class InstanceFormer(nn.Module):
             masks = self.mask_head.coarse(
                 features, of(prediction.queries[-1], candidates), of(prediction.centres[-1], candidates)
             )
-            if features.levels.padded is not None:
-                within = inside(features.sizes, (masks.shape[-2], masks.shape[-1]), self.mask_head.stride)
+            if features.pyramid.is_padded:
+                within = inside(features.pyramid.sizes, (masks.shape[-2], masks.shape[-1]), self.mask_head.stride)
                 masks = masks.masked_fill(within == 0, -30.0)
         sighting = self.identity(features.looks, masks, candidates, state.identities, state.held, logits, boxes)
         prediction = replace(prediction, sighting=sighting)
-        return prediction.permuted(recover(sighting, state.held)) if self.recovers else prediction
+        return prediction.permuted(recover(sighting, state.held)) if self.options.identity == "recover" else prediction
 
     def segment(
         self, features: FrameFeatures, prediction: FramePrediction, queries: Tensor, all_layers: bool = False
@@ -406,12 +306,12 @@ class InstanceFormer(nn.Module):
         remembered = held
         if remembered is None:
             confidence = scores.amax(dim=-1)
-            remembered = confidence >= self.min_confidence
-            if self.max_overlap < 1:
-                remembered &= ~duplicates(boxes, confidence, remembered, state.held, self.max_overlap)
+            remembered = confidence >= self.options.min_confidence
+            if self.options.max_overlap < 1:
+                remembered &= ~duplicates(boxes, confidence, remembered, state.held, self.options.max_overlap)
         held = remembered | state.held
-        carried = held if self.free_queries == "renew" else torch.ones_like(held)
-        filled = held if self.class_history == "held" else carried
+        carried = held if self.options.free_queries == "renew" else torch.ones_like(held)
+        filled = held if self.options.class_history == "held" else carried
         class_logits = push(state.class_logits, prediction.class_logits)
         class_filled = push(state.class_filled, filled)
         identities = state.identities
@@ -433,22 +333,3 @@ class InstanceFormer(nn.Module):
             identities=identities,
         )
         return state if self.memory is None else remember(state, queries, scores, boxes, remembered)
-
-
-def duplicates(boxes: Tensor, confidence: Tensor, candidates: Tensor, held: Tensor, max_overlap: float) -> Tensor:
-    """Candidates that would be a second query for an instance that has one.
-
-    Args:
-        boxes: (B, N, 4) cxcywh.
-        confidence: (B, N) in [0, 1].
-        candidates: (B, N) bool, confident queries.
-        held: (B, N) bool, queries that hold an instance already: they come first, and are never duplicates.
-        max_overlap: box IoU.
-
-    Returns:
-        (B, N) bool, queries that overlap by more with a candidate that comes before them.
-    """
-    overlap = box_iou(boxes[:, :, None], boxes[:, None])
-    priority = confidence + held
-    before = candidates[:, None, :] & (priority[:, None, :] > priority[:, :, None])
-    return (before & (overlap > max_overlap)).any(dim=-1) & ~held

@@ -1,23 +1,22 @@
-"""Which options a network can have."""
+"""The options of the network."""
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from instanceformer.model.backbone import Norm
-from instanceformer.model.heads import Upsampling
 from instanceformer.model.identity import IdentityRule
-from instanceformer.model.memory import TemporalIndex
-from instanceformer.model.propagation import LocationRule, LocationSource
+from instanceformer.model.propagation import LocationRule
 from instanceformer.model.pyramid import STRIDES
+from instanceformer.model.release import LocationSource, ReleaseRule, TemporalIndex, Upsampling
 
 ClassHistory = Literal["all", "held"]
 FreeQueries = Literal["propagate", "renew"]
 MaskStride = Literal[4, 8]
 
-COUNTS = {
+LARGEST = {
     "num_classes": 100_000,
     "num_queries": 100_000,
     "dim": 8192,
@@ -30,25 +29,130 @@ COUNTS = {
     "memory_frames": 1000,
     "memory_tokens": 100_000,
 }
-"""The options that count something, from 1, and the most that one can be: a file may ask for anything."""
-
-SWITCHES = ("cross_position", "propagate_queries", "class_prior", "memory")
-FRACTIONS = ("dropout", "min_confidence", "max_overlap")
-
-CHOICES = {
-    "backbone_norm": Norm,
-    "mask_stride": MaskStride,
-    "mask_upsampling": Upsampling,
-    "location": LocationRule,
-    "location_from": LocationSource,
-    "class_history": ClassHistory,
-    "temporal_index": TemporalIndex,
-    "free_queries": FreeQueries,
-    "identity": IdentityRule,
-}
-"""The options that have a few values, and these."""
+"""Upper bound of every option that counts something, so that a damaged file cannot ask for any amount of memory."""
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Everything that the architecture and its rules of propagation depend on; by default the paper's network.
+
+    Attributes:
+        num_classes: classes K; each has its own sigmoid, there is no background class.
+        backbone: a torchvision ResNet or Swin by name, or ``small``, a narrow ResNet.
+        backbone_norm: of a ResNet: ``frozen`` for pretrained weights, ``batch`` for random ones.
+        num_queries: queries N, the most instances that a video can have.
+        dim: channels C.
+        num_heads: attention heads.
+        num_levels: feature levels, 3 to 5, the finest at stride 8.
+        num_points: sampling points for each head and level.
+        encoder_layers: layers of the encoder.
+        decoder_layers: layers of the decoder.
+        feedforward_dim: hidden channels of the feed-forward networks.
+        dropout: probability.
+        cross_position: whether the decoder's deformable attention sees a query's position embedding beside its content,
+            as in Deformable-DETR; off, as in the authors' release.
+        mask_stride: of the mask features: 8 as in the paper, or 4 with the backbone's finest level.
+        mask_upsampling: from stride 8 to 4, ``centred``, or ``aligned`` as in the authors' release.
+        propagate_queries: whether a query's final content is its content at the next frame (representation
+            propagation); off, every frame starts from the learned content.
+        location: how reference points are propagated (equation 1), see LocationPropagation.
+        location_from: what places a query: its ``content``, the paper, or its ``position`` embedding, as in
+            Deformable-DETR and the authors' release.
+        class_prior: whether class logits are smoothed over the last ``memory_frames`` frames (equation 2).
+        class_history: which earlier frames of a query the class prior sees: ``all``, the paper, including those before
+            the query held an instance, whose low logits outvote the present when an instance enters; ``held``, only
+            those since it has held one. With ``free_queries: renew`` both are the same.
+        memory: whether the decoder attends to tokens of earlier frames (equations 3 and 4).
+        memory_frames: d, how many earlier frames memory and class prior reach back.
+        memory_tokens: k, the most instances remembered of each frame.
+        temporal_index: what tells frames in memory apart: their ``age``, the paper, or their ``place`` in the queue, as
+            in the authors' release.
+        min_confidence: score in [0, 1) that a query must reach at inference to hold an instance. 0, the paper: all
+            queries hold one, and the k best enter the memory whatever their score.
+        max_overlap: box IoU in (0, 1] above which a query that holds no instance is at inference a duplicate of a more
+            confident one, or of one that holds an instance, and does not begin to hold one. 1, the paper: none is.
+        free_queries: what a query that holds no instance starts the next frame from: ``propagate``, the paper, from its
+            final content as any other; ``renew`` from its learned content and reference, ready for what may enter.
+        identity: past the paper, see ``model.identity``: with ``hide``, a query that is no longer on its instance is
+            hidden and starts afresh, and the frame leaves no trace in what is known of the instance; with ``recover``,
+            a free query that shows a hidden instance also takes its place. ``none``: the paper.
+
+    Raises:
+        ValueError: the first option that no network can have.
+    """
+
+    num_classes: int = 40
+    backbone: str = "resnet50"
+    backbone_norm: Norm = "frozen"
+    num_queries: int = 300
+    dim: int = 256
+    num_heads: int = 8
+    num_levels: int = 4
+    num_points: int = 4
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    feedforward_dim: int = 1024
+    dropout: float = 0.1
+    cross_position: bool = True
+    mask_stride: MaskStride = 8
+    mask_upsampling: Upsampling = "centred"
+    propagate_queries: bool = True
+    location: LocationRule | ReleaseRule = "paper"
+    location_from: LocationSource = "content"
+    class_prior: bool = True
+    class_history: ClassHistory = "all"
+    memory: bool = True
+    memory_frames: int = 4
+    memory_tokens: int = 10
+    temporal_index: TemporalIndex = "age"
+    min_confidence: float = 0.0
+    max_overlap: float = 1.0
+    free_queries: FreeQueries = "propagate"
+    identity: IdentityRule = "none"
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(NetworkOptions).items():
+            value = getattr(self, name)
+            if hint in KINDS:
+                check_type(name, value, hint)
+            elif value not in CHOICES[name] or type(value) is not type(CHOICES[name][0]):
+                raise ValueError(
+                    f"{name}: found {reprlib.repr(value)}, expected {' or '.join(map(str, CHOICES[name]))}"
+                )
+        for name, most in LARGEST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected at least 1 and at most {most}")
+        if self.memory_tokens > self.num_queries:
+            raise ValueError(
+                f"memory_tokens: found {self.memory_tokens}, expected at most num_queries={self.num_queries}"
+            )
+        if self.num_levels < 3:
+            raise ValueError(f"num_levels: found {self.num_levels}, expected 3 to {len(STRIDES)}")
+        if self.dim % 8 or self.dim % self.num_heads:
+            raise ValueError(f"dim: found {self.dim}, expected a multiple of 8 and of num_heads={self.num_heads}")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout: found {self.dropout}, expected a probability in [0, 1]")
+        if not 0 <= self.min_confidence < 1:
+            raise ValueError(f"min_confidence: found {self.min_confidence}, expected a score in [0, 1)")
+        if not 0 < self.max_overlap <= 1:
+            raise ValueError(f"max_overlap: found {self.max_overlap}, expected an IoU in (0, 1]")
+        for name in ("free_queries", "class_history", "identity"):
+            if self.min_confidence == 0 and getattr(self, name) != getattr(NetworkOptions, name):
+                raise ValueError(
+                    f"{name}: found {getattr(self, name)} with min_confidence=0, by which every query holds an "
+                    "instance at inference from its first frame on, expected a min_confidence above 0, for instance 0.3"
+                )
+
+
+def _choices(hint: object) -> tuple[str | int, ...]:
+    """The values of a Literal, or of a union of them."""
+    return sum((_choices(part) if get_origin(part) else (part,) for part in get_args(hint)), ())
+
+
+CHOICES = {name: _choices(hint) for name, hint in get_type_hints(NetworkOptions).items() if hint not in KINDS}
+"""The values of every option that has but a few."""
 
 
 def check_type(name: str, value: object, kind: type) -> None:
@@ -56,7 +160,7 @@ def check_type(name: str, value: object, kind: type) -> None:
 
     Args:
         name: of the option, for the message.
-        value: found.
+        value: to check.
         kind: one of KINDS.
 
     Raises:
@@ -67,54 +171,3 @@ def check_type(name: str, value: object, kind: type) -> None:
             f"{name}: found {reprlib.repr(value)} of type {type(value).__name__}, expected {KINDS[kind]} "
             f"({kind.__name__})"
         )
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options that no network can have, before anything is built.
-
-    Args:
-        options: all arguments of InstanceFormer by name.
-
-    Raises:
-        ValueError: the first of what is wrong.
-    """
-    kinds = {str: ("backbone",), int: COUNTS, bool: SWITCHES, float: FRACTIONS}
-    for kind, names in kinds.items():
-        for name in names:
-            check_type(name, options[name], kind)
-    for name, most in COUNTS.items():
-        if not 1 <= options[name] <= most:
-            raise ValueError(f"{name}: found {options[name]}, expected at least 1 and at most {most}")
-    if options["memory_tokens"] > options["num_queries"]:
-        raise ValueError(
-            f"memory_tokens: found {options['memory_tokens']}, expected at most num_queries={options['num_queries']}"
-        )
-    if options["num_levels"] < 3:
-        raise ValueError(f"num_levels: found {options['num_levels']}, expected 3 to {len(STRIDES)}")
-    if options["dim"] % 8 or options["dim"] % options["num_heads"]:
-        raise ValueError(
-            f"dim: found {options['dim']}, expected a multiple of 8 and of num_heads={options['num_heads']}"
-        )
-    for name, known in CHOICES.items():
-        values = get_args(known)
-        if options[name] not in values or type(options[name]) is not type(values[0]):
-            expected = " or ".join(map(str, values))
-            raise ValueError(f"{name}: found {reprlib.repr(options[name])}, expected {expected}")
-    if not 0 <= options["dropout"] <= 1:
-        raise ValueError(f"dropout: found {options['dropout']}, expected a probability in [0, 1]")
-    if not 0 <= options["min_confidence"] < 1:
-        raise ValueError(f"min_confidence: found {options['min_confidence']}, expected a score in [0, 1)")
-    if not 0 < options["max_overlap"] <= 1:
-        raise ValueError(f"max_overlap: found {options['max_overlap']}, expected an IoU in (0, 1]")
-    if options["min_confidence"] == 0:
-        for name, value in (
-            ("free_queries", "renew"),
-            ("class_history", "held"),
-            ("identity", "hide"),
-            ("identity", "recover"),
-        ):
-            if options[name] == value:
-                raise ValueError(
-                    f"{name}: found {value} with min_confidence=0, by which every query holds an instance at inference "
-                    "from its first frame on, expected a min_confidence above 0, for instance 0.3"
-                )

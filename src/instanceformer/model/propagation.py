@@ -1,4 +1,4 @@
-"""Prior propagation (3.2): where a query looks first, equation 1, and what it was taken for before, equation 2."""
+"""Prior propagation (3.2): where a query looks first, equation 1, and its class in earlier frames, equation 2."""
 
 from __future__ import annotations
 
@@ -9,29 +9,24 @@ from torch import Tensor, nn
 
 from instanceformer.model.attention import xavier_
 
-LocationRule = Literal["none", "paper", "additive", "refined"]
-LocationSource = Literal["content", "position"]
+LocationRule = Literal["none", "paper", "refined"]
 
 
 class LocationPropagation(nn.Module):
     """Reference points of a frame from the queries and their previous location (equation 1).
 
-    A query that is not carried from the previous frame starts at sigmoid(W_ref q), under every rule. One that is:
+    The paper: ref_t = sigmoid(sigmoid(W_ref(q_t)) * ref_{t-1}), and sigmoid(W_ref(q_t)) in the first frame. Ours:
 
-    - ``none``: sigmoid(W_ref q), the previous location is not used;
-    - ``paper``: sigmoid(sigmoid(W_ref q) * ref_{t-1}), equation 1 to the letter, which puts every reference between
-      0.5 and 0.73 and leaves the way back to the decoder's box refinement;
-    - ``additive``: sigmoid(sigmoid(W_ref q) + ref_{t-1}), a variant of the authors' release;
-    - ``refined``: sigmoid(W_step q + logit(centre_{t-1})), the incremental change that the text describes, from the
-      centre of the query's last box. W_step is zero at first: without having learned, nothing moves.
-
-    What W_ref sees as q is the current content, as equation 1 says, or under source ``position`` the query's position
-    embedding, which never changes: so do Deformable-DETR and the authors' release.
+    - ``paper``: the same, where a query that is not carried from the previous frame is in its first. Every reference of
+      a carried query then lies between 0.5 and 0.73, and the decoder's box refinement has to undo this;
+    - ``refined``: sigmoid(W_step(q_t) + logit(center_{t-1})), with the center of the query's last box. Differs because
+      the text describes an incremental change. W_step is zero at first: nothing moves before the network has learned;
+    - ``none``: sigmoid(W_ref(q_t)) in every frame, without propagation, a row of table 4.
     """
 
-    def __init__(self, dim: int, rule: LocationRule, source: LocationSource = "content") -> None:
+    def __init__(self, dim: int, rule: LocationRule) -> None:
         super().__init__()
-        self.rule, self.source = rule, source
+        self.rule = rule
         self.reference = nn.Linear(dim, 2)
         xavier_(self.reference)
         if rule == "refined":
@@ -44,31 +39,38 @@ class LocationPropagation(nn.Module):
 
         Args:
             queries: (B, N, C) current content q_t.
-            position: (N, C) position embedding.
-            previous: (B, N, 2) in [0, 1]: ref_{t-1}, or the centre of the last box under ``refined``.
+            position: (N, C) position embedding; only the release's variant reads it.
+            previous: (B, N, 2) in [0, 1]: ref_{t-1}, or the center of the last box under ``refined``.
             carried: (B, N) bool, whether there is a previous location.
 
         Returns:
             (B, N, 2) float32 (x, y) in (0, 1).
         """
-        seen = queries if self.source == "content" else position.expand_as(queries)
-        start: Tensor = self.reference(seen).float().sigmoid()
+        start = self.start(queries, position)
         if self.rule == "none":
             return start
-        if self.rule == "paper":
-            moved = (start * previous).sigmoid()
-        elif self.rule == "additive":
-            moved = (start + previous).sigmoid()
-        else:
-            moved = (self.step(queries).float() + logit(previous)).sigmoid()
-        return torch.where(carried[..., None], moved, start)
+        return torch.where(carried[..., None], self.move(queries, start, previous), start)
+
+    def start(self, queries: Tensor, position: Tensor) -> Tensor:
+        """(B, N, 2) sigmoid(W_ref(q_t)); arguments as in ``forward``."""
+        start: Tensor = self.reference(queries).float().sigmoid()
+        return start
+
+    def move(self, queries: Tensor, start: Tensor, previous: Tensor) -> Tensor:
+        """(B, N, 2) ref_t of carried queries; ``start`` is sigmoid(W_ref(q_t)), other arguments as in ``forward``."""
+        if self.rule == "refined":
+            step: Tensor = self.step(queries).float()
+            return (step + logit(previous)).sigmoid()
+        return (start * previous).sigmoid()
 
 
 class ClassPrior(nn.Module):
     """Class logits of a frame as a weighted sum over the last frames (equation 2).
 
-    c_t = sum over f in {t-d, ..., t} of w_f * c_f with w = softmax over f of sigmoid(T_cls c_f), one weight for each
-    frame and class. (Weights on the current logits alone, the other reading, would sum to one and change nothing.)
+    The paper: c_t = sigmoid(W_cls(q_t)) * Softmax(sigmoid(T_cls([c_f], f = t-d to t-1))).
+    Ours: c_t = sum over f in {t-d, ..., t} of w_f * c_f, with w = softmax over f of sigmoid(T_cls(c_f)): one weight for
+    each frame and class; frames that are not there have none. Differs because weights that multiply the current logits
+    alone, as printed, sum to one over time and change nothing.
     """
 
     def __init__(self, num_classes: int) -> None:

@@ -1,17 +1,17 @@
-"""The feature pyramid of clips of different sizes: grids, what is padding, and where every cell lies."""
+"""The feature pyramid of clips of different sizes: grids, padding, and the position of every cell."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from instanceformer.constants import constant
-from instanceformer.model.attention import Levels, Shapes
-from instanceformer.model.position import pixel_position
+from instanceformer.model.attention import Levels, Shapes, pixel_position
 
 STRIDES = (8, 16, 32, 64, 128)
 """Stride in pixels of every feature level, finest first; three come from the backbone, the rest are added to it."""
@@ -22,25 +22,86 @@ Sizes = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Pyramid:
-    """What the levels of a batch look like; B clips, L levels, S cells in all.
+    """The levels of a batch of X clips or frames, and what of them is padding; L levels, S cells in all.
 
     Attributes:
+        clips: (height, width) in pixels of the clips without padding.
+        sizes: (X, 2) float32, (width, height) in pixels of the clips or frames without padding.
         grid: (height, width) of the mask logits: a quarter of the padded frames' size, rounded up.
         levels: grids of the L levels, and which of their cells are padding.
-        valid: (B, H_l, W_l) bool at stride 4 and of each level, false where padded.
-        valid_ratios: (B, L, 2) float32, fraction (x, y) of each level that is not padding.
-        sizes: (B, 2) float32, (width, height) in pixels of the clips without padding.
-        position: (B, S, C) float32 sine position of every cell in its level.
-        centres: (B, S, L, 2) float32, see ``cell_centres``.
+        valid: (X, H_l, W_l) bool at stride 4 and of each level, false where padded.
+        valid_ratios: (X, L, 2) float32, fraction (x, y) of each level that is not padding.
+        position: (X, S, C) float32 sine position of every cell in its level.
+        centres: (X, S, L, 2) float32, see ``cell_centres``.
     """
 
+    clips: Sizes
+    sizes: Tensor
     grid: tuple[int, int]
     levels: Levels
     valid: tuple[Tensor, ...]
     valid_ratios: Tensor
-    sizes: Tensor
     position: Tensor
     centres: Tensor
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any clip is smaller than the batch."""
+        return self.levels.padded is not None
+
+    def repeated(self, count: int) -> Pyramid:
+        """That of the frames, X = B T, from that of B clips of T = ``count`` frames."""
+        if count == 1:
+            return self
+
+        def repeat(x: Tensor) -> Tensor:
+            return x.repeat_interleave(count, dim=0)
+
+        return Pyramid(
+            clips=self.clips,
+            sizes=repeat(self.sizes),
+            grid=self.grid,
+            levels=replace(self.levels, padded=None if self.levels.padded is None else repeat(self.levels.padded)),
+            valid=tuple(repeat(x) for x in self.valid),
+            valid_ratios=repeat(self.valid_ratios),
+            position=repeat(self.position),
+            centres=repeat(self.centres),
+        )
+
+    def blanked(self, x: Tensor, scale: int) -> Tensor:
+        """(X, C, H, W) features at stride 4 (``scale`` 0) or of a level (from 1), zero where padded."""
+        return x * self.valid[scale][:, None].to(x.dtype) if self.is_padded else x
+
+    def unflatten(self, tokens: Tensor) -> list[Tensor]:
+        """(X, S, C) tokens as the (X, C, H_l, W_l) features of each level."""
+        parts = tokens.split([height * width for height, width in self.levels.shapes], dim=1)
+        return [x.transpose(1, 2).unflatten(2, shape) for x, shape in zip(parts, self.levels.shapes, strict=True)]
+
+
+def extract_unpadded(frames: Tensor, pyramid: Pyramid, extract: Callable[[Tensor], Sequence[Tensor]]) -> list[Tensor]:
+    """Apply convolutions to clips of different sizes without their padding, clips of one size together.
+
+    Args:
+        frames: (B, T, 3, H, W).
+        pyramid: of the B clips.
+        extract: gives features at stride 4 and of each level, (X, C, h, w), of (X, 3, h, w) images.
+
+    Returns:
+        (B T, C, H_l, W_l) features at stride 4 and of each level, zero where padded.
+    """
+    batch, count = frames.shape[:2]
+    result: list[Tensor] = []
+    for h, w in dict.fromkeys(pyramid.clips):
+        clips = [clip for clip, size in enumerate(pyramid.clips) if size == (h, w)]
+        features = extract(frames[clips, :, :, :h, :w].flatten(0, 1))
+        if not result:
+            grids = (pyramid.grid, *pyramid.levels.shapes)
+            result = [
+                frames.new_zeros(batch, count, x.shape[1], *grid) for x, grid in zip(features, grids, strict=True)
+            ]
+        for level, x in zip(result, features, strict=True):
+            level[clips, :, :, : x.shape[-2], : x.shape[-1]] = x.unflatten(0, (len(clips), count)).to(level.dtype)
+    return [level.flatten(0, 1) for level in result]
 
 
 @constant
@@ -50,7 +111,7 @@ def build_pyramid(
     """The pyramid of a batch.
 
     Args:
-        sizes: of the clips.
+        sizes: of the clips without padding.
         padded_size: (height, width) in pixels of the batch.
         num_levels: L.
         dim: channels C.
@@ -69,6 +130,7 @@ def build_pyramid(
     if any(size != padded_size for size in sizes):
         padded = ~torch.cat([v.flatten(1) for v in valid[1:]], dim=1)
     return Pyramid(
+        clips=sizes,
         grid=cast("tuple[int, int]", grid),
         levels=Levels(cast("Shapes", tuple(shapes)), padded),
         valid=tuple(valid),
@@ -107,11 +169,11 @@ def valid_sizes(padding: Tensor) -> Sizes:
     valid = ~padding
     heights, widths = valid.any(dim=2).sum(dim=1), valid.any(dim=1).sum(dim=1)
     area = valid.sum(dim=(1, 2))
-    found = torch.stack((heights, widths, area, valid[:, 0, 0]), dim=1).tolist()
-    for clip, (height, width, pixels, corner) in enumerate(found):
+    clips = torch.stack((heights, widths, area, valid[:, 0, 0]), dim=1).tolist()
+    for clip, (height, width, pixels, corner) in enumerate(clips):
         if pixels == 0 or pixels != height * width or not corner:
             raise ValueError(
                 f"padding of clip {clip}: found {pixels} valid pixels in {height} rows and {width} columns, expected a "
                 "rectangle at the top left; pad on the right and at the bottom only"
             )
-    return tuple((height, width) for height, width, _, _ in found)
+    return tuple((height, width) for height, width, _, _ in clips)

@@ -137,7 +137,7 @@ def describe_run(module: InstanceFormerModule, data: VideoDataModule, stage: str
     return {
         "command": stage,
         "weights": hash_weights(module.network) if checkpoint is None else hash_file(Path(checkpoint)),
-        **{f"model.network.{name}": value for name, value in module.network.options.items()},
+        **{f"model.network.{name}": value for name, value in vars(module.network.options).items()},
         **{f"model.inference.{name}": value for name, value in ({} if given is None else vars(given)).items()},
         **source,
         "data.chunk_frames": data.chunk_frames,

@@ -132,7 +132,7 @@ class InstanceFormerModule(LightningModule):
         elif stage == "test":
             self.print(f"{data.annotations_path(stage)} has no annotations, so that no AP is computed")
         frames, memory_frames, options = data.clip_frames, self.network.memory_frames, self.network.options
-        if stage == "fit" and 1 < frames <= memory_frames and (options["memory"] or options["class_prior"]):
+        if stage == "fit" and 1 < frames <= memory_frames and (options.memory or options.class_prior):
             self.print(
                 f"data.clip_frames: in clips of {frames}, ages {frames} to {memory_frames} of the memory are never "
                 f"trained; expected {memory_frames + 1}, or --model.network.memory_frames {frames - 1}"
@@ -151,7 +151,7 @@ class InstanceFormerModule(LightningModule):
             self.trainer.strategy.barrier("imagenet")
             if self.trainer.local_rank > 0:
                 self.network.backbone.load_imagenet_weights(progress=False)
-        elif options["backbone_norm"] == "frozen" and options["backbone"].startswith("res"):
+        elif options.backbone_norm == "frozen" and options.backbone.startswith("res"):
             raise ValueError(
                 "model.network.backbone_norm: found frozen on a backbone with random weights, whose first stage would "
                 "never learn; expected --model.backbone_weights imagenet, --model.init_from or --ckpt_path, or "
@@ -185,7 +185,7 @@ class InstanceFormerModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the network's options, its classes and how it is evaluated; see ``checkpoints``."""
         size = None if self.data is None else checkpoints.FrameSize(self.data.eval_size, self.data.max_size)
-        checkpoint.update(checkpoints.describe(self.network.options, self.categories, size, vars(self.inference)))
+        checkpoint.update(checkpoints.describe(vars(self.network.options), self.categories, size, vars(self.inference)))
         limits = (self.trainer.max_steps, self.trainer.max_epochs)
         epochs: Any = self.trainer.fit_loop.epoch_progress.current
         done = (self.trainer.global_step, epochs.processed)
@@ -207,7 +207,7 @@ class InstanceFormerModule(LightningModule):
                 "expected a last.ckpt; to begin a training with these weights, give the file as --model.init_from"
             )
         saved = checkpoints.from_content(checkpoint, str(path))
-        saved.check_network(self.network.options, self.network.state_dict())
+        saved.check_network(vars(self.network.options), self.network.state_dict())
         if self.categories:
             saved.check_categories(self.categories)
         else:
@@ -222,11 +222,8 @@ class InstanceFormerModule(LightningModule):
                 )
         if not fits and saved.inference is not None and self.given_inference is None:
             self.inference = InferenceOptions(**saved.inference)
-        unlike = [
-            f"{name}={self.network.options[name]} ({value})"
-            for name, value in saved.options.items()
-            if self.network.options.get(name) != value
-        ]
+        options = vars(self.network.options)
+        unlike = [f"{k}={options[k]} ({value})" for k, value in saved.options.items() if options.get(k) != value]
         if unlike:
             self.print(f"model.network: other options than the checkpoint's, in brackets: {', '.join(unlike)}")
 

@@ -1,0 +1,104 @@
+"""What exists only to compute what the authors' release computes, where that is not what the paper says.
+
+Each class here is one of the paper's with one method of another content; ``parts`` chooses between them. Weights have
+the same names and shapes, so that a network can be switched from one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from instanceformer.model.attention import pixel_position
+from instanceformer.model.decoder import DecoderLayer
+from instanceformer.model.heads import MaskHead
+from instanceformer.model.memory import Memory
+from instanceformer.model.propagation import LocationPropagation, LocationRule
+
+if TYPE_CHECKING:
+    from instanceformer.model.options import NetworkOptions
+
+LocationSource = Literal["content", "position"]
+ReleaseRule = Literal["additive"]
+TemporalIndex = Literal["age", "place"]
+Upsampling = Literal["centred", "aligned"]
+
+
+class ReleaseLocation(LocationPropagation):
+    """Equation 1 with another q, or another operation.
+
+    The paper: "the current object query"; the release, and Deformable-DETR, under source ``position``: W_ref sees the
+    query's position embedding, which never changes. The rule ``additive`` is sigmoid(sigmoid(W_ref q) + ref_{t-1}).
+    """
+
+    def __init__(self, dim: int, rule: LocationRule | ReleaseRule, source: LocationSource) -> None:
+        super().__init__(dim, "paper" if rule == "additive" else rule)
+        self.is_additive, self.source = rule == "additive", source
+
+    def start(self, queries: Tensor, position: Tensor) -> Tensor:
+        """As in LocationPropagation."""
+        return super().start(position.expand_as(queries) if self.source == "position" else queries, position)
+
+    def move(self, queries: Tensor, start: Tensor, previous: Tensor) -> Tensor:
+        """As in LocationPropagation."""
+        return (start + previous).sigmoid() if self.is_additive else super().move(queries, start, previous)
+
+
+class ReleaseDecoderLayer(DecoderLayer):
+    """Deformable attention looks around a query's reference by its content alone, without the position embedding."""
+
+    def located(self, queries: Tensor, position: Tensor) -> Tensor:
+        """As in DecoderLayer."""
+        return queries
+
+
+class ReleaseMemory(Memory):
+    """The temporal index tells the places of the queue apart, where the paper's tells the age of a frame, t - f.
+
+    Place 0 is the oldest frame that left a token, coded like the pixels of a column of d: until the queue is full, the
+    same age has another code in every frame.
+    """
+
+    def frame_codes(self, filled: Tensor, dim: int) -> Tensor:
+        """As in Memory."""
+        ages = torch.arange(1, filled.shape[1] + 1, device=filled.device)
+        column = torch.ones(1, len(ages), 1, dtype=torch.bool, device=filled.device)
+        oldest = (filled.any(dim=-1) * ages).amax(dim=1, keepdim=True)
+        return pixel_position(column, dim)[0, :, 0][(oldest - ages).clamp(min=0)]
+
+
+class ReleaseMaskHead(MaskHead):
+    """Upsampling as in CondInst: logits lie a quarter of a cell, two pixels, further right and down."""
+
+    def upsample(self, masks: Tensor) -> Tensor:
+        """As in MaskHead: cell i lands on 2 i + 1, and 2 i is the mean of cells i - 1 and i."""
+        height, width = masks.shape[-2:]
+        masks = F.pad(masks, (1, 0, 1, 0), mode="replicate")
+        size = (2 * height + 1, 2 * width + 1)
+        return F.interpolate(masks, size, mode="bilinear", align_corners=True)[..., 1:, 1:]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The classes that a network is built of."""
+
+    location: Callable[[int, LocationRule | ReleaseRule], LocationPropagation]
+    decoder_layer: type[DecoderLayer]
+    memory: type[Memory]
+    mask_head: type[MaskHead]
+
+
+def parts(options: NetworkOptions) -> Parts:
+    """The paper's classes, or the release's where an option asks for what only the release computes."""
+    return Parts(
+        location=partial(ReleaseLocation, source=options.location_from),
+        decoder_layer=DecoderLayer if options.cross_position else ReleaseDecoderLayer,
+        memory=Memory if options.temporal_index == "age" else ReleaseMemory,
+        mask_head=MaskHead if options.mask_upsampling == "centred" else ReleaseMaskHead,
+    )
