@@ -1,4 +1,4 @@
-"""Every command line and every Python example that the documents show, on miniatures of the data that they speak of."""
+"""The documents: every command and every Python example runs on miniatures, every link and every name exists."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ from instanceformer.checkpoints.sources import RELEASE
 from instanceformer.data.annotations import Category
 
 PROJECT = Path(__file__).parents[1]
-DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")), PROJECT / "kernels" / "README.md"]
+README = PROJECT / "README.md"
+DOCUMENTS = [README, *sorted((PROJECT / "docs").glob("*.md")), PROJECT / "kernels" / "README.md"]
+ROOTS = [PROJECT, PROJECT / "src" / "instanceformer", PROJECT / "kernels" / "deform_attn"]
+"""Folders to which the documents' file names are relative."""
 SHAPES = tuple(Category(id_, name) for id_, name in enumerate(("circle", "square", "triangle", "star"), start=1))
 
 
@@ -106,10 +109,10 @@ def small(words: list[str]) -> list[str]:
     return [*words, *flags]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all that the documents speak of."""
-    root = tmp_path_factory.mktemp("project")
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with everything that a document takes for granted."""
+    root = tmp_path
     for name in ("configs", "scripts"):
         (root / name).symlink_to(PROJECT / name)
     write_miniatures(root / "data")
@@ -117,6 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mine.mkdir()
     (mine / "JPEGImages").symlink_to(root / "data" / "mine" / "JPEGImages")
     write_export(root / "data" / "mine" / "train.json", root / "export.json")
+    write_perfect_results(root / "data" / "demo" / "valid.json", root / "runs" / "demo" / "results.json")
     names: dict[str, dict[str, str]] = {}
     for split in ("train", "valid"):
         names |= write_labels(root / "data" / "mine" / f"{split}.json", root / "labels" / split)
@@ -153,6 +157,14 @@ def write_export(annotations: Path, output: Path) -> None:
     output.write_text(json.dumps({"images": images, "annotations": objects, "categories": content["categories"]}))
 
 
+def write_perfect_results(annotations: Path, output: Path) -> None:
+    """The annotated instances as tracks."""
+    tracks = json.loads(annotations.read_text())["annotations"]
+    keys = ("video_id", "category_id", "segmentations")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps([{key: track[key] for key in keys} | {"score": 1.0} for track in tracks]))
+
+
 def write_labels(annotations: Path, folder: Path) -> dict[str, dict[str, str]]:
     """The same as palette images, as DAVIS has them; by video the names of its instances."""
     content, names = json.loads(annotations.read_text()), {}
@@ -174,7 +186,67 @@ def write_labels(annotations: Path, folder: Path) -> dict[str, dict[str, str]]:
     return names
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
+def read_spans(document: Path) -> list[str]:
+    """The code within sentences and tables."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.DOTALL | re.MULTILINE))
+
+
+def read_links(document: Path) -> list[str]:
+    """What links and pictures point to, without web addresses."""
+    return [link for link in re.findall(r"\]\(([^)]+)\)", document.read_text()) if not link.startswith("http")]
+
+
+def find_named(name: str) -> list[Path]:
+    """The files that a name such as ``model/state.py`` or ``configs/{a,b}.yaml`` in a document means."""
+    stem, _, rest = name.partition("{")
+    choices, _, end = rest.partition("}")
+    names = [f"{stem}{choice}{end}" for choice in choices.split(",")]
+    return [next((root / each for root in ROOTS if (root / each).is_file()), PROJECT / each) for each in names]
+
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
+
+
+def test_readme_is_a_page() -> None:
+    text = README.read_text()
+    assert len(text.split()) <= 1200
+    assert "```python" in text.splitlines()[:40]
+    assert all(len(block.splitlines()) <= 8 for block in read_blocks(README, "python"))
+
+
+def test_readme_links_every_page_once() -> None:
+    links = read_links(README)
+    for document in DOCUMENTS[1:]:
+        assert links.count(str(document.relative_to(PROJECT))) == 1, document
+
+
+@each_document
+def test_every_link_leads_somewhere(document: Path) -> None:
+    for link in read_links(document):
+        assert (document.parent / link).is_file(), link
+
+
+@each_document
+def test_every_file_that_is_named_exists(document: Path) -> None:
+    words = [word.rstrip(",;") for span in read_spans(document) for word in span.split()]
+    for word in (word for word in words if re.fullmatch(r"[\w/-]+(\{.+\})?\.(py|yaml|md)", word)):
+        if "/" in word or (word.endswith(".py") and word != "run.py"):  # not those that commands write
+            for path in find_named(word):
+                assert path.is_file(), word
+
+
+def test_design_names_what_is_in_its_files() -> None:
+    rows = re.findall(
+        r"^\|[^|]+\| `([\w/]+\.py)` \| (.+) \|$", (PROJECT / "docs" / "design.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) >= 10
+    for file, names in rows:
+        source = find_named(file)[0].read_text()
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^ *(class |def |){name}\b *[:(=]", source, re.MULTILINE), f"{file}: {name}"
+
+
+@each_document
 def test_every_command_that_is_shown_has_a_row(document: Path) -> None:
     for words in read_commands(document):
         row_of(words)
@@ -190,7 +262,7 @@ def test_commands_are_read_as_a_shell_reads_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
+@each_document
 def test_every_command_that_is_shown_runs(document: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In their order, each in a process of its own: later ones take what earlier ones leave."""
     monkeypatch.chdir(folder)
@@ -222,7 +294,7 @@ def stand_ins(document: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
+@each_document
 def test_every_example_in_python_runs(document: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     names = stand_ins(document)

@@ -12,19 +12,22 @@ from instanceformer import __version__
 from instanceformer.commands.parsing import begun, nearest, of_the_users, one_line, rank
 
 COMMANDS = {
-    "synthesize": ("synthesize", "make a dataset of moving, occluding shapes in YouTube-VIS format"),
-    "import": ("importing", "turn a labeling tool's export or label images into YouTube-VIS format"),
-    "check": ("check", "look for what is wrong with a dataset, before a long run finds out"),
-    "fit": ("train", "train a network, as a configuration says"),
-    "validate": ("train", "measure a checkpoint: AP, AR and losses on the validation videos"),
-    "test": ("train", "write a checkpoint's results file for the test videos; AP if they have annotations"),
-    "predict": ("train", "write a checkpoint's results file for videos without annotations"),
-    "evaluate": ("evaluate", "compare a results file with ground truth: the official AP and AR"),
-    "segment": ("segment", "find and follow the objects of a video: a film with masks and ids, results, label images"),
-    "convert": ("convert", "weights of the authors' release, Deformable-DETR or SeqFormer, or ours in another format"),
-    "export": ("export", "make programs of a network that run frame by frame: of torch.export, or in ONNX"),
+    "fit": ("train", "train a network as a configuration says; the same command again resumes"),
+    "validate": ("train", "measure a checkpoint on the validation videos: AP, AR, losses"),
+    "test": ("train", "write results for the test videos, with AP if they are annotated"),
+    "predict": ("train", "write results for videos without annotations"),
+    "segment": ("segment", "segment and follow the objects of a video or stream: a film, results, label images"),
+    "evaluate": ("evaluate", "compare a results file with ground truth: the official AP and AR, identity"),
+    "synthesize": ("synthesize", "make a dataset of moving, occluding shapes"),
+    "check": ("check", "report what is wrong with a dataset before a long run does"),
+    "import": ("importing", "turn label images or a labeling tool's export into YouTube-VIS JSON"),
+    "convert": (
+        "convert",
+        "convert weights of the authors' release, Deformable-DETR or SeqFormer, or a checkpoint's format",
+    ),
+    "export": ("export", "make programs of a network for torch.export or ONNX"),
 }
-"""By name the module in ``instanceformer.commands`` and what it does, in the order in which one meets them."""
+"""By name the module in ``instanceformer.commands`` and what it does."""
 
 HELP = "\n".join(
     (
@@ -32,8 +35,8 @@ HELP = "\n".join(
         "",
         *(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()),
         "",
-        "`instanceformer COMMAND --help` lists a command's options; --debug, or INSTANCEFORMER_DEBUG=1, shows where an",
-        "error was raised; `instanceformer --version` says which version this is.",
+        "`instanceformer COMMAND --help` lists a command's options. --debug, or INSTANCEFORMER_DEBUG=1, shows where an",
+        "error was raised. `instanceformer --version` prints the version.",
     )
 )
 
