@@ -21,8 +21,6 @@ from instanceformer import VideoInstanceSegmenter
 from instanceformer.data.annotations import Video
 from instanceformer.data.clips import read_frames
 from instanceformer.data.formats.youtube_vis import read_annotations
-from instanceformer.inference.instances import FrameInstances
-from instanceformer.data.reading import read_annotations
 from instanceformer.inference.tracks import FrameInstances
 
 

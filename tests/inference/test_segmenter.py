@@ -14,8 +14,6 @@ from instanceformer.checkpoints import Checkpoint, FrameSize
 from instanceformer.data.annotations import Category
 from instanceformer.data.augment import fit_size, normalise, resize
 from instanceformer.evaluation.protocol import resize_masks
-from instanceformer.inference.options import SegmenterOptions
-from instanceformer.evaluation.postprocess import resize_masks
 from instanceformer.inference.segmenter import chunks
 from instanceformer.inference.tracks import SegmenterOptions
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from instanceformer import VideoInstanceSegmenter
 from instanceformer.cli import main
 from instanceformer.data.formats.youtube_vis import read_annotations
-from instanceformer.inference.instances import FrameInstances
-from instanceformer.data.reading import read_annotations
 from instanceformer.inference.tracks import FrameInstances
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "measure_cuts.py"

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from threading import current_thread, main_thread
 
+from instanceformer.commands.parsing import Parser, pick
 from instanceformer.inference.optimise import keep_memory
 from instanceformer.inference.outputs import SegmentOutputs, refuse_same, segment_video
-from instanceformer.commands.parsing import Parser, pick
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
 from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.video.reading import open_video

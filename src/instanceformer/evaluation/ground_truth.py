@@ -10,8 +10,6 @@ from typing import Any
 
 from instanceformer.data.annotations import OCCLUSION_LEVELS, Instance, Video, VideoDataset
 from instanceformer.data.formats.youtube_vis import parse_annotations, read_annotations
-from instanceformer.evaluation.track_iou import decode_tracks, mean_visible
-from instanceformer.data.reading import parse_annotations, read_annotations
 from instanceformer.evaluation.overlap import decode_tracks, mean_visible
 
 

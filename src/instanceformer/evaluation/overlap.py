@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from instanceformer.data.annotations import OCCLUSION_LEVELS, Video
-from instanceformer.data.run_lengths import BATCH, mask_areas
-from instanceformer.data.runs import decode_runs
+from instanceformer.data.formats.run_lengths import BATCH, decode_runs, mask_areas
 from instanceformer.evaluation.results import Track
 
 BoolArray = npt.NDArray[np.bool_]

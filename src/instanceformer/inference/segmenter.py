@@ -17,8 +17,6 @@ from instanceformer import checkpoints
 from instanceformer.data.annotations import Category
 from instanceformer.data.augment import fit_size, normalise, resize
 from instanceformer.evaluation.protocol import resize_masks
-from instanceformer.inference.instances import FrameInstances
-from instanceformer.evaluation.postprocess import resize_masks
 from instanceformer.inference.optimise import optimise, packs
 from instanceformer.inference.tracks import MIN_SIDE, FrameInstances, SegmenterOptions, Tracks
 from instanceformer.model.decoder import FramePrediction

@@ -20,8 +20,8 @@ from instanceformer.data.annotations import Category
 from instanceformer.data.batch import ClipBatch, VideoChunk, to_device
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.data.sampling import derive_seed
-from instanceformer.evaluation.protocol import InferenceOptions, VideoInference
 from instanceformer.evaluation.ground_truth import read_ground_truth
+from instanceformer.evaluation.protocol import InferenceOptions, VideoInference
 from instanceformer.evaluation.results import Track
 from instanceformer.evaluation.video_ap import VideoAveragePrecision
 from instanceformer.model.decoder import of_queries
