@@ -276,7 +276,7 @@ def taken(
     """State dicts of our network before, of theirs, of ours after, and what is said."""
     before = tiny(len(ours), **options).state_dict()
     source = tiny(len(theirs))
-    after, said = take_over(before, ours, Checkpoint(source.options, source.state_dict(), theirs))
+    after, said = take_over(before, ours, Checkpoint(vars(source.options), source.state_dict(), theirs))
     assert {name: x.shape for name, x in after.items()} == {name: x.shape for name, x in before.items()}
     return before, source.state_dict(), after, said
 
@@ -324,7 +324,7 @@ def test_the_same_categories_are_taken_over_to_the_bit(tiny) -> None:
 def test_without_a_namesake_every_class_is_new_though_the_shapes_agree(tiny, theirs, said: str) -> None:
     ours = tiny(2).state_dict()
     source = tiny(2)
-    after, found = take_over(ours, named("cat", "dog"), Checkpoint(source.options, source.state_dict(), theirs))
+    after, found = take_over(ours, named("cat", "dog"), Checkpoint(vars(source.options), source.state_dict(), theirs))
     assert found == said
     for name in ("decoder.class_heads.0.weight", "decoder.class_heads.1.bias", "class_prior.temporal.weight"):
         assert torch.equal(after[name], ours[name])

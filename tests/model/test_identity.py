@@ -19,6 +19,8 @@ from instanceformer.model.identity import (
     observe,
     pooled,
     recover,
+    scene_change,
+    set_aside,
 )
 from instanceformer.model.pyramid import build_pyramid
 from instanceformer.model.state import Identities, TrackState, of
@@ -31,7 +33,9 @@ def sighting(claims: Tensor, known: Tensor, looks: Tensor | None = None) -> Sigh
     batch, n = known.shape
     queries = torch.arange(n).expand(batch, -1)
     masks = torch.randn(batch, n, 4, 6)
-    return Sighting(queries, masks, torch.randn(batch, n, LOOKS) if looks is None else looks, claims, known)
+    looks = torch.randn(batch, n, LOOKS) if looks is None else looks
+    scene = torch.nn.functional.normalize(torch.randn(batch, LOOKS), dim=-1)
+    return Sighting(queries, masks, looks, scene, claims, known, cut=torch.zeros_like(known))
 
 
 def claiming(*pairs: tuple[int, int, float], n: int = 6) -> Tensor:
@@ -70,6 +74,67 @@ def test_recovery_is_pairs_that_change_places_and_touches_nothing_that_is_seen()
         assert not (moved & held & ~found.hidden).any()
         assert (claims.gather(2, order[..., None])[..., 0] > 0)[moved & held].all()
         assert not held.gather(1, order)[moved & held].any()
+
+
+def test_after_a_cut_what_hidden_queries_found_goes_to_free_ones() -> None:
+    seen = sighting(claiming((0, 0, 3.0)), HELD)  # 1 and 2 are hidden
+    confidence = torch.tensor([[0.9, 0.6, 0.8, 0.4, 0.1, 0.2]])
+    assert set_aside(seen, HELD, confidence, 0.3).tolist() == [[0, 1, 2, 3, 4, 5]]  # in the same scene
+    seen = replace(seen, cut=HELD)
+    assert set_aside(seen, HELD, confidence, 0.3).tolist() == [[0, 5, 4, 3, 2, 1]]  # 3 may show something itself
+    assert set_aside(seen, HELD, confidence, 0.7).tolist() == [[0, 1, 4, 3, 2, 5]]
+    assert set_aside(seen, HELD, confidence, 0.95).tolist() == [[0, 1, 2, 3, 4, 5]]
+    only = torch.tensor([[0.9, 0.6, 0.8, 0.4, 0.1, 0.5]])
+    assert set_aside(seen, HELD, only, 0.3).tolist() == [[0, 1, 4, 3, 2, 5]]  # one place for two
+
+
+@torch.no_grad()
+def test_a_scene_is_known_by_its_looks(tiny: Callable[..., InstanceFormer]) -> None:
+    network = tiny(**KNOWN)
+    scene, other = torch.randn(2, 1, 3, 64, 96)
+    frames = torch.stack((scene, scene + 0.05 * torch.randn_like(scene), 2 * other + 3), dim=1)
+    features, state = network.encode(frames), network.initial_state(1)
+    for t in range(2):
+        prediction = network.decode(features[t], state)
+        assert not prediction.sighting.cut.any()
+        state = network.advance(state, prediction)
+    before, held = state.identities.scenes, state.held & (state.identities.sightings > 0)
+    assert held.any()
+    change = scene_change(state.identities, network.decode(features[2], state).sighting.scene)
+    same = scene_change(state.identities, prediction.sighting.scene)
+    assert same[held].max() < 0.5 * change[held].min()
+    away = replace(prediction.sighting, claims=torch.full_like(prediction.sighting.claims, -9.0), known=held)
+    after = observe(state.identities, away, held, prediction.class_logits, prediction.boxes[-1])
+    assert torch.equal(after.scenes[held], before[held])  # where it was last seen
+
+
+@torch.no_grad()
+def test_padding_is_no_part_of_the_scene(tiny: Callable[..., InstanceFormer]) -> None:
+    network = tiny(**KNOWN)
+    frame = torch.randn(1, 1, 3, 64, 96)
+    alone = network.decode(network.encode(frame)[0], network.initial_state(1)).sighting.scene
+    padded = torch.zeros(1, 1, 3, 96, 128)
+    padded[..., :64, :96] = frame
+    padding = torch.ones(1, 96, 128, dtype=torch.bool)
+    padding[:, :64, :96] = False
+    seen = network.decode(network.encode(padded, padding)[0], network.initial_state(1)).sighting.scene
+    torch.testing.assert_close(seen, alone, rtol=0, atol=1e-4)
+
+
+def test_in_training_each_clip_is_asked_for_the_instances_of_another(tiny: Callable[..., InstanceFormer]) -> None:
+    network = tiny(**KNOWN).train()
+    features, state = network.encode(torch.randn(2, 2, 3, 64, 96)), network.initial_state(2)
+    held = torch.zeros(2, N, dtype=torch.bool)
+    held[0, 3] = held[1, [5, 6]] = True
+    first = network.decode(features[0], state)
+    prediction = network.decode(features[1], network.advance(state, first, held))
+    claims, holds = prediction.sighting.strange
+    order = network.decode(features[1], network.advance(state, first, held)).sighting
+    assert claims.shape == (2, N, N)
+    assert holds.sum(dim=1).tolist() == [2, 1]  # those of the other
+    assert order.known.sum(dim=1).tolist() == [1, 2]
+    network.eval()
+    assert network.decode(features[1], network.advance(state, first, held)).sighting.strange is None
 
 
 def test_rows_of_a_sighting_change_places_together() -> None:
@@ -198,7 +263,7 @@ def test_a_hidden_instance_leaves_no_trace_and_its_query_starts_afresh(tiny: Cal
     assert after.carried.sum() == N - 1
     assert torch.equal(after.class_logits[0, :, lost], state.class_logits[0, :, lost])
     assert lost not in after.memory_indices[0, 0][after.memory_filled[0, 0]]
-    for name in ("looks", "class_logits", "boxes", "motion", "sightings"):
+    for name in ("looks", "class_logits", "boxes", "scenes", "motion", "sightings"):
         assert torch.equal(getattr(after.identities, name)[0, lost], getattr(state.identities, name)[0, lost])
     assert after.identities.away[0, lost] == 1
 

@@ -233,7 +233,7 @@ def test_padding_must_be_a_margin(tiny) -> None:
         ({"mask_stride": 16}, "mask_stride: found 16, expected 4 or 8"),
         (
             {"location": "multiplicative"},
-            "location: found 'multiplicative', expected none or paper or refined or additive",
+            "location: found 'multiplicative', expected none or paper or additive or refined",
         ),
         ({"location_from": "query"}, "location_from: found 'query', expected content or position"),
         ({"temporal_index": "sine"}, "temporal_index: found 'sine'"),

@@ -350,7 +350,7 @@ def ruined(source: checkpoints.Checkpoint, data: Path) -> dict[str, Any]:
             source.options, source.weights, reversed_names
         ),
         r"other.ckpt: made for 7 classes, found 4 in model\.network\.num_classes": checkpoints.Checkpoint(
-            other.options, other.state_dict()
+            vars(other.options), other.state_dict()
         ),
     }
 

@@ -15,7 +15,7 @@ from instanceformer.model.backbone import Backbone
 from instanceformer.model.boxes import duplicates
 from instanceformer.model.decoder import Decoder, FramePrediction, of_queries
 from instanceformer.model.encoder import Encoder, FrameFeatures, Projection
-from instanceformer.model.identity import CANDIDATES, LOOKS, Identity, inside, observe, recover
+from instanceformer.model.identity import CANDIDATES, LOOKS, Identity, inside, observe, recover, set_aside
 from instanceformer.model.memory import remember
 from instanceformer.model.options import NetworkOptions
 from instanceformer.model.propagation import ClassPrior
@@ -81,7 +81,7 @@ class InstanceFormer(nn.Module):
         self.encoder = Encoder(layers=o.encoder_layers, **layer)
         self.query_content = nn.Parameter(torch.randn(o.num_queries, o.dim))
         self.query_position = nn.Parameter(torch.randn(o.num_queries, o.dim))
-        self.location = parts.location(o.dim, o.location)
+        self.location = release.location_propagation(o)
         self.memory = parts.memory(o.dim, o.num_classes) if o.memory else None
         layers = [parts.decoder_layer(memory=o.memory, **layer) for _ in range(o.decoder_layers)]
         self.decoder = Decoder(layers, o.dim, o.num_classes)
@@ -257,12 +257,17 @@ class InstanceFormer(nn.Module):
             masks = self.mask_head.coarse(
                 features, of(prediction.queries[-1], candidates), of(prediction.centres[-1], candidates)
             )
+            within = inside(features.pyramid.sizes, (masks.shape[-2], masks.shape[-1]), self.mask_head.stride) > 0
             if features.pyramid.is_padded:
-                within = inside(features.pyramid.sizes, (masks.shape[-2], masks.shape[-1]), self.mask_head.stride)
-                masks = masks.masked_fill(within == 0, -30.0)
-        sighting = self.identity(features.looks, masks, candidates, state.identities, state.held, logits, boxes)
+                masks = masks.masked_fill(~within, -30.0)
+        sighting = self.identity(features.looks, masks, within, candidates, state.identities, state.held, logits, boxes)
         prediction = replace(prediction, sighting=sighting)
-        return prediction.permuted(recover(sighting, state.held)) if self.options.identity == "recover" else prediction
+        if self.options.identity == "hide":
+            return prediction
+        prediction = prediction.permuted(recover(sighting, state.held))
+        confidence = prediction.class_logits.detach().amax(dim=-1).sigmoid()
+        assert prediction.sighting is not None
+        return prediction.permuted(set_aside(prediction.sighting, state.held, confidence, self.options.min_confidence))
 
     def segment(
         self, features: FrameFeatures, prediction: FramePrediction, queries: Tensor, all_layers: bool = False
@@ -303,10 +308,12 @@ class InstanceFormer(nn.Module):
                 the most confident. Hidden ones never do.
         """
         scores, boxes, queries = prediction.scores, prediction.boxes[-1], prediction.queries[-1]
-        remembered = held
+        sighting, remembered = prediction.sighting, held
         if remembered is None:
             confidence = scores.amax(dim=-1)
             remembered = confidence >= self.options.min_confidence
+            if sighting is not None:
+                remembered &= ~sighting.hidden
             if self.options.max_overlap < 1:
                 remembered &= ~duplicates(boxes, confidence, remembered, state.held, self.options.max_overlap)
         held = remembered | state.held
@@ -315,13 +322,13 @@ class InstanceFormer(nn.Module):
         class_logits = push(state.class_logits, prediction.class_logits)
         class_filled = push(state.class_filled, filled)
         identities = state.identities
-        if prediction.sighting is not None:
-            hidden = prediction.sighting.hidden
+        if sighting is not None:
+            hidden = sighting.hidden
             carried, remembered = carried & ~hidden, remembered & ~hidden
             class_logits = torch.where(hidden[:, None, :, None], state.class_logits, class_logits)
             class_filled = (state.class_filled & hidden[:, None]) | (class_filled & ~hidden[:, None])
             assert identities is not None
-            identities = observe(identities, prediction.sighting, held, prediction.class_logits, boxes)
+            identities = observe(identities, sighting, held, prediction.class_logits, boxes)
         state = replace(
             state,
             queries=queries.float(),

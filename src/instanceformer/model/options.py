@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import reprlib
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 from instanceformer.model.backbone import Norm
 from instanceformer.model.identity import IdentityRule
-from instanceformer.model.propagation import LocationRule
 from instanceformer.model.pyramid import STRIDES
-from instanceformer.model.release import LocationSource, ReleaseRule, TemporalIndex, Upsampling
+from instanceformer.model.release import Location, LocationSource, TemporalIndex, Upsampling
 
 ClassHistory = Literal["all", "held"]
 FreeQueries = Literal["propagate", "renew"]
@@ -99,7 +98,7 @@ class NetworkOptions:
     mask_stride: MaskStride = 8
     mask_upsampling: Upsampling = "centred"
     propagate_queries: bool = True
-    location: LocationRule | ReleaseRule = "paper"
+    location: Location = "paper"
     location_from: LocationSource = "content"
     class_prior: bool = True
     class_history: ClassHistory = "all"
@@ -146,12 +145,7 @@ class NetworkOptions:
                 )
 
 
-def _choices(hint: object) -> tuple[str | int, ...]:
-    """The values of a Literal, or of a union of them."""
-    return sum((_choices(part) if get_origin(part) else (part,) for part in get_args(hint)), ())
-
-
-CHOICES = {name: _choices(hint) for name, hint in get_type_hints(NetworkOptions).items() if hint not in KINDS}
+CHOICES = {name: get_args(hint) for name, hint in get_type_hints(NetworkOptions).items() if hint not in KINDS}
 """The values of every option that has but a few."""
 
 

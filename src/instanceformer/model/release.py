@@ -6,9 +6,7 @@ the same names and shapes, so that a network can be switched from one to the oth
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,13 +17,13 @@ from instanceformer.model.attention import pixel_position
 from instanceformer.model.decoder import DecoderLayer
 from instanceformer.model.heads import MaskHead
 from instanceformer.model.memory import Memory
-from instanceformer.model.propagation import LocationPropagation, LocationRule
+from instanceformer.model.propagation import LocationPropagation
 
 if TYPE_CHECKING:
     from instanceformer.model.options import NetworkOptions
 
+Location = Literal["none", "paper", "additive", "refined"]
 LocationSource = Literal["content", "position"]
-ReleaseRule = Literal["additive"]
 TemporalIndex = Literal["age", "place"]
 Upsampling = Literal["centred", "aligned"]
 
@@ -37,7 +35,7 @@ class ReleaseLocation(LocationPropagation):
     query's position embedding, which never changes. The rule ``additive`` is sigmoid(sigmoid(W_ref q) + ref_{t-1}).
     """
 
-    def __init__(self, dim: int, rule: LocationRule | ReleaseRule, source: LocationSource) -> None:
+    def __init__(self, dim: int, rule: Location, source: LocationSource) -> None:
         super().__init__(dim, "paper" if rule == "additive" else rule)
         self.is_additive, self.source = rule == "additive", source
 
@@ -88,7 +86,6 @@ class ReleaseMaskHead(MaskHead):
 class Parts:
     """The classes that a network is built of."""
 
-    location: Callable[[int, LocationRule | ReleaseRule], LocationPropagation]
     decoder_layer: type[DecoderLayer]
     memory: type[Memory]
     mask_head: type[MaskHead]
@@ -97,8 +94,14 @@ class Parts:
 def parts(options: NetworkOptions) -> Parts:
     """The paper's classes, or the release's where an option asks for what only the release computes."""
     return Parts(
-        location=partial(ReleaseLocation, source=options.location_from),
         decoder_layer=DecoderLayer if options.cross_position else ReleaseDecoderLayer,
         memory=Memory if options.temporal_index == "age" else ReleaseMemory,
         mask_head=MaskHead if options.mask_upsampling == "centred" else ReleaseMaskHead,
     )
+
+
+def location_propagation(options: NetworkOptions) -> LocationPropagation:
+    """Equation 1, the paper's or the release's."""
+    if options.location == "additive" or options.location_from == "position":
+        return ReleaseLocation(options.dim, options.location, options.location_from)
+    return LocationPropagation(options.dim, options.location)

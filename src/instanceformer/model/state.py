@@ -18,6 +18,7 @@ class Identities:
         looks: (B, N, E) running mean of its looks, of unit length.
         class_logits: (B, N, K) running mean of its class logits.
         boxes: (B, N, 4) where it was last seen, cxcywh in [0, 1].
+        scenes: (B, N, E) looks of the whole frame in which it was last seen.
         motion: (B, N, 2) how far its centre moved in a frame, a running mean.
         sightings: (B, N) float32, frames in the running means, as far as they are counted; 0 where nothing is known.
         away: (B, N) float32, frames since it was last seen.
@@ -27,6 +28,7 @@ class Identities:
     looks: Tensor
     class_logits: Tensor
     boxes: Tensor
+    scenes: Tensor
     motion: Tensor
     sightings: Tensor
     away: Tensor
@@ -36,12 +38,16 @@ class Identities:
         cls, batch: int, num_queries: int, num_classes: int, looks: int, device: torch.device | None
     ) -> Identities:
         """Nothing is known."""
-        sizes = {"looks": (looks,), "class_logits": (num_classes,), "boxes": (4,), "motion": (2,)}
+        sizes = {"looks": (looks,), "scenes": (looks,), "class_logits": (num_classes,), "boxes": (4,), "motion": (2,)}
         numbers = {
             field.name: torch.zeros(batch, num_queries, *sizes.get(field.name, ()), device=device)
             for field in fields(cls)
         }
         return cls(**{**numbers, "hidden": numbers["away"].bool()})
+
+    def rolled(self) -> Identities:
+        """Those of the clip before in the batch."""
+        return Identities(**{field.name: getattr(self, field.name).roll(1, 0) for field in fields(self)})
 
     def of(self, queries: Tensor) -> Identities:
         """Those of the chosen queries: (B, M) int64."""

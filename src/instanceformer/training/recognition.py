@@ -21,6 +21,9 @@ TEMPERATURE = 0.1
 FREE_WRONG, FREE_RIGHT = 0.1, 0.5
 """Weights of a free query that does not show an instance, and of one that does, where the instance's own has 1."""
 
+STRANGE = 0.25
+"""Weight of claims on instances of another clip, which the frame does not show, where those of its own clip have 1."""
+
 SMALLEST = 4
 """Cells of the mask logits that an instance must cover for its true mask to show what it looks like."""
 
@@ -76,10 +79,16 @@ def recognize_frame(
     weights = holds + torch.where(right, FREE_RIGHT, FREE_WRONG) * ~held[:, None]
     known = of(sighting.known, query) & has_query
     loss = F.binary_cross_entropy_with_logits(claims, right.float(), reduction="none") * weights * known[..., None]
+    total = loss.sum()
+    if sighting.strange is not None:
+        strange, holds = sighting.strange
+        is_own = torch.eye(strange.shape[1], dtype=torch.bool, device=strange.device)
+        weights = torch.where(is_own, STRANGE, STRANGE * FREE_WRONG) * holds[..., None]
+        total = total + (F.softplus(strange) * weights).sum()
     return FrameRecognition(
         looks=torch.stack((of(sighting.looks, query), appearance(features.looks, 20 * truth - 10))),
         shown=torch.stack(((right & holds).any(dim=-1) & has_query, large)),
-        loss=loss.sum(),
+        loss=total,
     )
 
 
