@@ -183,7 +183,7 @@ def readable(milliseconds: float) -> str:
     return f"{value:.2f} {unit}" if value < 9.995 else f"{value:.1f} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
 
 
-# From the palette of Okabe and Ito, which colour-blind readers can tell apart.
+# From the palette of Okabe and Ito, which color-blind readers can tell apart.
 COLORS: dict[Kind, tuple[str, ...]] = {
     "ours": ("#0072B2", "#56B4E9", "#009E73"),
     "reference": ("#A6A6A6",),
@@ -192,7 +192,7 @@ COLORS: dict[Kind, tuple[str, ...]] = {
 
 
 def provider_colors(rows: Sequence[Row]) -> dict[str, str]:
-    """A colour for each provider; the names come in the order in which a group of bars shows them."""
+    """A color for each provider; the names come in the order in which a group of bars shows them."""
     kinds = {row.provider: row.kind for row in rows}
     colors: dict[str, str] = {}
     for kind, palette in COLORS.items():
@@ -243,8 +243,8 @@ def plot(rows: Sequence[Row], footer: str, path: Path) -> None:
             panel.axvline(1, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)))
             panel.set_xlim(0, 1.22 * max(row.times_reference for row in rows if row.direction == direction))
             panel.set_ylim(heights[line] - 1, -1)
-            centres = [group * (bars[operator] + 1) + (bars[operator] - 1) / 2 for group in range(len(sizes))]
-            panel.set_yticks(centres, [label(size) for size in sizes] if column == 0 else [""] * len(sizes))
+            centers = [group * (bars[operator] + 1) + (bars[operator] - 1) / 2 for group in range(len(sizes))]
+            panel.set_yticks(centers, [label(size) for size in sizes] if column == 0 else [""] * len(sizes))
             panel.tick_params(axis="y", length=0)
             panel.tick_params(axis="x", labelbottom=True)
             panel.grid(axis="x", color="#E4E4E4")

@@ -36,7 +36,7 @@ class Blob:
     """A wobbling ellipse that wanders through a video."""
 
     def __init__(self, rng: np.random.Generator) -> None:
-        self.centre = rng.uniform((120, 80), (520, 280))
+        self.center = rng.uniform((120, 80), (520, 280))
         self.velocity = rng.normal(0, 3, 2)
         self.axes = rng.uniform(40, 130), rng.uniform(30, 100)
         self.waves = rng.uniform(0, 2 * np.pi, 4)
@@ -45,13 +45,13 @@ class Blob:
     def jittered(self, rng: np.random.Generator) -> Blob:
         """A prediction of it: of the same size and motion, somewhere else by a few pixels, with another outline."""
         other = Blob(rng)
-        other.centre, other.velocity, other.axes = self.centre, self.velocity, self.axes
+        other.center, other.velocity, other.axes = self.center, self.velocity, self.axes
         other.jitter = rng.normal(0, 12, 2)
         return other
 
     def encode(self, frame: int) -> dict[str, Any] | None:
         """The mask of a frame as compressed run lengths: in each column one run, from a wavy top to a wavy bottom."""
-        x0, y0 = self.centre + self.jitter + self.velocity * frame
+        x0, y0 = self.center + self.jitter + self.velocity * frame
         columns = np.arange(max(0, round(x0 - self.axes[0])), min(WIDTH, round(x0 + self.axes[0])))
         across = (columns - x0) / self.axes[0]
         half = self.axes[1] * np.sqrt(np.maximum(0, 1 - across**2))

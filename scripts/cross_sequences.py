@@ -60,9 +60,9 @@ def cross(behind: Video, front: Video, images: Path, frames: int) -> tuple[NDArr
     for t in range(frames):
         rows, columns = np.nonzero(masks[1][t])
         if len(rows):
-            centre = (columns.min() + columns.max()) / 2
+            center = (columns.min() + columns.max()) / 2
             reach = (columns.max() - columns.min()) / 2 + 1
-            shift = round(-reach + (width + 2 * reach) * t / (frames - 1) - centre)
+            shift = round(-reach + (width + 2 * reach) * t / (frames - 1) - center)
             inside = (columns + shift >= 0) & (columns + shift < width) & (rows < height)
             rows, columns = rows[inside], columns[inside]
             result[t, rows, columns + shift] = scenes[1][t, rows, columns]

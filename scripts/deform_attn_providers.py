@@ -176,21 +176,21 @@ class Inputs:
         length = sum(height * width for height, width in size.shapes)
         shape = (size.batch, size.queries, size.heads, len(size.shapes), size.points)
         # As in a network, each query looks around a place of its own, by about a twentieth of the image.
-        centres = torch.rand(1, size.queries, 1, 1, 1, 2, generator=rng)
+        centers = torch.rand(1, size.queries, 1, 1, 1, 2, generator=rng)
         sizes = torch.tensor([(width, height) for height, width in size.shapes])[:, None]
-        cells = (centres + 0.05 * torch.randn(*shape, 2, generator=rng)) * sizes - 0.5
-        # The gradient of a location jumps where a point crosses the centre of a cell. Rounding must not decide on which
+        cells = (centers + 0.05 * torch.randn(*shape, 2, generator=rng)) * sizes - 0.5
+        # The gradient of a location jumps where a point crosses the center of a cell. Rounding must not decide on which
         # side it is, or the gradients of two correct providers differ; so points keep away from there.
         cells = cells.floor() + cells.remainder(1).clamp(1e-3, 1 - 1e-3)
         locations = (cells + 0.5) / sizes
         logits = torch.randn(shape, generator=rng)
         value = torch.randn(size.batch, length, size.heads, size.channels, generator=rng)
         grad = torch.randn(size.batch, size.queries, size.heads * size.channels, generator=rng)
-        reference = centres.to(device).reshape(1, -1, 1, 2).expand(size.batch, -1, len(size.shapes), -1)
+        reference = centers.to(device).reshape(1, -1, 1, 2).expand(size.batch, -1, len(size.shapes), -1)
         return cls(
             value.to(device, dtype).requires_grad_(),
             reference,
-            ((locations - centres) * sizes).to(device).requires_grad_(),
+            ((locations - centers) * sizes).to(device).requires_grad_(),
             logits.to(device).requires_grad_(),
             locations.to(device).requires_grad_(),
             logits.flatten(3).softmax(-1).view(shape).to(device).requires_grad_(),

@@ -379,14 +379,14 @@ def stream_demo() -> None:
     """What lower precision and graphs make of masks that were learned."""
     from gpu_streaming import SHOWN
     from instanceformer import InstanceFormer
-    from instanceformer.data.augment import normalise
+    from instanceformer.data.augment import normalize
     from instanceformer.data.clips import read_frames
     from instanceformer.data.formats.youtube_vis import read_annotations
 
     network = InstanceFormer.from_checkpoint("runs/demo/last.ckpt").to(DEVICE).eval()
     video = read_annotations(Path("data/demo/valid.json")).videos[0]
     images = read_frames(video, Path("data/demo/JPEGImages"), range(video.length))
-    frames = [normalise(image[None].to(DEVICE))[None] for image in images]
+    frames = [normalize(image[None].to(DEVICE))[None] for image in images]
     prediction, _ = network(torch.cat(frames, dim=1))
     shown = prediction.logits.amax((1, 3)).topk(SHOWN).indices
     report_ways("demo", network, frames, shown, compiles=False)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 from instanceformer import InstanceFormer, VideoInstanceSegmenter
-from instanceformer.data.augment import normalise
-from instanceformer.inference.optimise import optimise, packs
+from instanceformer.data.augment import normalize
+from instanceformer.inference.optimize import optimize, packs
 from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.model.state import TrackState
 from measure_streaming import moving_squares, time_steps
@@ -170,7 +170,7 @@ def ways(
         makers["bf16 compiled"] = lambda: compiled(network, "bf16", shown, backend)
         makers["bf16 compiled, graph"] = lambda: captured(steps["bf16 compiled"], frame, state)
     else:
-        folded = network if packs(frame.device) else optimise(network)
+        folded = network if packs(frame.device) else optimize(network)
         precisions: tuple[Precision, ...] = ("float32", "tf32", "bf16")
         for precision in precisions:
             makers[precision] = lambda precision=precision: eager(folded, precision, shown)
@@ -191,7 +191,7 @@ def ways(
 def moving_frames(count: int, size: tuple[int, int], device: torch.device) -> list[Tensor]:
     """Frames of moving squares."""
     images = [torch.from_numpy(moving_squares(*size, 3 * t)).permute(2, 0, 1)[None] for t in range(count)]
-    return [normalise(image.to(device))[None] for image in images]
+    return [normalize(image.to(device))[None] for image in images]
 
 
 def segmenter_fps(network: InstanceFormer, size: tuple[int, int], count: int) -> float:

@@ -39,7 +39,7 @@ STAGES: dict[str, list[tuple[Any, str]]] = {  # the functions of each stage, non
     "crop, resize, flip": [(Geometry, "apply")],
     "masks, decoded at their size": [(Video, "decode_masks")],
     "pseudo video": [(PseudoVideo, "__call__")],
-    "normalise": [(clips_module, "normalise"), (pseudo_module, "normalise")],
+    "normalize": [(clips_module, "normalize"), (pseudo_module, "normalize")],
     "boxes": [(clips_module, "mask_boxes")],
 }
 

@@ -25,9 +25,9 @@ import torch
 import yaml
 
 from instanceformer import InstanceFormer, VideoInstanceSegmenter
-from instanceformer.data.augment import normalise
+from instanceformer.data.augment import normalize
 from instanceformer.evaluation.results import iterate_results
-from instanceformer.inference.optimise import keep_memory
+from instanceformer.inference.optimize import keep_memory
 from instanceformer.inference.outputs import SegmentOutputs, segment_video
 from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.video.frames import Frame
@@ -75,7 +75,7 @@ def build(name: str) -> tuple[InstanceFormer, int, int]:
 
 def threshold(network: InstanceFormer, frame: Frame, shown: int) -> float:
     """The confidence that ``shown`` queries of the untrained network reach in a frame."""
-    pixels = normalise(torch.from_numpy(frame).permute(2, 0, 1)[None])[None]
+    pixels = normalize(torch.from_numpy(frame).permute(2, 0, 1)[None])[None]
     with torch.no_grad():
         prediction, _ = network(pixels.to(network.query_content.device))
     return float(prediction.logits[0, 0].sigmoid().amax(dim=-1).topk(shown).values[-1])

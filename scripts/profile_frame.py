@@ -1,10 +1,10 @@
 """Time of a frame by module, as it streams, and its distance from what the machine's matrix products alone would take.
 
-    python scripts/profile_frame.py [plain optimised identity bf16 compiled] [--size 360 640] [--shown 10] [--rounds 9]
+    python scripts/profile_frame.py [plain optimized identity bf16 compiled] [--size 360 640] [--shown 10] [--rounds 9]
 
 One frame at a time: encode, decode, segment the shown queries, advance. ``plain`` is the network as it is,
-``optimised`` and ``bf16`` are what ``instanceformer.inference.optimise`` makes of it, ``compiled`` is the plain one
-through torch.compile with frozen weights, which takes minutes; ``identity`` is the optimised one that also recognizes
+``optimized`` and ``bf16`` are what ``instanceformer.inference.optimize`` makes of it, ``compiled`` is the plain one
+through torch.compile with frozen weights, which takes minutes; ``identity`` is the optimized one that also recognizes
 instances. They take turns, round by round, on the same frames.
 If ``plain`` is the first, their outputs are compared with its, for the same queries. Without ``--checkpoint`` it is the
 paper's network with random weights; without ``--video`` the frames are noise.
@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from instanceformer import InstanceFormer
-from instanceformer.data.augment import normalise
-from instanceformer.inference.optimise import keep_memory, optimise
+from instanceformer.data.augment import normalize
+from instanceformer.inference.optimize import keep_memory, optimize
 from instanceformer.model.attention import DeformableAttention
 from instanceformer.model.encoder import FeedForward
 from instanceformer.video.reading import open_video
 from timing import Machine, table
 
-VARIANTS = ("plain", "optimised", "identity", "bf16", "compiled")
+VARIANTS = ("plain", "optimized", "identity", "bf16", "compiled")
 ORDER = (
     "frame",
     "encode",
@@ -102,9 +102,9 @@ class Stream:
             added = {"identity": "recover", "min_confidence": network.options.min_confidence or 1e-3}
             recognizing = InstanceFormer(**{**vars(network.options), **added}).eval()
             recognizing.load_state_dict(network.state_dict(), strict=False)
-            network = optimise(recognizing)
+            network = optimize(recognizing)
         elif variant != "plain":
-            network = optimise(network, torch.bfloat16 if variant == "bf16" else torch.float32)
+            network = optimize(network, torch.bfloat16 if variant == "bf16" else torch.float32)
         self.network = network
         self.state = network.initial_state(1)
 
@@ -191,7 +191,7 @@ def load_frames(options: argparse.Namespace) -> list[Tensor]:
         torch.from_numpy(frame.image).permute(2, 0, 1)[None]
         for frame in islice(open_video(options.video).frames, options.rounds)
     ]
-    return [normalise(F.interpolate(image.float(), (height, width)).byte())[None] for image in images]
+    return [normalize(F.interpolate(image.float(), (height, width)).byte())[None] for image in images]
 
 
 def report(stream: Stream, floor: float) -> None:
@@ -209,7 +209,7 @@ def report(stream: Stream, floor: float) -> None:
 def main() -> None:
     keep_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="*", metavar="variant", default=["plain", "optimised"])
+    parser.add_argument("variants", nargs="*", metavar="variant", default=["plain", "optimized"])
     parser.add_argument("--size", type=int, nargs=2, default=(360, 640), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--shown", type=int, default=10, help="queries whose masks are made")
     parser.add_argument("--rounds", type=int, default=9, help="frames, the first of which is not timed")

@@ -260,7 +260,7 @@ def test_evaluation_needs_no_torch_and_reports(data: Path, tmp_path: Path) -> No
     ]
 
 
-def test_a_labelling_tools_export_is_imported_and_checked(
+def test_a_labeling_tools_export_is_imported_and_checked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

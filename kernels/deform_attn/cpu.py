@@ -22,7 +22,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-_BORDER = 2  # cells: the four neighbours of a point moved into it are all zero
+_BORDER = 2  # cells: the four neighbors of a point moved into it are all zero
 _CHUNK = 2**20  # points worked on at once; their indices and coefficients take 32 MB
 
 with warnings.catch_warnings():
@@ -77,7 +77,7 @@ def _build_canvas(shapes: tuple[tuple[int, int], ...], points: int, dtype: torch
         starts += [length] * points
         strides += [stride] * points
         length += (height + 2 * _BORDER) * stride + _BORDER
-    # Written out and not repeated by torch: the compiler vectorises reads of a plain tensor.
+    # Written out and not repeated by torch: the compiler vectorizes reads of a plain tensor.
     widths, heights = ([shape[axis] for shape in shapes for _ in range(points)] for axis in (1, 0))
     sizes = torch.tensor([widths, heights], dtype=dtype)
     stride_of, start_of = torch.tensor([strides, starts], dtype=torch.int32)
@@ -108,7 +108,7 @@ class _Points:
             return cls(canvas.sizes.new_full((), _BORDER - 0.5), canvas.sizes, coordinates)
         points = coordinates.shape[4]
         planes = reference.to(canvas.sizes.dtype).repeat_interleave(points, dim=2).movedim(-1, 0).unsqueeze(2)
-        # The centre of pixel i, at i + 0.5, is cell _BORDER + i.
+        # The center of pixel i, at i + 0.5, is cell _BORDER + i.
         origin = planes[:2].double() * canvas.sizes + (_BORDER - 0.5)
         scale = planes[2:] * canvas.sizes * (0.5 / points) if len(planes) == 4 else canvas.sizes.new_ones(())
         return cls(origin, scale, coordinates)
@@ -145,7 +145,7 @@ class _Points:
 
 def _inside(position: Tensor, limit: Tensor) -> Tensor:
     """Clamp to [0, limit] and move NaN into the border, to 0; may overwrite its argument."""
-    if torch.compiler.is_compiling():  # which does not vectorise nan_to_num
+    if torch.compiler.is_compiling():  # which does not vectorize nan_to_num
         return torch.where(position > 0, position, 0).minimum(limit)  # NaN is not > 0
     return position.clamp_(limit.new_zeros(()), limit).nan_to_num_(nan=0.0)
 

@@ -77,7 +77,7 @@ def fused_ms_deform_attn(
     Args:
         value: (B, S, M, D) floating point; the maps of all levels, each flattened row by row, one after the other.
         spatial_shapes: (height, width) of each of the L levels, as integers; S is the sum of their products.
-        reference_points: (B, Q, L, 2) points (x, y) or (B, Q, L, 4) boxes (x, y of the centre, width, height),
+        reference_points: (B, Q, L, 2) points (x, y) or (B, Q, L, 4) boxes (x, y of the center, width, height),
             floating point, as fractions of each level's width and height. May be expanded, also over L.
         sampling_offsets: (B, Q, M, L, P, 2) floating point, (x, y) in cells around points, in shares of half a box
             around boxes.

@@ -45,15 +45,15 @@ def ms_deform_attn_reference(
 
 
 def _locations(spatial_shapes: Sequence[tuple[int, int]], reference: Tensor, offsets: Tensor) -> Tensor:
-    centre = reference[:, :, None, :, None, :2]
+    center = reference[:, :, None, :, None, :2]
     if reference.shape[-1] == 4:
         scale = reference[:, :, None, :, None, 2:] * (0.5 / offsets.shape[4])
     else:
         sizes = [(width, height) for height, width in spatial_shapes]
         scale = 1 / torch.tensor(sizes, dtype=offsets.dtype, device=offsets.device)[:, None, :]
     # What is not finite may as well lie outside; left out of the product, it leaves no NaN in gradients either.
-    finite = (centre + offsets * scale).isfinite()
-    centre, offsets, scale = (
-        torch.where(finite, x, x.new_full((), y)) for x, y in ((centre, -1), (offsets, 0), (scale, 0))
+    finite = (center + offsets * scale).isfinite()
+    center, offsets, scale = (
+        torch.where(finite, x, x.new_full((), y)) for x, y in ((center, -1), (offsets, 0), (scale, 0))
     )
-    return centre + offsets * scale
+    return center + offsets * scale

@@ -26,39 +26,39 @@ def _size(sizes, level, L: tl.constexpr):
 
 @triton.jit
 def _positions(coordinate_ptr, reference_ptr, stride_r, point, mask, height, width, R: tl.constexpr, P: tl.constexpr):
-    """Say where points are: at centre * size + shift, in cells of their level, for both axes.
+    """Say where points are: at center * size + shift, in cells of their level, for both axes.
 
-    Returns the centres, the shifts, how far points move with their coordinates, and these coordinates.
+    Returns the centers, the shifts, how far points move with their coordinates, and these coordinates.
     """
     given_x = tl.load(coordinate_ptr + 2 * point, mask=mask, other=0.0).to(tl.float32)
     given_y = tl.load(coordinate_ptr + (2 * point + 1), mask=mask, other=0.0).to(tl.float32)
     if R == 0:  # sampling locations
         return given_x, given_y, 0.0, 0.0, width, height, given_x, given_y
     else:
-        centre_x = tl.load(reference_ptr).to(tl.float32)
-        centre_y = tl.load(reference_ptr + stride_r).to(tl.float32)
+        center_x = tl.load(reference_ptr).to(tl.float32)
+        center_y = tl.load(reference_ptr + stride_r).to(tl.float32)
         scale_x = 1.0
         scale_y = 1.0
         if R == 4:  # offsets count half boxes, divided by the number of points
             scale_x = tl.load(reference_ptr + 2 * stride_r).to(tl.float32) * width * (0.5 / P)
             scale_y = tl.load(reference_ptr + 3 * stride_r).to(tl.float32) * height * (0.5 / P)
-        return centre_x, centre_y, given_x * scale_x, given_y * scale_y, scale_x, scale_y, given_x, given_y
+        return center_x, center_y, given_x * scale_x, given_y * scale_y, scale_x, scale_y, given_x, given_y
 
 
 @triton.jit
-def _split(centre, shift, size):
+def _split(center, shift, size):
     """The lower of the two cells that a point lies between, moved so that both exist, and how far above it that is.
 
     The distance is not taken from the point's coordinate, which may be some ten cells and is rounded accordingly.
     """
-    coordinate = tl.fma(centre, size, -0.5) + shift
+    coordinate = tl.fma(center, size, -0.5) + shift
     cell = tl.maximum(tl.minimum(tl.floor(coordinate), size - 2), 0.0)  # NaN goes to some cell, too
-    return cell, tl.fma(centre, size, -0.5 - cell) + shift
+    return cell, tl.fma(center, size, -0.5 - cell) + shift
 
 
 @triton.jit
 def _hat(distance):
-    """Linear interpolation: 1 at a cell's centre, 0 from one cell on; 0 for NaN, too."""
+    """Linear interpolation: 1 at a cell's center, 0 from one cell on; 0 for NaN, too."""
     return tl.maximum(1 - tl.abs(distance), 0.0)
 
 
@@ -94,7 +94,7 @@ def _gather_row(
     STEP: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Add the two neighbours of each point in one row of cells, weighted."""
+    """Add the two neighbors of each point in one row of cells, weighted."""
     for k in tl.static_range(P):
         offset = _column(cell, k)[:, None]
         if WIDE:
@@ -165,11 +165,11 @@ def forward_kernel(
     for level in range(levels):
         height, width = _size(sizes, level, L)
         point = block * (M * L * P) + k + level * P
-        centre_x, centre_y, shift_x, shift_y, _, _, _, _ = _positions(
+        center_x, center_y, shift_x, shift_y, _, _, _, _ = _positions(
             coordinate_ptr, reference_ptr + level * stride_l, stride_r, point, known, height, width, R, P
         )
-        column, x = _split(centre_x, shift_x, width)
-        row, y = _split(centre_y, shift_y, height)
+        column, x = _split(center_x, shift_x, width)
+        row, y = _split(center_y, shift_y, height)
         if R == 0:
             weight = tl.load(weight_ptr + point, mask=known, other=0.0).to(tl.float32)
         else:
@@ -280,11 +280,11 @@ def backward_kernel(
     for level in range(levels):
         height, width = _size(sizes, level, L)
         point = block * (M * L * P) + k + level * P
-        centre_x, centre_y, shift_x, shift_y, scale_x, scale_y, given_x, given_y = _positions(
+        center_x, center_y, shift_x, shift_y, scale_x, scale_y, given_x, given_y = _positions(
             coordinate_ptr, reference_ptr + level * stride_l, stride_r, point, known, height, width, R, P
         )
-        column, x = _split(centre_x, shift_x, width)
-        row, y = _split(centre_y, shift_y, height)
+        column, x = _split(center_x, shift_x, width)
+        row, y = _split(center_y, shift_y, height)
         if R == 0:
             weight = tl.load(weight_ptr + point, mask=known, other=0.0).to(tl.float32)
         else:

@@ -21,7 +21,7 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
 
 @dataclass
 class TinyDataset:
-    """A dataset on disk: white rectangles; all else in frame t of video v has the grey level 2 * (20 * v + t)."""
+    """A dataset on disk: white rectangles; all else in frame t of video v has the gray level 2 * (20 * v + t)."""
 
     annotations: Path
     images: Path
@@ -72,9 +72,9 @@ def tiny_dataset(tmp_path: Path) -> Callable[..., TinyDataset]:
                     }
                 )
             for t in range(length):
-                grey = np.where(shown[:, t].any(0), 255, 2 * (20 * v + t)).astype(np.uint8)
+                gray = np.where(shown[:, t].any(0), 255, 2 * (20 * v + t)).astype(np.uint8)
                 path = root / "images" / f"v{v}" / f"{t:05d}.jpg"
-                write_jpeg(torch.from_numpy(grey).expand(3, -1, -1).contiguous(), str(path), quality=100)
+                write_jpeg(torch.from_numpy(gray).expand(3, -1, -1).contiguous(), str(path), quality=100)
             content["videos"].append(
                 {
                     "id": v + 1,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from instanceformer.data.augment import IMAGE_MEAN, IMAGE_STD, Augmentation, Geometry, fit_size, normalise, resize
+from instanceformer.data.augment import IMAGE_MEAN, IMAGE_STD, Augmentation, Geometry, fit_size, normalize, resize
 
 OFF = {"flip": 0.0, "sizes": (), "crop": 0.0}
 
@@ -25,7 +25,7 @@ def make_clip(frames: int = 3, height: int = 60, width: int = 100) -> tuple[Tens
 def augment(augmentation: Augmentation, frames: Tensor, masks: Tensor, max_size: int) -> tuple[Tensor, Tensor]:
     geometry = augmentation.draw_geometry(*frames.shape[-2:], max_size)
     frames = torch.stack([geometry.apply(frame) for frame in frames])
-    return augmentation.change_colours(frames), masks[..., geometry.rows, :][..., geometry.columns]
+    return augmentation.change_colors(frames), masks[..., geometry.rows, :][..., geometry.columns]
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,10 @@ def test_resize_returns_frames_of_the_right_size_untouched() -> None:
     assert resize(frames, 30, 768).dtype == torch.uint8
 
 
-def test_normalise_is_per_channel() -> None:
+def test_normalize_is_per_channel() -> None:
     frames = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 5)
     expected = (torch.tensor([0, 128, 255]) / 255 - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
-    result = normalise(frames)
+    result = normalize(frames)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result, expected.view(1, 3, 1, 1).expand(2, 3, 4, 5))
 

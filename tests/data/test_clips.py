@@ -27,7 +27,7 @@ def clips_of(tiny: Any, **options: Any) -> ClipDataset:
 
 
 def frame_codes(frames: Tensor) -> list[int]:
-    """20 * video + frame of each frame, read from the grey level of its corner."""
+    """20 * video + frame of each frame, read from the gray level of its corner."""
     return (255 * (frames[:, 0, 0, 0] * IMAGE_STD[0] + IMAGE_MEAN[0]) / 2).round().int().tolist()
 
 
@@ -191,7 +191,7 @@ def test_crop_that_loses_every_instance_is_not_made(tiny_dataset: Callable[..., 
     assert len(shapes) > 5
 
 
-def test_colours_of_a_clip_change_and_its_targets_do_not(tiny_dataset: Callable[..., Any]) -> None:
+def test_colors_of_a_clip_change_and_its_targets_do_not(tiny_dataset: Callable[..., Any]) -> None:
     tiny = tiny_dataset(lengths=(4,))  # of which a clip has every frame
     off = {"flip": 0.0, "sizes": (), "crop": 0.0}
     frames, targets = clips_of(tiny, augmentation=Augmentation(**off))[0]

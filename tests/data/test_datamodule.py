@@ -187,7 +187,7 @@ def test_videos_of_unknown_frames_are_refused(tiny_dataset: Callable[..., Any]) 
 
 @pytest.fixture
 def root(tiny_dataset: Callable[..., Any], tmp_path: Path) -> Path:
-    """Small datasets that lie as YouTube-VIS 2019 and COCO unpack: ids and names of the catalogue, no valid masks."""
+    """Small datasets that lie as YouTube-VIS 2019 and COCO unpack: ids and names of the catalog, no valid masks."""
     videos, images = tiny_dataset(lengths=(6, 5), name="videos"), tiny_dataset(lengths=(1, 1, 1), name="images")
     names = {"ytvis19": {3: "lizard", 7: "sedan"}, "coco": {3: "car", 7: "train"}}
     for tiny, name in ((videos, "ytvis19"), (images, "coco")):
@@ -211,7 +211,7 @@ def root(tiny_dataset: Callable[..., Any], tmp_path: Path) -> Path:
     return root
 
 
-def test_a_dataset_of_the_catalogue_needs_only_root_and_name(root: Path) -> None:
+def test_a_dataset_of_the_catalog_needs_only_root_and_name(root: Path) -> None:
     data = VideoDataModule(
         root=root, name="ytvis19", augmentation=PLAIN, batch_size=2, clip_frames=3, eval_size=24, num_workers=0
     )

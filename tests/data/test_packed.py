@@ -32,7 +32,7 @@ def make(case: str, seed: int = 0) -> tuple[Video, ...]:
         instances = []
         for _ in range(int(random.integers(4)) if case != "no instances" else 0):
             masks = [bytes(random.integers(48, 100, random.integers(1, 6))) for _ in range(length)]
-            measured, labelled = case == "OVIS" and random.random() < 0.7, case == "OVIS" and random.random() < 0.7
+            measured, labeled = case == "OVIS" and random.random() < 0.7, case == "OVIS" and random.random() < 0.7
             instances.append(
                 Instance(
                     id=int(random.integers(-(2**62), 2**62)),
@@ -41,7 +41,7 @@ def make(case: str, seed: int = 0) -> tuple[Video, ...]:
                     segmentations=tuple(None if random.random() < 0.4 else mask for mask in masks),
                     areas=tuple(random.random(length).tolist()) if measured else None,
                     has_box_areas=measured and bool(random.random() < 0.5),
-                    occlusion=tuple(random.choice(["none", "é", None], length).tolist()) if labelled else None,  # type: ignore[arg-type]
+                    occlusion=tuple(random.choice(["none", "é", None], length).tolist()) if labeled else None,  # type: ignore[arg-type]
                 )
             )
         names = tuple(f"{id_}/é\ud800{t}.jpg" for t in range(length)) if case != "no names" else ()

@@ -31,7 +31,7 @@ def moved(frames: Tensor, image: Tensor) -> list[bool]:
     return [not torch.equal(frame, image) for frame in frames]
 
 
-def centre_and_area(mask: Tensor) -> tuple[float, float, float]:
+def center_and_area(mask: Tensor) -> tuple[float, float, float]:
     ys, xs = mask.nonzero().double().T
     return float(xs.mean()) + 0.5, float(ys.mean()) + 0.5, len(xs)
 
@@ -80,17 +80,17 @@ def test_masks_stay_on_their_objects(seed: int) -> None:
 def test_each_change_is_within_its_bounds_and_reaches_them() -> None:
     image = torch.zeros(3, 120, 120, dtype=torch.uint8)
     masks = torch.zeros(1, 120, 120, dtype=torch.uint8)
-    masks[0, 50:70, 60:90] = 1  # from the centre 30 pixels to the right
+    masks[0, 50:70, 60:90] = 1  # from the center 30 pixels to the right
     areas, shifts, angles = [], [], []
     for _ in range(60):
         areas += [
-            centre_and_area(m[0])[2] / 600 for m in PseudoVideo(**{**STILL, "zoom": 1.5}, **PLAIN)(image, masks, 2)[1]
+            center_and_area(m[0])[2] / 600 for m in PseudoVideo(**{**STILL, "zoom": 1.5}, **PLAIN)(image, masks, 2)[1]
         ]
         for m in PseudoVideo(**{**STILL, "translation": 0.2}, **PLAIN)(image, masks, 2)[1]:
-            x, _, _ = centre_and_area(m[0])
+            x, _, _ = center_and_area(m[0])
             shifts.append((x - 75) / 120)
         for m in PseudoVideo(**{**STILL, "rotation": 30}, **PLAIN)(image, masks, 2)[1]:
-            x, y, area = centre_and_area(m[0])
+            x, y, area = center_and_area(m[0])
             assert math.hypot(x - 60, y - 60) == pytest.approx(15, abs=1)
             assert area == pytest.approx(600, rel=0.1)
             angles.append(math.degrees(math.atan2(y - 60, x - 60)))
@@ -110,7 +110,7 @@ def test_outside_is_black_and_belongs_to_nothing() -> None:
             assert (frame[:, mask] >= 50).all()  # a quarter of it at a corner
 
 
-def test_colours_change_within_their_bounds_and_leave_masks_alone() -> None:
+def test_colors_change_within_their_bounds_and_leave_masks_alone() -> None:
     image, masks = torch.full((3, 8, 8), 100, dtype=torch.uint8), torch.ones(1, 8, 8, dtype=torch.uint8)
     levels = set()
     for _ in range(60):

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.inference.films import cut, moving_square, write_film
 from torch.utils.data import DataLoader
 
-from instanceformer.data.augment import normalise, resize
+from instanceformer.data.augment import normalize, resize
 from instanceformer.data.batch import VideoChunk
 from instanceformer.data.streaming import RawStream, RawVideo, find_videos
 from instanceformer.video.reading import open_video
@@ -86,10 +86,10 @@ def test_order_does_not_depend_on_the_number_of_workers(videos: Path, workers: i
     assert summary(list(loader)) == WHOLE
 
 
-def test_frames_are_resized_and_normalised_for_the_network(videos: Path) -> None:
+def test_frames_are_resized_and_normalized_for_the_network(videos: Path) -> None:
     (chunk,) = RawStream(find_videos(videos / "c.MKV"), size=32, max_size=40)
     frames = np.stack([frame.image for frame in open_video(videos / "c.MKV").frames])
-    expected = normalise(resize(torch.from_numpy(frames).permute(0, 3, 1, 2), 32, 40))[None]
+    expected = normalize(resize(torch.from_numpy(frames).permute(0, 3, 1, 2), 32, 40))[None]
     assert chunk.frames.shape[-1] == 40
     torch.testing.assert_close(chunk.frames, expected, atol=0, rtol=0)
 

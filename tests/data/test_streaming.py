@@ -18,11 +18,11 @@ def stream_of(tiny: Any, **options: Any) -> StreamingVideos:
 
 
 def summary(chunks: list[VideoChunk]) -> list[tuple[int, int, int, list[int]]]:
-    """Video, start, length, and the frames' numbers as read from the grey level of their corners."""
+    """Video, start, length, and the frames' numbers as read from the gray level of their corners."""
     rows = []
     for chunk in chunks:
-        grey = 255 * (chunk.frames[0, :, 0, 0, 0] * IMAGE_STD[0] + IMAGE_MEAN[0])
-        numbers = (grey / 2).round().int() - 20 * (chunk.video_id - 1)
+        gray = 255 * (chunk.frames[0, :, 0, 0, 0] * IMAGE_STD[0] + IMAGE_MEAN[0])
+        numbers = (gray / 2).round().int() - 20 * (chunk.video_id - 1)
         rows.append((chunk.video_id, chunk.start, chunk.length, numbers.tolist()))
     return rows
 

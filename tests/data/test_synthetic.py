@@ -153,7 +153,7 @@ def test_leaving_is_for_good(tmp_path: Path) -> None:
     assert all(areas[-1] is None for areas in tracks)
 
 
-def test_look_alikes_share_class_and_colour(tmp_path: Path) -> None:
+def test_look_alikes_share_class_and_color(tmp_path: Path) -> None:
     plain = replace(MANY, texture=0, brightness_change=0, occlusion=0)
     synthesize(tmp_path, replace(plain, look_alikes=1, min_instances=2, max_instances=2))
     dataset = read(tmp_path)
@@ -161,12 +161,12 @@ def test_look_alikes_share_class_and_colour(tmp_path: Path) -> None:
     for video in dataset["videos"]:
         one, other = (each for each in dataset["annotations"] if each["video_id"] == video["id"])
         assert one["category_id"] == other["category_id"]
-        colours = []
+        colors = []
         for annotation in (one, other):
             t = int(np.argmax([area or 0 for area in annotation["areas"]]))
             image = read_image(tmp_path / "JPEGImages" / video["file_names"][t])
-            colours.append(np.median(image[decode(annotation)[t]], axis=0))
-        assert np.abs(colours[0] - colours[1]).max() < 40
+            colors.append(np.median(image[decode(annotation)[t]], axis=0))
+        assert np.abs(colors[0] - colors[1]).max() < 40
 
 
 def test_painting_knobs_act(made: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the Triton kern
 TOLERANCE = {
     torch.float64: 1e-12,  # some hundred roundings of 2e-16, in another order
     # The same of 6e-8; and positions of some ten cells are exact to 1e-6 of a cell, which turns up in differences of
-    # neighbours that may be larger than what is interpolated.
+    # neighbors that may be larger than what is interpolated.
     torch.float32: 1e-5,
     # Computed in float32 and rounded once, and softmax's gradient from an output that was rounded: two units.
     torch.bfloat16: 2**-7,

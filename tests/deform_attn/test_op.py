@@ -89,7 +89,7 @@ def test_kernels_reach_cells_beyond_32_bits() -> None:
     value = torch.empty(1, height * width, heads, channels, dtype=torch.float16)
     value[0, -2:] = torch.tensor([3.0, 5.0], dtype=torch.float16).view(2, 1, 1)
     value[0, width - 2 : width] = 1
-    # Between the last two cells of both rows, and the centre of the last one.
+    # Between the last two cells of both rows, and the center of the last one.
     points = torch.tensor([[1 - 1 / width, 0.5], [1 - 0.5 / width, 0.75]])
     case = Case(
         ((height, width),),
@@ -113,7 +113,7 @@ def test_gradients_of_logits_in_half_precision_sum_to_zero() -> None:
 
 def test_known_values() -> None:
     value = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1).expand(1, 4, 1, 8)  # [[1, 2], [3, 4]]
-    # The centre of the map, the centre of the pixel "2", a corner of the map (a quarter of "1"), and the outside.
+    # The center of the map, the center of the pixel "2", a corner of the map (a quarter of "1"), and the outside.
     points = torch.tensor([[0.5, 0.5], [0.75, 0.25], [0.0, 0.0], [1.5, 0.5]])
     case = Case(
         ((2, 2),),
@@ -158,7 +158,7 @@ def test_heads_levels_and_images_do_not_mix(backend: str) -> None:
 
 
 @backends
-def test_pixel_centres_and_borders(backend: str) -> None:
+def test_pixel_centers_and_borders(backend: str) -> None:
     # Sizes are powers of two, so that positions are exact and all take the same side of each kink.
     steps = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0, 3.5, 4.0, 7.5, 8.0, 8.5, 9.0]) / 8
     grid = torch.cartesian_prod(steps, steps)
@@ -205,7 +205,7 @@ def test_fused_with_points_nowhere(variant: str, component: int, name: str, wild
     changed = case.tensors[name].clone()
     changed[:, ::2, ..., component] = wild
     actual = case.replace(**{name: changed}).results(backend)
-    # An odd query's neighbours must not notice; an even one sees nothing, though its softmax is as it was.
+    # An odd query's neighbors must not notice; an even one sees nothing, though its softmax is as it was.
     expected = case.results("reference")
     assert not actual["output"][:, ::2].any()
     for key in ("output", "reference_points", "sampling_offsets", "attention_logits"):

@@ -19,7 +19,7 @@ from torch import Tensor
 from instanceformer import InstanceFormer, checkpoints
 from instanceformer.cli import main
 from instanceformer.data.annotations import Category
-from instanceformer.data.augment import normalise
+from instanceformer.data.augment import normalize
 from instanceformer.inference.export import (
     FEATURES,
     OUTPUTS,
@@ -43,7 +43,7 @@ def eager(network: InstanceFormer, frames: list[Tensor]) -> Iterator[dict[str, T
     """What the network itself gives frame by frame, by the names of the programs' outputs."""
     state = network.initial_state(1)
     for frame in frames:
-        features = network.encode(normalise(frame)[:, None])[0]
+        features = network.encode(normalize(frame)[:, None])[0]
         prediction = network.decode(features, state)
         shown = prediction.scores.amax(-1).topk(SHOWN, dim=1).indices
         state = network.advance(state, prediction)

@@ -43,9 +43,9 @@ def test_a_film_results_and_masks_of_a_video(tmp_path, checkpoint, folder):
     last = list(segmenter.segment(video))[-1]
     scores = {round(track.score, 4) for track in tracks}
     assert {round(score, 4) for score in last.scores.tolist()} <= scores
-    labelled = np.array(Image.open(folder / "masks" / "000005.png"))
+    labeled = np.array(Image.open(folder / "masks" / "000005.png"))
     union = np.any([decode_mask(track.segmentations[5]) for track in tracks if track.segmentations[5]], axis=0)
-    assert ((labelled > 0) == union).all()
+    assert ((labeled > 0) == union).all()
 
 
 def test_a_part_of_a_video_at_its_own_times(tmp_path, checkpoint, folder):

@@ -12,7 +12,7 @@ from torch import nn
 from instanceformer import VideoInstanceSegmenter, checkpoints
 from instanceformer.checkpoints import Checkpoint, FrameSize
 from instanceformer.data.annotations import Category
-from instanceformer.data.augment import fit_size, normalise, resize
+from instanceformer.data.augment import fit_size, normalize, resize
 from instanceformer.evaluation.protocol import resize_masks
 from instanceformer.inference.segmenter import chunks
 from instanceformer.inference.tracks import SegmenterOptions
@@ -59,7 +59,7 @@ def test_step_by_step_chunked_and_a_clip_at_once_are_the_same(tiny, options):
         list(VideoInstanceSegmenter(network, options=SegmenterOptions(chunk=3, **EVERYTHING)).segment(frames)), steps
     )
 
-    clip = normalise(resize(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2), 64, 768))[None]
+    clip = normalize(resize(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2), 64, 768))[None]
     with torch.no_grad():
         prediction, _ = network(clip, segment="all")
     means = prediction.logits[0].sigmoid().cumsum(0) / torch.arange(1, 6)[:, None, None]
@@ -150,7 +150,7 @@ def test_a_query_whose_track_ended_starts_afresh_under_a_new_id(tiny, location, 
         torch.manual_seed(seed)
         network = tiny(num_queries=1, memory_tokens=1, memory=memory, location=location)
         bright, dark = noise(2, seed=seed)
-        clip = normalise(resize(torch.from_numpy(np.stack([bright, dark])).permute(0, 3, 1, 2), 64, 768))[None]
+        clip = normalize(resize(torch.from_numpy(np.stack([bright, dark])).permute(0, 3, 1, 2), 64, 768))[None]
         with torch.no_grad():
             first, second = network(clip)[0].logits[0].sigmoid().amax((1, 2)).tolist()
         if second < first:

@@ -294,7 +294,7 @@ def test_what_the_free_query_found_is_told_of_the_instance(tiny: Callable[..., I
     plain_prediction, prediction = plain.decode(features[1], state), network.decode(features[1], state)
     order = torch.arange(N)
     order[2], order[9] = 9, 2
-    for name in ("logits", "boxes", "queries", "centres"):
+    for name in ("logits", "boxes", "queries", "centers"):
         ours, theirs = getattr(prediction, name), getattr(plain_prediction, name)
         layers = slice(None, -1) if name == "logits" else slice(None)  # the last one's logits know the past
         torch.testing.assert_close(ours[layers], theirs[layers][:, :, order])

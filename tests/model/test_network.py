@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from instanceformer import InstanceFormer, checkpoints
-from instanceformer.data.augment import normalise
+from instanceformer.data.augment import normalize
 from instanceformer.model.decoder import FramePrediction
 from instanceformer.model.network import ClipPrediction, duplicates
 from instanceformer.model.state import TrackState
@@ -278,7 +278,7 @@ def test_no_frame_waits_for_a_gpu(tiny) -> None:
         frames = torch.zeros(1, 2, 3, 64, 96, dtype=torch.uint8, device="cuda")
         with BlockingCopies() as copies:
             state = network.initial_state(1)
-            features = network.encode(normalise(frames))
+            features = network.encode(normalize(frames))
             for t in range(2):
                 prediction = network.decode(features[t], state)
                 shown = prediction.scores.amax(-1).topk(3).indices
@@ -319,7 +319,7 @@ def saying(network: InstanceFormer, logits: Tensor) -> FramePrediction:
         logits=logits.expand(2, 1, n, -1),
         boxes=torch.full((2, 1, n, 4), 0.5),
         queries=torch.zeros(2, 1, n, network.dim),
-        centres=torch.full((2, 1, n, 2), 0.5),
+        centers=torch.full((2, 1, n, 2), 0.5),
         class_logits=logits[None],
         references=torch.full((1, n, 2), 0.5),
     )
@@ -329,7 +329,7 @@ def saying(network: InstanceFormer, logits: Tensor) -> FramePrediction:
     ("options", "present", "late"),
     [
         ({}, 0.0, 3),
-        ({}, 100.0, 2),  # the weights that favour the present most, 0.40 of five frames
+        ({}, 100.0, 2),  # the weights that favor the present most, 0.40 of five frames
         ({"class_history": "held"}, 0.0, 0),
         ({"class_history": "held"}, 100.0, 0),
         ({"free_queries": "renew"}, 0.0, 0),

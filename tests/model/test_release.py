@@ -50,7 +50,7 @@ def test_places_in_the_queue_count_from_the_oldest_frame_that_left_a_token() -> 
 
 
 def test_aligned_masks_lie_two_pixels_further_right_and_down() -> None:
-    """A plane over the pixels' centres, 8 apart: cell j of the result has its value at pixel 4j + 2, less 2."""
+    """A plane over the pixels' centers, 8 apart: cell j of the result has its value at pixel 4j + 2, less 2."""
     y, x = (8 * torch.arange(n) + 4.0 for n in (5, 7))
     plane = (3 * y[:, None] + x)[None, None]
     found = ReleaseMaskHead(8, 8, 1).upsample(plane)

@@ -51,11 +51,11 @@ def test_one_instance_passes_in_front_of_the_other(sequences: Path, monkeypatch:
     assert video.length == 24  # the sequences have 10 frames
     behind, front = video.decode_masks(video.instances, range(24)).numpy().astype(bool).swapaxes(0, 1)
     assert not (behind & front).any()
-    centres = [np.nonzero(mask)[1].mean() for mask in front if mask.any()]
-    assert len(centres) > 12
-    assert all(np.diff(centres) > 0)  # from left to right
-    assert centres[0] < 0.25 * video.width
-    assert centres[-1] > 0.75 * video.width
+    centers = [np.nonzero(mask)[1].mean() for mask in front if mask.any()]
+    assert len(centers) > 12
+    assert all(np.diff(centers) > 0)  # from left to right
+    assert centers[0] < 0.25 * video.width
+    assert centers[-1] > 0.75 * video.width
     frames = [np.asarray(Image.open(output / "JPEGImages" / name)) for name in video.file_names]
     original = [
         np.asarray(Image.open(path)).astype(int) for path in sorted((sequences / "JPEGImages" / names[0]).iterdir())[:3]

@@ -34,7 +34,7 @@ def test_rates_and_stages_of_both_kinds_of_clips(
         total = stages.pop("all of it, in one process")
         stages.pop("through a worker, beyond that")
         assert sum(stages.values()) == pytest.approx(total, abs=0.05)
-        assert {"JPEG decoding", "masks, decoded at their size", "normalise", "boxes", "collate"} <= stages.keys()
+        assert {"JPEG decoding", "masks, decoded at their size", "normalize", "boxes", "collate"} <= stages.keys()
         assert ("pseudo video" in stages) == (names == "pseudo videos")
 
 

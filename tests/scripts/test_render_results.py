@@ -75,15 +75,15 @@ def test_the_film_shows_truth_beside_predictions(monkeypatch, dataset, capsys):
     def pixel(frame: int, y: int, x: int, offset: int = 0) -> np.ndarray:
         return film[frame][bar + y * SCALE, offset + x * SCALE]
 
-    grey, first, second = (100, 100, 100), blend(instance_color(1)), blend(instance_color(2))
+    gray, first, second = (100, 100, 100), blend(instance_color(1)), blend(instance_color(2))
     assert is_near(pixel(0, 35, 10), first)  # ground truth
-    assert is_near(pixel(1, 35, 10), grey)
+    assert is_near(pixel(1, 35, 10), gray)
     assert is_near(pixel(2, 35, 28), first)
-    assert is_near(pixel(0, 35, 66), grey)
+    assert is_near(pixel(0, 35, 66), gray)
     assert is_near(pixel(0, 35, 10, right), first)  # the most confident track is number 1
-    assert is_near(pixel(1, 35, 10, right), grey)
+    assert is_near(pixel(1, 35, 10, right), gray)
     assert is_near(pixel(1, 35, 66, right), second)
-    assert is_near(pixel(1, 35, 40, right), grey)  # below the threshold
+    assert is_near(pixel(1, 35, 40, right), gray)  # below the threshold
     sheet = decode_image(str(dataset / "sheet.png"))
     assert sheet.shape[1] >= 2 * film[0].shape[0] - 1
     assert sheet.shape[2] >= 2 * film[0].shape[1] - 1

@@ -133,7 +133,7 @@ def test_a_padded_batch_costs_what_its_clips_cost_alone(tiny) -> None:
         module.compute_losses(ClipBatch(frames[:1, :, :, :56, :80], None, DenseTargets.from_clips([small], (56, 80)))),
         module.compute_losses(ClipBatch(frames[1:], None, DenseTargets.from_clips([large], (64, 96)))),
     ]
-    # held instances over all frames: the normaliser of each clip (instance 1 enters in the second frame)
+    # held instances over all frames: the normalizer of each clip (instance 1 enters in the second frame)
     counts = torch.tensor([2.0 * 3 - 1, 3.0 * 3 - 1])
     for name, value in vars(both).items():
         expected = sum(getattr(a, name) * c for a, c in zip(alone, counts, strict=True)) / counts.sum()

@@ -176,7 +176,7 @@ def convert(weights: Mapping[str, Any], options: SourceOptions = SourceOptions()
     Raises:
         ValueError: it is of no known source, has entries that have no place, lacks some, or shapes do not agree.
     """
-    source = _recognise(weights)
+    source = _recognize(weights)
     layers = tuple(_count_layers(weights, source, part) for part in ("encoder", "decoder"))
     mapped, dropped, unknown = _sort(weights, source.mapped(*layers), source.dropped(*layers))
     if unknown:
@@ -217,7 +217,7 @@ def convert(weights: Mapping[str, Any], options: SourceOptions = SourceOptions()
     return Conversion(source.title, checkpoint, tuple(mapped), dropped, left_new, classes)
 
 
-def _recognise(weights: Mapping[str, Any]) -> Source:
+def _recognize(weights: Mapping[str, Any]) -> Source:
     """The source that the state dict is of."""
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"found {type(weights).__name__}, expected a state dict, plain or under 'model'")

@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import current_thread, main_thread
 
 from instanceformer.commands.parsing import Parser, pick
-from instanceformer.inference.optimise import keep_memory
+from instanceformer.inference.optimize import keep_memory
 from instanceformer.inference.outputs import SegmentOutputs, refuse_same, segment_video
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
 from instanceformer.inference.tracks import SegmenterOptions

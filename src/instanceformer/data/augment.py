@@ -18,7 +18,7 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 """ImageNet standard deviation of red, green and blue."""
 
 
-def normalise(frames: Tensor) -> Tensor:
+def normalize(frames: Tensor) -> Tensor:
     """(..., 3, H, W) uint8 RGB to float32 of zero mean and unit deviation over ImageNet."""
     mean, std = _statistics(frames.device)
     return frames.float().sub_(mean).div_(std)
@@ -142,7 +142,7 @@ class Augmentation:
         size = fit_size(*crop[2:], _draw(self.sizes) if self.sizes else None, max_size)
         return Geometry(crop, size, flip=bool(torch.rand(()) < self.flip))
 
-    def change_colours(self, frames: Tensor) -> Tensor:
+    def change_colors(self, frames: Tensor) -> Tensor:
         """Draw photometric changes of a clip (T, 3, H, W) uint8 and make them, the same in all frames."""
         return v2.RandomPhotometricDistort(p=self.photometric)(frames) if self.photometric else frames
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from instanceformer.data.annotations import Instance, Video, VideoDataset
-from instanceformer.data.augment import Augmentation, Geometry, normalise
+from instanceformer.data.augment import Augmentation, Geometry, normalize
 from instanceformer.data.batch import ClipBatch, ClipTargets, DenseTargets
 from instanceformer.data.images import read_image
 from instanceformer.data.packed import pack
@@ -99,7 +99,7 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         clip = self._draw(index)
         if self.cuts > 0 and torch.rand(()) < self.cuts:
             clip = with_cut(clip, self._draw(int(torch.randint(len(self), ()))))
-        return normalise(clip[0]), clip_targets(*clip[1:])
+        return normalize(clip[0]), clip_targets(*clip[1:])
 
     def _draw(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """A clip of one video: pixels, labels and masks as in ``read_clip``, the latter bool."""
@@ -202,7 +202,7 @@ def read_clip(
     if instances and not masks.any():
         geometry = replace(augmentation, crop=0.0).draw_geometry(video.height, video.width, max_size)
         masks = video.decode_masks(instances, frames, geometry.rows, geometry.columns)
-    pixels = augmentation.change_colours(read_frames(video, images, frames, geometry))
+    pixels = augmentation.change_colors(read_frames(video, images, frames, geometry))
     labels = torch.tensor([dataset.class_of(instance.category_id) for instance in instances], dtype=torch.int64)
     return pixels, masks, labels
 
@@ -240,15 +240,15 @@ def mask_boxes(masks: Tensor) -> Tensor:
         (..., 4) float32, (center x, center y, width, height) as fractions of W and H; zeros for an empty mask.
     """
     pixels = masks.view(torch.uint8)  # amax of uint8 is ten times as fast as any of bool
-    centres, lengths = [], []
+    centers, lengths = [], []
     for occupied in (pixels.amax(-2), pixels.amax(-1)):  # columns (..., W), rows (..., H)
         size = occupied.shape[-1]
         first = occupied.argmax(-1)
         end = size - occupied.flip(-1).argmax(-1)
         filled = occupied.amax(-1)
-        centres.append((first + end) * filled / (2 * size))
+        centers.append((first + end) * filled / (2 * size))
         lengths.append((end - first) * filled / size)
-    return torch.stack([*centres, *lengths], dim=-1)
+    return torch.stack([*centers, *lengths], dim=-1)
 
 
 def collate_clips(clips: Sequence[tuple[Tensor, ClipTargets]]) -> ClipBatch:

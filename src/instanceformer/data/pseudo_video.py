@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from instanceformer.data.annotations import VideoDataset
-from instanceformer.data.augment import Augmentation, normalise
+from instanceformer.data.augment import Augmentation, normalize
 from instanceformer.data.batch import ClipTargets
 from instanceformer.data.catalog import Split
 from instanceformer.data.clips import UNCHANGED, clip_targets, read_clip
@@ -103,8 +103,8 @@ class PseudoVideo:
         angle, shear, zoom = math.radians(_draw(self.rotation)), math.tan(math.radians(_draw(self.shear))), _draw(1.0)
         turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
         affine = math.pow(self.zoom, zoom) * turn.double() @ torch.tensor([[1, shear], [0, 1]], dtype=torch.float64)
-        centre = half * (1 + 2 * self.translation * (2 * torch.rand(2) - 1))
-        return centre + corners @ affine.T
+        center = half * (1 + 2 * self.translation * (2 * torch.rand(2) - 1))
+        return center + corners @ affine.T
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class PseudoClips(Dataset[tuple[Tensor, ClipTargets]]):
             self.dataset, self.dataset.videos[video], [frame], self.images, self.augmentation, self.max_size
         )
         frames, masks = self.pseudo_video(image[0], masks[0], self.clip_frames)
-        return normalise(frames), clip_targets(labels, masks.view(torch.bool))
+        return normalize(frames), clip_targets(labels, masks.view(torch.bool))
 
 
 def motion_blur(image: Tensor, length: int, angle: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
 from instanceformer.data.annotations import VideoDataset
-from instanceformer.data.augment import normalise, resize
+from instanceformer.data.augment import normalize, resize
 from instanceformer.data.batch import VideoChunk
 from instanceformer.data.clips import read_frames
 from instanceformer.data.packed import pack
@@ -84,7 +84,7 @@ class StreamingVideos(IterableDataset[VideoChunk]):
         for video, start in islice(self.chunks, first, None, step):
             frames = read_frames(video, self.images, range(start, min(start + self.chunk_frames, video.length)))
             yield VideoChunk(
-                frames=normalise(resize(frames, self.size, self.max_size))[None],
+                frames=normalize(resize(frames, self.size, self.max_size))[None],
                 video_id=video.id,
                 start=start,
                 length=video.length,
@@ -235,7 +235,7 @@ class RawStream(IterableDataset[VideoChunk]):
             following = self._take(frames)
             pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
             yield VideoChunk(
-                frames=normalise(resize(pixels, self.size, self.max_size))[None],
+                frames=normalize(resize(pixels, self.size, self.max_size))[None],
                 video_id=video.id,
                 start=start,
                 length=start + len(images) + (1 if following else 0),

@@ -28,7 +28,7 @@ from torch.export import ExportedProgram, register_dataclass
 
 from instanceformer import checkpoints
 from instanceformer.data.annotations import Category
-from instanceformer.data.augment import normalise
+from instanceformer.data.augment import normalize
 from instanceformer.files import replacing
 from instanceformer.inference.tracks import MIN_SIDE
 from instanceformer.model.attention import DeformableAttention
@@ -57,7 +57,7 @@ class Encode(nn.Module):
 
     def forward(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(1, 3, H, W) uint8 RGB to the fields of FrameFeatures that depend on the pixels."""
-        features = self.network.encode(normalise(frame)[:, None])[0]
+        features = self.network.encode(normalize(frame)[:, None])[0]
         return features.tokens, features.mask_features, features.looks
 
 

@@ -15,9 +15,9 @@ from torchvision.ops import box_convert
 
 from instanceformer import checkpoints
 from instanceformer.data.annotations import Category
-from instanceformer.data.augment import fit_size, normalise, resize
+from instanceformer.data.augment import fit_size, normalize, resize
 from instanceformer.evaluation.protocol import resize_masks
-from instanceformer.inference.optimise import optimise, packs
+from instanceformer.inference.optimize import optimize, packs
 from instanceformer.inference.tracks import MIN_SIDE, FrameInstances, SegmenterOptions, Tracks
 from instanceformer.model.decoder import FramePrediction
 from instanceformer.model.encoder import FrameFeatures
@@ -42,7 +42,7 @@ class VideoInstanceSegmenter:
     score in a frame come from its mean class probabilities over the frames in which it was visible so far.
 
     Args:
-        network: an optimized copy of it is used (see ``optimise``), or the network itself with ``options.compile``.
+        network: an optimized copy of it is used (see ``optimize``), or the network itself with ``options.compile``.
         categories: of the classes, in class order; None numbers them from 1 and calls them ``class 1`` and so on.
         options: rules of the tracks, sizes, speed. Sizes that are None are the paper's.
 
@@ -73,7 +73,7 @@ class VideoInstanceSegmenter:
             network.compile_parts()
         else:
             narrow = options.precision == "bf16" and packed
-            self.network = optimise(network, torch.bfloat16 if narrow else torch.float32)
+            self.network = optimize(network, torch.bfloat16 if narrow else torch.float32)
         self.reset()
 
     @classmethod
@@ -173,7 +173,7 @@ class VideoInstanceSegmenter:
             .permute(0, 3, 1, 2)
             .to(self._device, non_blocking=self._device.type == "cuda")
         )
-        pixels = normalise(resize(images, self.frame_size.size, self.frame_size.max_size))
+        pixels = normalize(resize(images, self.frame_size.size, self.frame_size.max_size))
         with self._autocast():
             return self.network.encode(pixels[None])
 

@@ -179,7 +179,7 @@ def pixel_position(valid: Tensor, dim: int) -> Tensor:
         dim: number of channels, divisible by 4.
 
     Returns:
-        (B, H, W, dim) float32, the first half for y, the second for x. Cell centres run over (0, 2 pi).
+        (B, H, W, dim) float32, the first half for y, the second for x. Cell centers run over (0, 2 pi).
     """
     axes = []
     for present in (valid.any(dim=2), valid.any(dim=1)):  # rows, columns

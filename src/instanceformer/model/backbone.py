@@ -93,7 +93,7 @@ class Backbone(nn.Module):
         """Extract features.
 
         Args:
-            images: (X, 3, H, W) normalised.
+            images: (X, 3, H, W) normalized.
 
         Returns:
             C2 to C5: (X, channels[l], ceil(H / s), ceil(W / s)) for s in 4, 8, 16, 32.
@@ -138,7 +138,7 @@ class SmallResNet(nn.Module):
     """A ResNet of four basic blocks (He et al.), 32 to 256 channels wide, under a stem of two 3x3 convolutions.
 
     Args:
-        norm_layer: builds a normalisation from a number of channels.
+        norm_layer: builds a normalization from a number of channels.
     """
 
     def __init__(self, norm_layer: Callable[..., nn.Module], width: int = 32) -> None:

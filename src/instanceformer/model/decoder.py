@@ -25,7 +25,7 @@ class FramePrediction:
         logits: (D, B, N, K) class logits; the class prior is applied to the last layer's.
         boxes: (D, B, N, 4) cxcywh as fractions of the clip's own size.
         queries: (D, B, N, C).
-        centres: (D, B, N, 2) location that each layer refined, (x, y) in [0, 1]: origin of the mask's coordinates.
+        centers: (D, B, N, 2) location that each layer refined, (x, y) in [0, 1]: origin of the mask's coordinates.
         class_logits: (B, N, K) the last layer's before the class prior, which the next frames remember.
         references: (B, N, 2) ref_t of equation 1.
         sighting: whose instances the queries show; None for a network that does not recognize them.
@@ -34,7 +34,7 @@ class FramePrediction:
     logits: Tensor
     boxes: Tensor
     queries: Tensor
-    centres: Tensor
+    centers: Tensor
     class_logits: Tensor
     references: Tensor
     sighting: Sighting | None = None
@@ -47,7 +47,7 @@ class FramePrediction:
 
     def permuted(self, order: Tensor) -> FramePrediction:
         """Row i is what query order[i] found: (B, N) int64 pairs that change places."""
-        layers = {name: of_queries(getattr(self, name), order) for name in ("logits", "boxes", "queries", "centres")}
+        layers = {name: of_queries(getattr(self, name), order) for name in ("logits", "boxes", "queries", "centers")}
         return FramePrediction(
             **layers,
             class_logits=of(self.class_logits, order),
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
         """
         ratios = features.pyramid.valid_ratios[:, None]
         reference = references
-        all_logits, all_boxes, all_queries, all_centres = [], [], [], []
+        all_logits, all_boxes, all_queries, all_centers = [], [], [], []
         for layer, classify, refine in zip(self.layers, self.class_heads, self.box_heads, strict=True):
             scale = ratios if reference.shape[-1] == 2 else torch.cat((ratios, ratios), dim=-1)
             queries = layer(queries, position, reference[:, :, None] * scale, features, memory)
@@ -156,13 +156,13 @@ class Decoder(nn.Module):
             all_logits.append(classify(seen).float())
             all_boxes.append(boxes)
             all_queries.append(queries)
-            all_centres.append(reference[..., :2])
+            all_centers.append(reference[..., :2])
             reference = boxes.detach()
         return FramePrediction(
             logits=torch.stack(all_logits),
             boxes=torch.stack(all_boxes),
             queries=torch.stack(all_queries),
-            centres=torch.stack(all_centres),
+            centers=torch.stack(all_centers),
             class_logits=all_logits[-1],
             references=references,
         )

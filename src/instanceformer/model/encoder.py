@@ -41,7 +41,7 @@ class Projection(nn.Module):
 
     Args:
         channels: of C3, C4 and C5.
-        dim: C, divisible by the number of groups of the normalisation.
+        dim: C, divisible by the number of groups of the normalization.
         levels: 3 to 5.
     """
 
@@ -68,7 +68,7 @@ class Projection(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention over all levels, then a feed-forward network; normalised after each."""
+    """Deformable self-attention over all levels, then a feed-forward network; normalized after each."""
 
     def __init__(self, dim: int, heads: int, levels: int, points: int, feedforward_dim: int, dropout: float) -> None:
         super().__init__()
@@ -123,5 +123,5 @@ class Encoder(nn.Module):
         embedding = torch.cat([e.expand(n, -1) for e, n in zip(self.level_embedding, cells, strict=True)])
         position = pyramid.position + embedding
         for layer in self.layers:
-            tokens = layer(tokens, position, pyramid.centres, pyramid.levels)
+            tokens = layer(tokens, position, pyramid.centers, pyramid.levels)
         return tokens

@@ -103,25 +103,25 @@ class MaskHead(nn.Module):
         x = F.relu(self.reduce(pyramid.blanked(x, scale)))
         return F.relu(self.output(pyramid.blanked(x, scale)))
 
-    def coarse(self, features: FrameFeatures, queries: Tensor, centres: Tensor) -> Tensor:
+    def coarse(self, features: FrameFeatures, queries: Tensor, centers: Tensor) -> Tensor:
         """As ``forward``, but (B, n, h, w) logits at the stride of the mask features."""
         parameters = self.controller(queries)
         with torch.autocast(queries.device.type, enabled=False):
-            pixels = centres.float() * features.pyramid.sizes[:, None]
+            pixels = centers.float() * features.pyramid.sizes[:, None]
             return dynamic_layers(features.mask_features.float(), parameters.float(), pixels, self.stride)
 
-    def forward(self, features: FrameFeatures, queries: Tensor, centres: Tensor) -> Tensor:
+    def forward(self, features: FrameFeatures, queries: Tensor, centers: Tensor) -> Tensor:
         """The instances' side, in float32, at stride 4.
 
         Args:
             features: of one frame.
             queries: (B, n, C).
-            centres: (B, n, 2) origin of the relative coordinates, (x, y) as fractions of the clip's own size.
+            centers: (B, n, 2) origin of the relative coordinates, (x, y) as fractions of the clip's own size.
 
         Returns:
             (B, n, *pyramid.grid) logits.
         """
-        masks = self.coarse(features, queries, centres)
+        masks = self.coarse(features, queries, centers)
         if self.stride == 4:
             return masks
         with torch.autocast(queries.device.type, enabled=False):
@@ -135,17 +135,17 @@ class MaskHead(nn.Module):
         return F.interpolate(masks, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
-def dynamic_layers(features: Tensor, parameters: Tensor, centres: Tensor, stride: int) -> Tensor:
+def dynamic_layers(features: Tensor, parameters: Tensor, centers: Tensor, stride: int) -> Tensor:
     """Apply to every pixel each query's three layers.
 
-    The first layer is linear in the relative coordinates (centre - pixel), so the centre's share is folded into its
+    The first layer is linear in the relative coordinates (center - pixel), so the center's share is folded into its
     bias and the pixels' share is the same two planes for all queries: one matrix product, no copy of the features.
 
     Args:
         features: (B, 8, h, w).
         parameters: (B, n, 169), weights stored input by output.
-        centres: (B, n, 2) in pixels.
-        stride: pixels between neighbouring features.
+        centers: (B, n, 2) in pixels.
+        stride: pixels between neighboring features.
 
     Returns:
         (B, n, h, w) logits.
@@ -161,7 +161,7 @@ def dynamic_layers(features: Tensor, parameters: Tensor, centres: Tensor, stride
         ((2 + HIDDEN) * HIDDEN, HIDDEN * HIDDEN, HIDDEN, HIDDEN, HIDDEN, 1), dim=-1
     )
     w1 = w1.unflatten(-1, (2 + HIDDEN, HIDDEN))
-    b1 = b1 + ((centres / COORDINATE_SCALE)[..., None] * w1[..., :2, :]).sum(dim=-2)
+    b1 = b1 + ((centers / COORDINATE_SCALE)[..., None] * w1[..., :2, :]).sum(dim=-2)
     hidden = torch.baddbmm(b1.flatten(1)[..., None], w1.transpose(-1, -2).flatten(1, 2), planes)
     hidden = F.relu(hidden, inplace=True).reshape(batch * n, HIDDEN, height * width)
     w2 = w2.reshape(batch * n, HIDDEN, HIDDEN).transpose(-1, -2)

@@ -110,7 +110,7 @@ class Appearance(nn.Module):
         """What is pooled.
 
         Args:
-            frames: (X, 3, H, W) normalised, zero where padded, as the others.
+            frames: (X, 3, H, W) normalized, zero where padded, as the others.
             finest: (X, channels, ceil(H / 4), ceil(W / 4)) C2.
             encoded: (X, C, ceil(H / 8), ceil(W / 8)) encoder output.
             pyramid: of the X frames.
@@ -250,7 +250,7 @@ class Identity(nn.Module):
         logits: Tensor,
         boxes: Tensor,
     ) -> Sighting:
-        """Recognise instances.
+        """Recognize instances.
 
         Args:
             features: (B, channels, h, w) of ``Appearance.encode``.

@@ -135,7 +135,7 @@ class InstanceFormer(nn.Module):
         state that the one before returned. As in inference, the most confident queries are remembered.
 
         Args:
-            frames: (B, T, 3, H, W) RGB, normalised with the ImageNet mean and deviation.
+            frames: (B, T, 3, H, W) RGB, normalized with the ImageNet mean and deviation.
             padding: (B, H, W) bool, true where padded (on the right and at the bottom only); None when nothing is.
             state: where an earlier call ended; None starts afresh.
             segment: (n,) or (B, n) int64 indices of the queries whose masks are wanted, or "all".
@@ -182,7 +182,7 @@ class InstanceFormer(nn.Module):
         """Backbone, projection, deformable encoder and the pixels' side of the mask head; no frame sees another.
 
         Clips of different sizes go through backbone and projection without their padding, so that it cannot leak in
-        through convolutions, windows or normalisation statistics.
+        through convolutions, windows or normalization statistics.
 
         Args:
             frames: (B, T, 3, H, W), as in ``forward``.
@@ -255,7 +255,7 @@ class InstanceFormer(nn.Module):
         candidates = priority.topk(min(CANDIDATES, self.num_queries), dim=1).indices
         with torch.no_grad():
             masks = self.mask_head.coarse(
-                features, of(prediction.queries[-1], candidates), of(prediction.centres[-1], candidates)
+                features, of(prediction.queries[-1], candidates), of(prediction.centers[-1], candidates)
             )
             within = inside(features.pyramid.sizes, (masks.shape[-2], masks.shape[-1]), self.mask_head.stride) > 0
             if features.pyramid.is_padded:
@@ -283,16 +283,16 @@ class InstanceFormer(nn.Module):
         Returns:
             (B, n, ceil(H / 4), ceil(W / 4)) float32 logits; with ``all_layers`` (D, B, n, ...).
         """
-        contents, centres = (prediction.queries, prediction.centres)
+        contents, centers = (prediction.queries, prediction.centers)
         if not all_layers:
-            contents, centres = contents[-1:], centres[-1:]
+            contents, centers = contents[-1:], centers[-1:]
         layers, batch, n = contents.shape[0], *queries.shape[-2:]
 
         def chosen(x: Tensor) -> Tensor:
             """(D, B, N, C) to (B, D n, C)."""
             return of_queries(x, queries).transpose(0, 1).flatten(1, 2)
 
-        masks: Tensor = self.mask_head(features, chosen(contents), chosen(centres))
+        masks: Tensor = self.mask_head(features, chosen(contents), chosen(centers))
         masks = masks.view(batch, layers, n, *masks.shape[-2:]).transpose(0, 1)
         return masks if all_layers else masks[0]
 

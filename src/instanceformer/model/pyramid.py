@@ -32,7 +32,7 @@ class Pyramid:
         valid: (X, H_l, W_l) bool at stride 4 and of each level, false where padded.
         valid_ratios: (X, L, 2) float32, fraction (x, y) of each level that is not padding.
         position: (X, S, C) float32 sine position of every cell in its level.
-        centres: (X, S, L, 2) float32, see ``cell_centres``.
+        centers: (X, S, L, 2) float32, see ``cell_centers``.
     """
 
     clips: Sizes
@@ -42,7 +42,7 @@ class Pyramid:
     valid: tuple[Tensor, ...]
     valid_ratios: Tensor
     position: Tensor
-    centres: Tensor
+    centers: Tensor
 
     @property
     def is_padded(self) -> bool:
@@ -65,7 +65,7 @@ class Pyramid:
             valid=tuple(repeat(x) for x in self.valid),
             valid_ratios=repeat(self.valid_ratios),
             position=repeat(self.position),
-            centres=repeat(self.centres),
+            centers=repeat(self.centers),
         )
 
     def blanked(self, x: Tensor, scale: int) -> Tensor:
@@ -137,12 +137,12 @@ def build_pyramid(
         valid_ratios=valid_ratios,
         sizes=torch.tensor([(float(w), float(h)) for h, w in sizes]).to(device, non_blocking=device.type == "cuda"),
         position=torch.cat([pixel_position(v, dim).flatten(1, 2) for v in valid[1:]], dim=1),
-        centres=cell_centres(cast("Shapes", tuple(shapes)), valid_ratios),
+        centers=cell_centers(cast("Shapes", tuple(shapes)), valid_ratios),
     )
 
 
-def cell_centres(shapes: Shapes, valid_ratios: Tensor) -> Tensor:
-    """Centre of every cell of every level, seen from every level.
+def cell_centers(shapes: Shapes, valid_ratios: Tensor) -> Tensor:
+    """Center of every cell of every level, seen from every level.
 
     Args:
         shapes: (height, width) of the L levels.
@@ -151,13 +151,13 @@ def cell_centres(shapes: Shapes, valid_ratios: Tensor) -> Tensor:
     Returns:
         (B, S, L, 2) float32, (x, y) as fractions of each padded level; beyond 1 outside the valid part.
     """
-    centres = []
+    centers = []
     for level, (height, width) in enumerate(shapes):
         y = (torch.arange(height, dtype=torch.float32, device=valid_ratios.device) + 0.5) / height
         x = (torch.arange(width, dtype=torch.float32, device=valid_ratios.device) + 0.5) / width
         grid = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1).flatten(0, 1)
-        centres.append(grid / valid_ratios[:, level, None])
-    return torch.cat(centres, dim=1)[:, :, None] * valid_ratios[:, None]
+        centers.append(grid / valid_ratios[:, level, None])
+    return torch.cat(centers, dim=1)[:, :, None] * valid_ratios[:, None]
 
 
 def valid_sizes(padding: Tensor) -> Sizes:

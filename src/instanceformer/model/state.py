@@ -19,7 +19,7 @@ class Identities:
         class_logits: (B, N, K) running mean of its class logits.
         boxes: (B, N, 4) where it was last seen, cxcywh in [0, 1].
         scenes: (B, N, E) looks of the whole frame in which it was last seen.
-        motion: (B, N, 2) how far its centre moved in a frame, a running mean.
+        motion: (B, N, 2) how far its center moved in a frame, a running mean.
         sightings: (B, N) float32, frames in the running means, as far as they are counted; 0 where nothing is known.
         away: (B, N) float32, frames since it was last seen.
     """
@@ -64,7 +64,7 @@ class TrackState:
     Attributes:
         queries: (B, N, C) content with which a carried query starts the next frame.
         references: (B, N, 2) previous location of a carried query, (x, y) in [0, 1]: the reference point itself or the
-            centre of the last box, as the rule of location propagation asks.
+            center of the last box, as the rule of location propagation asks.
         carried: (B, N) bool, whether the query continues from the previous frame; otherwise it starts from its learned
             content. All false after a reset.
         held: (B, N) bool, whether the query holds an instance. Training knows; at inference it does once its score has

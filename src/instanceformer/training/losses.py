@@ -94,7 +94,7 @@ class ClipOutputs:
     recognition: Sequence[FrameRecognition] = ()
 
 
-def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normaliser: Tensor, window: int) -> LossTerms:
+def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normalizer: Tensor, window: int) -> LossTerms:
     """Compute the terms of equation 6 in float32.
 
     Where an instance that holds a query is not visible, its box is not asked for, its mask is empty and its class
@@ -103,7 +103,7 @@ def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normaliser: Tensor,
     Args:
         outputs: of the network.
         targets: of the batch.
-        normaliser: scalar; every term is divided by it: the number of held instances over all frames, averaged over
+        normalizer: scalar; every term is divided by it: the number of held instances over all frames, averaged over
             ranks.
         window: d of the contrastive loss.
     """
@@ -113,7 +113,7 @@ def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normaliser: Tensor,
         boxes = outputs.boxes.float()
         target_boxes = targets.boxes[:, None]
         focal, dice = mask_losses(outputs.masks.float(), targets.masks[:, None] / 16, targets.pixels.float())
-        appearance = recognition = normaliser.new_zeros(())
+        appearance = recognition = normalizer.new_zeros(())
         if outputs.recognition:
             appearance, recognition = identity_losses(outputs.recognition)
         terms = LossTerms(
@@ -126,7 +126,7 @@ def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normaliser: Tensor,
             appearance=appearance,
             recognition=recognition,
         )
-        return LossTerms(**{f.name: getattr(terms, f.name) / normaliser for f in fields(terms)})
+        return LossTerms(**{f.name: getattr(terms, f.name) / normalizer for f in fields(terms)})
 
 
 def class_targets(outputs: ClipOutputs, labels: Tensor) -> Tensor:

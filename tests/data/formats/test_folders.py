@@ -80,14 +80,14 @@ def test_frames_are_ordered_by_the_numbers_in_their_names(tmp_path: Path) -> Non
 
 
 @pytest.fixture
-def labelled(tiny_dataset: MakeDataset, tmp_path: Path) -> TinyDataset:
+def labeled(tiny_dataset: MakeDataset, tmp_path: Path) -> TinyDataset:
     """A tiny dataset with label images in `labels` beside its images."""
     made = tiny_dataset(lengths=(3, 3))
     write_davis(made, made.images.parent / "labels")
     return made
 
 
-def import_labelled(made: TinyDataset) -> VideoDataset:
+def import_labeled(made: TinyDataset) -> VideoDataset:
     return import_davis(made.images.parent / "labels", made.images)
 
 
@@ -107,62 +107,62 @@ def import_labelled(made: TinyDataset) -> VideoDataset:
     ],
 )
 def test_label_images_of_another_kind_or_size_are_refused(
-    labelled: TinyDataset, labels: NDArray[Any], message: str
+    labeled: TinyDataset, labels: NDArray[Any], message: str
 ) -> None:
-    path = labelled.images.parent / "labels/v1/00002.png"
+    path = labeled.images.parent / "labels/v1/00002.png"
     save(path, labels)
     with pytest.raises(ValueError, match=message) as caught:
-        import_labelled(labelled)
+        import_labeled(labeled)
     assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_label_images_cut_short_are_refused(labelled: TinyDataset) -> None:
-    path = labelled.images.parent / "labels/v1/00002.png"
+def test_label_images_cut_short_are_refused(labeled: TinyDataset) -> None:
+    path = labeled.images.parent / "labels/v1/00002.png"
     content = path.read_bytes()
     end = content.index(b"IDAT") + 20  # of the pixels' first bytes
     for length in range(0, end, 23):
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=r"v1.00002\.png: cannot be read as a PNG"):
-            import_labelled(labelled)
+            import_labeled(labeled)
 
 
-def test_frames_of_different_sizes_or_that_are_no_images_are_refused(labelled: TinyDataset) -> None:
-    path = labelled.images / "v1" / "00001.jpg"
+def test_frames_of_different_sizes_or_that_are_no_images_are_refused(labeled: TinyDataset) -> None:
+    path = labeled.images / "v1" / "00001.jpg"
     Image.new("RGB", (WIDTH, HEIGHT + 2)).save(path)
     with pytest.raises(ValueError, match=r"00001\.jpg: expected 24x40 pixels, the size of 00000\.jpg, found 26x40"):
-        import_labelled(labelled)
+        import_labeled(labeled)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"00001\.jpg: cannot be read as an image"):
-        import_labelled(labelled)
+        import_labeled(labeled)
 
 
-def test_labels_without_frame_and_frames_twice_are_refused(labelled: TinyDataset) -> None:
-    frame = labelled.images / "v0" / "00001.jpg"
+def test_labels_without_frame_and_frames_twice_are_refused(labeled: TinyDataset) -> None:
+    frame = labeled.images / "v0" / "00001.jpg"
     twin = Image.open(frame)
     twin.save(frame.with_suffix(".png"))
     with pytest.raises(ValueError, match=r"00001\.(jpg|png): expected one file for each frame, found 00001\.(jpg|png)"):
-        import_labelled(labelled)
+        import_labeled(labeled)
     frame.with_suffix(".png").unlink()
     frame.unlink()
     with pytest.raises(ValueError, match=r"labels.v0.00001\.png: expected a frame of the name 00001 in .*v0, found"):
-        import_labelled(labelled)
+        import_labeled(labeled)
 
 
-def test_missing_and_empty_folders_are_refused(tmp_path: Path, labelled: TinyDataset) -> None:
-    labels = labelled.images.parent / "labels"
+def test_missing_and_empty_folders_are_refused(tmp_path: Path, labeled: TinyDataset) -> None:
+    labels = labeled.images.parent / "labels"
     with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; expected one with a folder for each video"):
-        import_davis(tmp_path / "nowhere", labelled.images)
+        import_davis(tmp_path / "nowhere", labeled.images)
     with pytest.raises(ValueError, match=r"v0: expected a folder for each video, found none"):
-        import_davis(labels / "v0", labelled.images)
+        import_davis(labels / "v0", labeled.images)
     with pytest.raises(FileNotFoundError, match=r"nowhere.v0: no such folder; expected the \.jpg or"):
         import_davis(labels, tmp_path / "nowhere")
     (tmp_path / "empty" / "v0").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"v0: expected \.png files, one for each frame, found none"):
-        import_davis(tmp_path / "empty", labelled.images)
+        import_davis(tmp_path / "empty", labeled.images)
 
 
 def test_a_failed_write_leaves_the_old_file(
-    labelled: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    labeled: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "out" / "out.json"
     path.parent.mkdir()
@@ -173,5 +173,5 @@ def test_a_failed_write_leaves_the_old_file(
 
     monkeypatch.setattr("instanceformer.data.formats.youtube_vis.track_fields", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_youtube_vis(path, import_labelled(labelled))
+        write_youtube_vis(path, import_labeled(labeled))
     assert [(each.name, each.read_text()) for each in path.parent.iterdir()] == [("out.json", "old")]

@@ -102,7 +102,7 @@ def test_areas_of_masks_of_any_shape() -> None:
     ],
     ids=range(12),
 )
-def test_damaged_counts_have_no_area_and_do_not_disturb_their_neighbours(damaged: bytes) -> None:
+def test_damaged_counts_have_no_area_and_do_not_disturb_their_neighbors(damaged: bytes) -> None:
     good = rectangle()
     assert mask_areas([damaged], 35) == [-1]
     assert mask_areas([good, damaged, good, damaged, damaged, good], 35) == [12, -1, 12, -1, -1, 12]

@@ -105,7 +105,7 @@ def test_many_findings_of_a_kind_are_counted_and_a_few_shown(tiny_dataset: Calla
     assert (finding.count, len(finding.examples)) == (9, 5)
 
 
-def test_the_catalogue_says_what_is_expected(tiny_dataset: Callable[..., Any]) -> None:
+def test_the_catalog_says_what_is_expected(tiny_dataset: Callable[..., Any]) -> None:
     entry = CATALOG["ytvis19"]
     report = check_dataset(tiny_dataset().annotations, entry=entry, split=entry.splits["train"])
     kinds = found(report)
@@ -245,7 +245,7 @@ def test_the_command_prints_a_table_or_json_and_its_exit_code_tells(
     assert report["findings"][0]["kind"] == "missing image"
 
 
-def test_a_dataset_of_the_catalogue_needs_only_root_and_name(
+def test_a_dataset_of_the_catalog_needs_only_root_and_name(
     tiny_dataset: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = tiny_dataset()

@@ -44,7 +44,7 @@ class Frames:
     def __len__(self) -> int:
         return len(self.names)
 
-    def labelled(self, names: Collection[str]) -> Frames:
+    def labeled(self, names: Collection[str]) -> Frames:
         """The frames of these names, with a warning if others are left out.
 
         What those show is unknown: many datasets label every fifth frame of a video.

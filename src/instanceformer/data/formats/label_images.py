@@ -137,7 +137,7 @@ def _label_videos(source: Path, images: Path, modes: Sequence[str]) -> Iterator[
     for folder in subfolders(source, "video"):
         frames = find_frames(images, folder.name)
         files = find_labels(folder, frames)
-        frames = frames.labelled(files)
+        frames = frames.labeled(files)
         masks: dict[int, list[bytes | None]] = {}
         colors, dimensions, objects = Colors(), set(), set()
         for frame, name in enumerate(frames.names):
@@ -194,7 +194,7 @@ def import_binary_masks(
         instances: dict[int, Instance] = {}
         paths: dict[int, Path] = {}
         labels = {path: find_labels(path, frames) for path in subfolders(folder, "instance")}
-        frames = frames.labelled({name for files in labels.values() for name in files})
+        frames = frames.labeled({name for files in labels.values() for name in files})
         for path, files in labels.items():
             if not path.name.isdecimal() or len(path.name) > MAX_DIGITS:
                 raise ValueError(f"{path}: expected a folder for each instance, named by its number")

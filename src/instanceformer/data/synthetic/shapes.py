@@ -74,10 +74,10 @@ class Sprite:
 
     shape: str
     pattern: str
-    colours: Array  # (2, 3) float32, RGB in [0, 1]
+    colors: Array  # (2, 3) float32, RGB in [0, 1]
     frequency: float  # of the pattern, in radians per radius
     phase: float
-    centres: Array
+    centers: Array
     radii: Array
     angles: Array
 
@@ -137,7 +137,7 @@ def draw(canvas: Array, sprite: Sprite, t: int, texture: float) -> tuple[slice, 
         The rows and columns that it may touch, and which pixels of these it covers by half or more.
     """
     _, height, width = canvas.shape
-    (cx, cy), radius, angle = sprite.centres[t], sprite.radii[t], sprite.angles[t]
+    (cx, cy), radius, angle = sprite.centers[t], sprite.radii[t], sprite.angles[t]
     halo = 0.04 * height
     reach = REACH * radius + halo + 1
     rows = slice(max(0, int(cy - reach)), max(0, min(height, int(cy + reach) + 1)))
@@ -151,7 +151,7 @@ def draw(canvas: Array, sprite: Sprite, t: int, texture: float) -> tuple[slice, 
     shadow = 1 - 0.4 * np.clip(1 - distance / halo, 0, 1) ** 2
     mix = np.float32(texture) * PATTERNS[sprite.pattern](u * sprite.frequency, v * sprite.frequency, sprite.phase)
     light = (1 - 0.12 * (x + y)) * (1 - 0.35 * np.clip(1 + distance / 1.5, 0, 1))  # from the top left; a dark rim
-    first, second = sprite.colours[..., None, None]
+    first, second = sprite.colors[..., None, None]
     cover = np.clip(0.5 - distance, 0, 1)
     patch = canvas[:, rows, columns]
     patch *= shadow * (1 - cover)

@@ -118,19 +118,19 @@ def _make_instances(rng: Generator, options: SyntheticOptions) -> tuple[list[Spr
     sprites: list[Sprite] = []
     placed: list[tuple[Array, float]] = []
     for k in range(count):
-        shape, pattern, colours, frequency = looks[groups[k]]
+        shape, pattern, colors, frequency = looks[groups[k]]
         mean = sizes[k] * options.height / 2
         swing = options.scale_change * rng.uniform(0.3, 1)
-        centres = _choose_path(rng, options, float(mean * (1 + swing)), placed, k > 0 and bool(crossing[k - 1]))
-        placed.append((centres, float(mean)))
+        centers = _choose_path(rng, options, float(mean * (1 + swing)), placed, k > 0 and bool(crossing[k - 1]))
+        placed.append((centers, float(mean)))
         sprites.append(
             Sprite(
                 shape=shape,
                 pattern=pattern,
-                colours=np.clip(colours + rng.uniform(-0.02, 0.02, colours.shape), 0, 1).astype(np.float32),
+                colors=np.clip(colors + rng.uniform(-0.02, 0.02, colors.shape), 0, 1).astype(np.float32),
                 frequency=frequency,
                 phase=rng.uniform(0, 2 * np.pi),
-                centres=centres,
+                centers=centers,
                 radii=mean * (1 + swing * np.sin(rng.uniform(0, 2 * np.pi) + times * rng.uniform(0.1, 0.25))),
                 angles=rng.uniform(0, 2 * np.pi) + times * np.deg2rad(rng.uniform(-1, 1) * options.rotation),
             )
@@ -150,13 +150,13 @@ def _look_alike_groups(rng: Generator, count: int, fraction: float) -> list[int]
 
 def _look(rng: Generator, hue: float, options: SyntheticOptions) -> tuple[str, str, Array, float]:
     """Shape, pattern, two colors and frequency of the pattern."""
-    colours = np.stack(
+    colors = np.stack(
         [
             rgb(hue, rng.uniform(0.65, 0.9), rng.uniform(0.8, 1)),
             rgb(hue + rng.uniform(-0.12, 0.12), rng.uniform(0.2, 0.9), rng.choice([rng.uniform(0.2, 0.4), 1.0])),
         ]
     )
-    return str(rng.choice(options.shapes)), str(rng.choice(list(PATTERNS))), colours, rng.uniform(6, 9)
+    return str(rng.choice(options.shapes)), str(rng.choice(list(PATTERNS))), colors, rng.uniform(6, 9)
 
 
 def _make_distractor(rng: Generator, options: SyntheticOptions, shift: Array) -> Sprite:
@@ -167,10 +167,10 @@ def _make_distractor(rng: Generator, options: SyntheticOptions, shift: Array) ->
     return Sprite(
         shape="blob",
         pattern="noise",
-        colours=np.stack([rgb(hue, 0.2, value) for value in rng.uniform(0.25, 0.6, 2)]),
+        colors=np.stack([rgb(hue, 0.2, value) for value in rng.uniform(0.25, 0.6, 2)]),
         frequency=rng.uniform(2, 4),
         phase=rng.uniform(0, 2 * np.pi),
-        centres=point + shift[middle] - shift,
+        centers=point + shift[middle] - shift,
         radii=still * options.height / 2 * rng.uniform(options.min_size, options.max_size),
         angles=still * rng.uniform(0, 2 * np.pi),
     )
@@ -202,11 +202,11 @@ def _choose_path(
         outside = (axis, frame[axis] + REACH * radius + 1 if far else -REACH * radius - 1)
 
     def path(point: Array, time: float) -> Array:
-        centres = _wander(rng, low, high, np.clip(point, low, high), time, options)
+        centers = _wander(rng, low, high, np.clip(point, low, high), time, options)
         if outside is not None and away is not None:
             axis, target = outside
-            centres[:, axis] += away * (target - centres[:, axis])
-        return centres
+            centers[:, axis] += away * (target - centers[:, axis])
+        return centers
 
     if crossing:
         others, size = placed[int(rng.integers(len(placed)))]
@@ -215,7 +215,7 @@ def _choose_path(
         candidates = [path(point, meeting) for _ in range(PATH_CANDIDATES)]
     else:
         candidates = [path(rng.uniform(low, high), 0) for _ in range(PATH_CANDIDATES)]
-    return min(candidates, key=lambda centres: _crowding(centres, radius, placed))
+    return min(candidates, key=lambda centers: _crowding(centers, radius, placed))
 
 
 def _wander(rng: Generator, low: Array, high: Array, point: Array, time: float, options: SyntheticOptions) -> Array:
@@ -228,9 +228,9 @@ def _wander(rng: Generator, low: Array, high: Array, point: Array, time: float, 
     return np.asarray(middle + reach * np.sin(phase + velocity / reach * (options.frame_times[:, None] - time)))
 
 
-def _crowding(centres: Array, radius: float, placed: list[tuple[Array, float]]) -> float:
+def _crowding(centers: Array, radius: float, placed: list[tuple[Array, float]]) -> float:
     """How much a path overlaps those of ``placed``, summed over frames and instances."""
-    gaps = [np.linalg.norm(centres - others, axis=1) / (radius + size) for others, size in placed]
+    gaps = [np.linalg.norm(centers - others, axis=1) / (radius + size) for others, size in placed]
     return float(sum(np.clip(1 - gap, 0, 1).sum() for gap in gaps))
 
 

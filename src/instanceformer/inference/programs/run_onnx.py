@@ -28,6 +28,6 @@ for path in sorted(source.iterdir()) if source.is_dir() else [source]:
             scores = outputs["scores"][0, query]
             if scores.max() >= 0.5:
                 name, score = about["categories"][scores.argmax()]["name"], scores.max()
-                box = outputs["boxes"][0, query].tolist()  # centre x, centre y, width and height, as parts
+                box = outputs["boxes"][0, query].tolist()  # center x, center y, width and height, as parts
                 print(f"frame {count}: query {query}, {name} {score:.2f}, box {box}, mask of {(mask > 0).sum()} cells")
         count += 1

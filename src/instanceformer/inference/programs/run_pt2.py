@@ -28,6 +28,6 @@ for path in sorted(source.iterdir()) if source.is_dir() else [source]:
             score, label = scores[0, query].max(dim=0)
             if score >= 0.5:
                 name = about["categories"][label]["name"]
-                box = boxes[0, query].tolist()  # centre x, centre y, width and height, as parts of the frame's
+                box = boxes[0, query].tolist()  # center x, center y, width and height, as parts of the frame's
                 print(f"frame {count}: query {query}, {name} {score:.2f}, box {box}, mask of {(mask > 0).sum()} cells")
         count += 1

@@ -12,7 +12,7 @@ from tests.conftest import needs_bfloat16
 from torch import nn
 
 from instanceformer import InstanceFormer
-from instanceformer.inference.optimise import PackedConv2d, PackedLinear, optimise
+from instanceformer.inference.optimize import PackedConv2d, PackedLinear, optimize
 from instanceformer.model.backbone import FrozenBatchNorm
 from instanceformer.model.network import ClipPrediction
 
@@ -65,31 +65,31 @@ def test_same_outputs_over_several_frames(tiny: Callable[..., InstanceFormer], o
     randomise_norms(network)
     frames = torch.randn(1, 5, 3, 70, 101)
     expected = stream(network, frames)
-    assert_equal_outputs(stream(optimise(network), frames), expected, 1e-4)
+    assert_equal_outputs(stream(optimize(network), frames), expected, 1e-4)
 
 
 def test_clips_with_padding_and_other_sizes_give_the_same(tiny: Callable[..., InstanceFormer]) -> None:
     """The layout of packed weights depends on the size of the frames: it follows them."""
     network = tiny()
     randomise_norms(network)
-    optimised = optimise(network)
+    optimized = optimize(network)
     padding = torch.zeros(2, 128, 192, dtype=torch.bool)  # large enough that no level is a single cell, whose group
     padding[0, 100:] = True  # norm would divide by next to nothing
     for frames, where in ((torch.randn(2, 3, 3, 128, 192), padding), (torch.randn(1, 2, 3, 100, 140), None)):
         with torch.no_grad():
             expected, _ = network(frames, where, segment="all")
-            found, _ = optimised(frames, where, segment="all")
+            found, _ = optimized(frames, where, segment="all")
         assert_equal_outputs(found, expected, 1e-4)
 
 
 @needs_onednn
 def test_no_batch_norm_is_left_and_every_large_layer_is_packed(tiny: Callable[..., InstanceFormer]) -> None:
-    optimised = optimise(tiny(backbone="resnet18", backbone_norm="batch"))
-    kinds = [type(module) for module in optimised.backbone.modules()]
+    optimized = optimize(tiny(backbone="resnet18", backbone_norm="batch"))
+    kinds = [type(module) for module in optimized.backbone.modules()]
     assert not {nn.Conv2d, nn.BatchNorm2d, nn.ReLU} & set(kinds)
     assert kinds.count(PackedConv2d) == 20
-    assert all(isinstance(layer[0], PackedConv2d) for layer in optimised.projection.levels)
-    for layer in (*optimised.encoder.layers, *optimised.decoder.layers):
+    assert all(isinstance(layer[0], PackedConv2d) for layer in optimized.projection.levels)
+    for layer in (*optimized.encoder.layers, *optimized.decoder.layers):
         assert isinstance(layer.feedforward[0], PackedLinear)
         assert isinstance(layer.feedforward[1], nn.Identity)  # the ReLU is in the layer before
 
@@ -97,20 +97,20 @@ def test_no_batch_norm_is_left_and_every_large_layer_is_packed(tiny: Callable[..
 def test_the_network_is_left_as_it_is(tiny: Callable[..., InstanceFormer]) -> None:
     network = tiny().train()
     weights = {name: value.clone() for name, value in network.state_dict().items()}
-    optimised = optimise(network)
+    optimized = optimize(network)
     assert network.training
-    assert not optimised.training
+    assert not optimized.training
     assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
     assert all(parameter.requires_grad for parameter in network.encoder.parameters())
-    assert not any(parameter.requires_grad for parameter in optimised.parameters())
-    assert optimised.options == network.options
+    assert not any(parameter.requires_grad for parameter in optimized.parameters())
+    assert optimized.options == network.options
 
 
 @needs_bfloat16
 def test_bfloat16_is_close_and_keeps_state_and_locations_in_float32(tiny: Callable[..., InstanceFormer]) -> None:
     network = tiny()
     frames = torch.randn(1, 4, 3, 64, 96)
-    expected, found = stream(network, frames), stream(optimise(network, torch.bfloat16), frames)
+    expected, found = stream(network, frames), stream(optimize(network, torch.bfloat16), frames)
     assert_equal_outputs(found, expected, 0.2)
     assert not torch.equal(found.logits, expected.logits)
     assert found.boxes.dtype == found.masks.dtype == found.queries.dtype == torch.float32
@@ -118,17 +118,17 @@ def test_bfloat16_is_close_and_keeps_state_and_locations_in_float32(tiny: Callab
     assert (a & b).sum() / (a | b).sum() > 0.95
 
 
-def test_what_cannot_be_optimised_is_refused(
+def test_what_cannot_be_optimized_is_refused(
     tiny: Callable[..., InstanceFormer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match=r"float16.*bfloat16"):
-        optimise(tiny(), torch.float16)
+        optimize(tiny(), torch.float16)
     if torch.backends.mkldnn.is_available():
-        with pytest.raises(ValueError, match="found one that is optimised already"):
-            optimise(optimise(tiny()))
+        with pytest.raises(ValueError, match="found one that is optimized already"):
+            optimize(optimize(tiny()))
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
     with pytest.raises(ValueError, match="found bfloat16 on cpu, where oneDNN has no products of it"):
-        optimise(tiny(), torch.bfloat16)
+        optimize(tiny(), torch.bfloat16)
 
 
 def test_without_onednn_batch_norm_is_folded_and_nothing_packed(
@@ -136,14 +136,14 @@ def test_without_onednn_batch_norm_is_folded_and_nothing_packed(
 ) -> None:
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
     network, frames = tiny(backbone_norm="batch"), torch.randn(1, 2, 3, 70, 101)
-    optimised = optimise(network)
-    assert not any(isinstance(module, nn.BatchNorm2d | PackedConv2d) for module in optimised.modules())
-    assert_equal_outputs(stream(optimised, frames), stream(network, frames), 1e-4)
+    optimized = optimize(network)
+    assert not any(isinstance(module, nn.BatchNorm2d | PackedConv2d) for module in optimized.modules())
+    assert_equal_outputs(stream(optimized, frames), stream(network, frames), 1e-4)
 
 
 PROGRAM = """
 import resource, sys
-from instanceformer.inference.optimise import keep_memory
+from instanceformer.inference.optimize import keep_memory
 if sys.argv[1] == "keep":
     keep_memory()
 import torch

@@ -34,7 +34,7 @@ from instanceformer.model.network import InstanceFormer
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
-def optimise(network: InstanceFormer, dtype: torch.dtype = torch.float32) -> InstanceFormer:
+def optimize(network: InstanceFormer, dtype: torch.dtype = torch.float32) -> InstanceFormer:
     """A copy of a network for inference, on the network's device.
 
     In float32 its outputs equal those of the network up to rounding. The copy is in evaluation mode and without
@@ -51,7 +51,7 @@ def optimise(network: InstanceFormer, dtype: torch.dtype = torch.float32) -> Ins
     """
     device = network.query_content.device
     if any(isinstance(module, PackedConv2d | PackedLinear) for module in network.modules()):
-        raise ValueError("network: found one that is optimised already, expected one as it was loaded")
+        raise ValueError("network: found one that is optimized already, expected one as it was loaded")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: found {dtype}, expected torch.float32 or torch.bfloat16")
     if dtype == torch.bfloat16 and not (packs(device) and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
