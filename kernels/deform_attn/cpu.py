@@ -1,14 +1,14 @@
 """Multi-scale deformable attention on the CPU, as products with a sparse matrix.
 
-The levels of one image and head are laid one behind the other on a *canvas* with borders of zeros. A sampling point
-then is four cells of the canvas, each with a coefficient, and the output of a query and head is the sum of its
-4 * L * P cells times their coefficients: one row of a sparse matrix A times the canvas. A point outside a level moves
-into the border, so that no bounds are checked, and what it and its gradients read is zero.
+The levels of one image and head are laid out one after another on a *canvas* with borders of zeros. A sampling point is
+then four cells of the canvas, each with a coefficient, and the output of a query and head is the sum of its 4 * L * P
+cells times their coefficients: one row of a sparse matrix A times the canvas. A point outside a level is moved into the
+border, where it and its gradients read zeros, so no bounds need to be checked.
 
-A head is one block of the canvas and of the rows of A, so that the block stays in the cache while it is in use. Heads
-are worked on several at a time, as many as a bound on the temporaries allows.
+A head is one block of the canvas and of the rows of A, so the block stays in the cache while it is in use. Several
+heads are processed at a time, as many as a limit on the temporaries allows.
 
-Shapes here: heads of a chunk m <= M, points of all levels K = L * P. All coordinates come as planes, x before y.
+Shapes here: heads of a chunk m <= M, points of all levels K = L * P. All coordinates are stored as planes, x before y.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-_BORDER = 2  # cells: the four neighbors of a point moved into it are all zero
-_CHUNK = 2**20  # points worked on at once; their indices and coefficients take 32 MB
+_BORDER = 2  # in cells: the four neighbors of a point moved into it are all zero
+_CHUNK = 2**20  # points processed at once; their indices and coefficients take 32 MB
 
 with warnings.catch_warnings():
-    # torch says once per process that its CSR tensors are in beta; that is of no use to whoever calls this op.
+    # torch warns once per process that its CSR tensors are in beta, which is of no use to callers of this operator.
     warnings.simplefilter("ignore", UserWarning)
     torch.sparse_csr_tensor([0, 0], [], torch.empty(0), (1, 1), dtype=torch.float32)
 
@@ -35,16 +35,16 @@ with warnings.catch_warnings():
 class _Canvas:
     """Where each level lies on the canvas.
 
-    A row of a level is preceded by two cells of zeros, which end the row before it, too; two rows of zeros lie above
+    Each row of a level is preceded by two cells of zeros, which also end the previous row; two rows of zeros lie above
     and below the level.
 
     Attributes:
-        length: Number of cells.
+        length: number of cells.
         cells: (S,) int64, the cell of each position of ``value``.
         sizes: (2, 1, 1, 1, K), width and height of the level of each point.
         stride: (K,) int32, cells from one row to the next.
         start: (K,) int32, the cell at which the level of each point begins.
-        corners: (4, K) int32, from a cell to itself, to the right, below, and below to the right.
+        corners: (4, K) int32, steps from a cell to itself and to its neighbors right, below, and below right.
     """
 
     length: int
@@ -56,7 +56,7 @@ class _Canvas:
 
     @classmethod
     def of(cls, shapes: Sequence[tuple[int, int]], points: int, dtype: torch.dtype) -> _Canvas:
-        # A cache would hand tensors of one trace on to another.
+        # While compiling, a cache would pass tensors of one trace on to another.
         build = _build_canvas if torch.compiler.is_compiling() else _cached_canvas
         return build(tuple((height, width) for height, width in shapes), points, dtype)
 
@@ -77,7 +77,7 @@ def _build_canvas(shapes: tuple[tuple[int, int], ...], points: int, dtype: torch
         starts += [length] * points
         strides += [stride] * points
         length += (height + 2 * _BORDER) * stride + _BORDER
-    # Written out and not repeated by torch: the compiler vectorizes reads of a plain tensor.
+    # Repeated as lists rather than by torch: the compiler vectorizes reads of a plain tensor.
     widths, heights = ([shape[axis] for shape in shapes for _ in range(points)] for axis in (1, 0))
     sizes = torch.tensor([widths, heights], dtype=dtype)
     stride_of, start_of = torch.tensor([strides, starts], dtype=torch.int32)
@@ -90,12 +90,12 @@ _cached_canvas = lru_cache(maxsize=64)(_build_canvas)
 
 @dataclass(frozen=True)
 class _Points:
-    """Sampling points in cells: ``origin + scale * coordinates``, whose last factor alone is as large as it gets.
+    """Sampling points in cells, ``origin + scale * coordinates``; only ``coordinates`` is of full size.
 
     Attributes:
         origin: (), or (2, B, 1, Q, K) float64.
         scale: () or (2, 1, 1, 1, K) or (2, B, 1, Q, K).
-        coordinates: (B, Q, M, L, P, 2), the locations or offsets that the caller gave.
+        coordinates: (B, Q, M, L, P, 2), the caller's locations or offsets.
     """
 
     origin: Tensor
@@ -116,17 +116,17 @@ class _Points:
     def planes(self, heads: slice) -> Tensor:
         """A copy of the coordinates of some heads, (2, B, m, Q, K) and contiguous."""
         chunk = self.coordinates[:, :, heads]
-        by_head = chunk.flatten(3, 4).transpose(1, 2).contiguous()  # heads apart first: half the time
+        by_head = chunk.flatten(3, 4).transpose(1, 2).contiguous()  # moving heads first halves the time
         return by_head.movedim(-1, 0).to(self.scale.dtype, copy=True, memory_format=torch.contiguous_format)
 
     def split(self, canvas: _Canvas, heads: slice) -> tuple[Tensor, Tensor]:
-        """The cell of each point of some heads and how far behind it the point lies: (2, B, m, Q, K) int32 and floats.
+        """Each point's cell and its distance beyond it, for some heads: (2, B, m, Q, K) int32 and floating point.
 
-        Whole cells of the origin are kept apart, so that a fraction is as exact as a number of a few cells is.
+        The origin's whole cells are kept separate, so that a fraction is rounded like a number of a few cells.
         """
         planes = self.planes(heads)
         limit = canvas.sizes + _BORDER
-        if torch.compiler.is_compiling():  # which would round the product, but widens numbers at little cost
+        if torch.compiler.is_compiling():  # the compiler would round the product; float64 costs little
             position = _inside(self.origin + planes.double() * self.scale, limit)
             cell = position.to(torch.int32)
             return cell, (position - cell).to(planes.dtype)
@@ -144,8 +144,8 @@ class _Points:
 
 
 def _inside(position: Tensor, limit: Tensor) -> Tensor:
-    """Clamp to [0, limit] and move NaN into the border, to 0; may overwrite its argument."""
-    if torch.compiler.is_compiling():  # which does not vectorize nan_to_num
+    """Clamp to [0, limit], and move NaN to 0, in the border; may overwrite its argument."""
+    if torch.compiler.is_compiling():  # the compiler does not vectorize nan_to_num
         return torch.where(position > 0, position, 0).minimum(limit)  # NaN is not > 0
     return position.clamp_(limit.new_zeros(()), limit).nan_to_num_(nan=0.0)
 
@@ -155,11 +155,11 @@ class _Matrix:
     """The rows of the sparse matrix A for some heads; n = B * m * Q.
 
     Attributes:
-        index: (n * 4 * K) int32, columns of A.
-        coefficients: (n * 4 * K), its entries there.
-        starts: (n + 1,) int32, where each row begins in the two above.
-        right: (B, m, Q, K), how far a point lies to the right of the left cells, in [0, 1].
-        below: (B, m, Q, K), how far it lies below the upper cells, in [0, 1].
+        index: (n * 4 * K) int32, column of each entry of A.
+        coefficients: (n * 4 * K), the entries.
+        starts: (n + 1,) int32, where each row begins in these two.
+        right: (B, m, Q, K), how far a point lies to the right of its left cells, in [0, 1].
+        below: (B, m, Q, K), how far it lies below its upper cells, in [0, 1].
     """
 
     index: Tensor
@@ -170,7 +170,7 @@ class _Matrix:
 
     @classmethod
     def of(cls, canvas: _Canvas, points: _Points, weights: Tensor, heads: slice) -> _Matrix:
-        """``weights`` (B, m, Q, K) are those of the ``heads`` already."""
+        """Build the rows; ``weights``, (B, m, Q, K), are already those of ``heads``."""
         batch, count, queries, total = weights.shape
         (column, row), (right, below) = points.split(canvas, heads)
 
@@ -179,7 +179,7 @@ class _Matrix:
         lower = weights * below
         upper = weights - lower
         if torch.compiler.is_compiling():
-            # A stack of all four is written in one loop over the points.
+            # The compiler writes a stack of all four in one loop over the points.
             upper_right, lower_right = upper * right, lower * right
             index = torch.stack((first, first + 1, first + canvas.stride, first + (canvas.stride + 1)), dim=3)
             coefficients = torch.stack((upper - upper_right, upper_right, lower - lower_right, lower_right), dim=3)
@@ -196,9 +196,9 @@ class _Matrix:
 
 
 def _chunks(weights: Tensor) -> list[slice]:
-    """Split the heads of ``weights`` (B, Q, M, L, P)."""
+    """Split the heads of ``weights``, (B, Q, M, L, P), into chunks of about ``_CHUNK`` points."""
     if torch.compiler.is_compiling():
-        return [slice(None)]  # one loop; and a split by the number of queries would compile anew for each
+        return [slice(None)]  # one loop; a split that depends on the number of queries would recompile for each
     heads = weights.shape[2]
     step = max(1, _CHUNK * heads // weights.numel())
     return [slice(start, start + step) for start in range(0, heads, step)]
@@ -270,7 +270,7 @@ def _softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Of value, points and weights; those of a constant origin or scale are zero and not computed."""
+    """Gradients of value, points and weights; those of a constant origin or scale are not computed and stay zero."""
 
     value: Tensor
     coordinates: Tensor
@@ -290,7 +290,7 @@ def _sample_backward(grad: Tensor, value: Tensor, canvas: _Canvas, points: _Poin
         torch.zeros_like(points.origin),
         torch.zeros_like(points.scale),
     )
-    # A point that is not finite has no gradient, whatever the factor that made it so.
+    # A point that is not finite has no gradient, even if it is its scale that is not finite.
     scale = points.scale.nan_to_num(0.0, 0.0, 0.0)
     grad = grad.unflatten(2, value.shape[2:])
     for heads in _chunks(weights):
@@ -298,7 +298,7 @@ def _sample_backward(grad: Tensor, value: Tensor, canvas: _Canvas, points: _Poin
         matrix = _Matrix.of(canvas, points, head_weights, heads)
         cells = canvas.paint(value[:, :, heads], dtype)
         rows = _by_head(grad, heads, dtype).reshape(-1, channels)
-        # The gradient of the canvas is A^T rows. torch would sort to transpose A; SciPy multiplies by it as it is.
+        # The gradient of the canvas is A^T rows. torch would sort A to transpose it; SciPy multiplies by it as it is.
         transposed = scipy.sparse.csc_matrix(
             (matrix.coefficients.numpy(), matrix.index.numpy(), matrix.starts.numpy()),
             shape=(len(cells), len(rows)),
@@ -307,7 +307,7 @@ def _sample_backward(grad: Tensor, value: Tensor, canvas: _Canvas, points: _Poin
         cells_grad = torch.from_numpy(transposed @ rows.numpy()).view(batch, -1, canvas.length, channels)
         result.value[:, :, heads] = cells_grad.transpose(1, 2)[:, canvas.cells]
 
-        # The gradient of a coefficient is the dot product of its cell and its row of grad, and takes its place.
+        # The gradient of a coefficient is the dot product of its cell and its row of grad, and overwrites it.
         csr = torch.sparse_csr_tensor(matrix.starts, matrix.index, matrix.coefficients, (len(rows), len(cells)))
         dots = torch.sparse.sampled_addmm(csr, rows, cells.t(), beta=0.0, out=csr).values()
         above, above_step, below, below_step = dots.view(batch, -1, queries, 4, head_weights.shape[3]).unbind(3)
@@ -338,9 +338,9 @@ def backward(
     weights: Tensor,
     reference: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of ``forward``'s tensors, in their order, from its output's ``grad`` (B, Q, M * D).
+    """Compute the gradients of ``forward``'s tensors, in their order, from that of its output, (B, Q, M * D).
 
-    Without a reference its gradient has no elements.
+    Without a reference, the last gradient has no elements.
     """
     no_reference = weights.new_zeros(0)
     if _is_empty(value, weights):
@@ -354,7 +354,7 @@ def backward(
         return result.value, result.coordinates, result.weights, no_reference
     logits, weights = weights, _softmax(weights, canvas.sizes.dtype)
     result = _sample_backward(grad, value, canvas, points, weights)
-    # Of a sum of origin or scale over the heads, sum over the points of a level, from cells to fractions.
+    # Already summed over heads: sum over the points of each level, and convert from cells to fractions.
     planes = [result.origin * canvas.sizes]
     if reference.shape[3] == 4:
         planes.append(result.scale * canvas.sizes * (0.5 / logits.shape[4]))

@@ -1,4 +1,4 @@
-"""Launching the kernels of ``triton.py``: blocks, limits, and the tensors that they write."""
+"""Launching the kernels of ``triton.py``: block sizes, limits, and the tensors that they write."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from torch import Tensor
 
 from deform_attn.triton import backward_kernel, forward_kernel
 
-_WIDE = 2**31  # from so many elements of value in one image, offsets have 64 bits
-_CELLS = 2**31 - 1  # that an image may have: they are counted with 32 bits
-_FLOAT32_INTEGERS = 2**24  # up to here float32 holds every integer
-_GRID = 65535  # programs along the second and third axis of a grid
+_WIDE = 2**31  # from this many elements of value per image, offsets take 64 bits
+_CELLS = 2**31 - 1  # most cells in an image: they are counted in 32 bits
+_FLOAT32_INTEGERS = 2**24  # up to here, float32 represents every integer
+_GRID = 65535  # most programs along the second and third axes of a grid
 
-# Elements of a program's block of queries times channels, for each lane of its warp. Larger blocks take fewer
-# instructions and more registers.
+# Elements per lane of a program's block of queries x channels. Larger blocks take fewer instructions and more
+# registers.
 FORWARD_ELEMENTS = 8
 BACKWARD_ELEMENTS = 4
-_TABLE = 4  # entries a lane, at most, of a block's table of queries times points
-# For tables of an entry a lane. On an A100 they fit without spills, where the compiler would take up to 72; on later
-# GPUs they would not.
+_TABLE = 4  # most entries per lane of a block's table of queries x points
+# Registers per lane for tables of one entry per lane. On an A100 these suffice without spills, though the compiler
+# would take up to 72; on later GPUs they would not.
 FORWARD_REGISTERS_A100 = 64
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a launch depends on: a warp's lanes, for NVIDIA the compute capability, whether Triton interprets."""
+    """What a launch depends on: lanes per warp, compute capability (NVIDIA only), and whether Triton interprets."""
 
     lanes: int
     capability: tuple[int, int] | None
@@ -41,7 +41,7 @@ class Device:
     @classmethod
     @cache
     def of(cls, device: torch.device) -> Device:
-        """Describe a GPU, or the CPU, where Triton's interpreter has warps of any size."""
+        """Describe a GPU, or the CPU, on which Triton's interpreter takes warps of any size."""
         if device.type == "cpu":
             return cls(32, None, interprets=True)
         lanes = torch.cuda.get_device_properties(device).warp_size
@@ -57,7 +57,7 @@ def launch_arguments(
     *,
     backward: bool,
 ) -> Mapping[str, Any]:
-    """A kernel's arguments by name, without its tensors; worked out once for all tensors of the same sizes."""
+    """A kernel's arguments by name, except its tensors; computed once for all tensors of the same sizes."""
     sizes, axes = value.shape[1:], 0
     stride: tuple[int, ...] = (0, 0, 0, 0)
     if reference is not None:
@@ -66,7 +66,7 @@ def launch_arguments(
     return _launch_arguments(sizes, tuple(spatial_shapes), weights.shape, axes, stride, wide, device, backward)
 
 
-@lru_cache(maxsize=1024)  # a training may draw images of many sizes
+@lru_cache(maxsize=1024)  # training may see images of many sizes
 def _launch_arguments(
     value: torch.Size,
     spatial_shapes: tuple[tuple[int, int], ...],
@@ -102,7 +102,7 @@ def _launch_arguments(
         "P": points,
         "R": axes,
         "BLOCK": block,
-        # What a table of fewer entries than lanes holds, Triton computes anew in every lane that reads it.
+        # The entries of a table with fewer entries than lanes are recomputed by Triton in every lane that reads them.
         "POINTS": max(padded_points, device.lanes // block),
         "ALL": triton.next_power_of_2(levels * points),
         "CHANNELS": padded,
@@ -114,13 +114,13 @@ def _launch_arguments(
         arguments["corners"] = 4
     elif device.capability == (8, 0) and block * padded_points <= device.lanes:
         arguments["maxnreg"] = FORWARD_REGISTERS_A100
-    if device.interprets:  # before triton 3.7, under NumPy 2.4, it counts up to constants only
+    if device.interprets:  # before Triton 3.7, with NumPy 2.4, the interpreter's loops need constant bounds
         arguments |= {name: tl.constexpr(arguments[name]) for name in ("levels", "corners") if name in arguments}
     return arguments
 
 
 def _within_32_bits(reference: Tensor | None) -> Tensor | None:
-    """The same, copied if its elements lie so far apart that the kernels' offsets would overflow."""
+    """The reference, copied if its elements lie so far apart that the kernels' offsets would overflow."""
     if reference is None:
         return None
     furthest = sum((size - 1) * stride for size, stride in zip(reference.shape, reference.stride(), strict=True))
@@ -165,9 +165,9 @@ def backward(
     weights: Tensor,
     reference: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of ``forward``'s tensors, in their order, from its output's ``grad`` (B, Q, M * D).
+    """Compute the gradients of ``forward``'s tensors, in their order, from that of its output, (B, Q, M * D).
 
-    Without a reference its gradient has no elements.
+    Without a reference, the last gradient has no elements.
     """
     inputs = value, coordinates, weights, weights.new_empty(0) if reference is None else reference
     if not weights.numel() or not value.numel():
@@ -199,7 +199,7 @@ def _grid(weights: Tensor, block: int) -> tuple[int, int, int]:
 
 
 def _check_deterministic() -> None:
-    """Do as PyTorch's own operators do whose sums depend on the order in which threads arrive."""
+    """Raise or warn as PyTorch's own operators do if their sums depend on the order of threads."""
     if not torch.are_deterministic_algorithms_enabled():
         return
     message = (

@@ -1,4 +1,4 @@
-"""The public functions, their input checks and choice of backend, and the operator that both are in torch.library."""
+"""The public functions, their input checks, the choice of backend, and the torch.library operator behind both."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ def ms_deform_attn(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Sample feature maps of several sizes at points of each query's choice and sum them up, weighted.
+    """Sample feature maps of several sizes at each query's points, and return their weighted sum.
 
     The core of multi-scale deformable attention: Deformable DETR (Zhu et al., 2021), equation 3, without its linear
-    maps. Sampling is bilinear with ``align_corners=False``; what lies outside a map is zero, and so is a point whose
-    location is NaN or infinite. The output and all gradients are computed in float32, or in float64 if ``value`` is
-    float64: under autocast, pass locations and weights in float32 beside a half-precision ``value``. All backends but
-    "reference" are differentiable once.
+    maps. Sampling is bilinear with ``align_corners=False``; everything outside a map counts as zero, and so does a
+    point whose location is NaN or infinite. The output and all gradients are computed in float32, or in float64 if
+    ``value`` is float64: under autocast, pass locations and weights in float32 along with a half-precision ``value``.
+    All backends except "reference" can be differentiated only once.
 
     Args:
         value: (B, S, M, D) floating point; the maps of all levels, each flattened row by row, one after the other.
-            Finite: on a GPU, a cell that is not may show where points lie beside it or at the border before it.
+            Must be finite: on a GPU, a cell that is not can show at points beside it or beyond the border next to it.
         spatial_shapes: (height, width) of each of the L levels, as integers; S is the sum of their products.
         sampling_locations: (B, Q, M, L, P, 2) floating point, (x, y) as fractions of each level's width and height.
         attention_weights: (B, Q, M, L, P) floating point.
         backend: "triton" is the kernel for GPUs, of float32, float16 and bfloat16 values with 8 to 128 channels D;
             "cpu" the fast path for tensors on the CPU; "reference" the plain definition by ``grid_sample``, on any
-            device; "auto" takes the fastest that the device and dtype of ``value`` have.
+            device; "auto" is the fastest that supports ``value``.
 
     Returns:
         (B, Q, M * D), dtype of ``value``.
 
     Raises:
-        TypeError: If a tensor is not floating point, or ``spatial_shapes`` holds anything but integers, or the backend
-            does not support the dtype of ``value``.
-        ValueError: If shapes or devices do not fit together, or the backend is unknown or does not support the device
-            or the number of channels.
+        TypeError: a tensor is not floating point, ``spatial_shapes`` holds anything but integers, or the backend does
+            not support the dtype of ``value``.
+        ValueError: shapes or devices do not fit together, or the backend is unknown or does not support the device or
+            the number of channels.
     """
     tensors = {"value": value, "sampling_locations": sampling_locations, "attention_weights": attention_weights}
     _check(tensors, spatial_shapes, "sampling_locations", "attention_weights")
@@ -66,21 +66,20 @@ def fused_ms_deform_attn(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Compute ``ms_deform_attn`` from what a network's linear maps give: offsets and logits.
+    """Compute ``ms_deform_attn`` from the outputs of a network's linear maps: offsets and logits.
 
-    Locations are reference + offset / (width, height) of the level around points, and reference + offset * (width,
-    height) of the box * 0.5 / P around boxes (Deformable DETR, section 4.1 and appendix A.4); weights are the softmax
-    of the logits over all L * P points of a query and head. The kernels compute both where they use them, so that
-    neither is ever in memory. Offsets and logits may be in half precision; the arithmetic is that of
-    ``ms_deform_attn``.
+    Around points, locations are reference + offset / (width, height) of the level; around boxes, center + offset *
+    (width, height) of the box * 0.5 / P (Deformable DETR, section 4.1 and appendix A.4). Weights are the softmax of the
+    logits over all L * P points of a query and head. The kernels compute both where they use them, so neither is ever
+    stored in memory. Offsets and logits may be in half precision; the arithmetic is that of ``ms_deform_attn``.
 
     Args:
         value: (B, S, M, D) floating point; the maps of all levels, each flattened row by row, one after the other.
         spatial_shapes: (height, width) of each of the L levels, as integers; S is the sum of their products.
         reference_points: (B, Q, L, 2) points (x, y) or (B, Q, L, 4) boxes (x, y of the center, width, height),
-            floating point, as fractions of each level's width and height. May be expanded, also over L.
-        sampling_offsets: (B, Q, M, L, P, 2) floating point, (x, y) in cells around points, in shares of half a box
-            around boxes.
+            floating point, as fractions of each level's width and height. May be an expanded tensor, also along L.
+        sampling_offsets: (B, Q, M, L, P, 2) floating point, (x, y): around points in cells, around boxes in units of
+            half the box's size over P.
         attention_logits: (B, Q, M, L, P) floating point.
         backend: as in ``ms_deform_attn``.
 
@@ -88,7 +87,7 @@ def fused_ms_deform_attn(
         (B, Q, M * D), dtype of ``value``.
 
     Raises:
-        TypeError, ValueError: As ``ms_deform_attn``.
+        TypeError, ValueError: as in ``ms_deform_attn``.
     """
     tensors = {
         "value": value,
@@ -143,11 +142,11 @@ def _check(
 
 
 def _choose(backend: str, value: Tensor) -> Literal["triton", "cpu", "reference"]:
-    """The backend to use: the one asked for, if it supports the value, or the fastest that does."""
+    """The backend to use: the fastest that supports the value if "auto", else the one requested, if it does."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(map(repr, get_args(Backend)))}")
     device, channels = value.device, value.shape[3]
-    on_gpu = device.type == "cuda"  # as PyTorch calls both CUDA and ROCm
+    on_gpu = device.type == "cuda"  # PyTorch's name for both CUDA and ROCm
     if backend == "auto":
         if device.type == "cpu":
             return "cpu"
@@ -187,8 +186,8 @@ def _dispatch(
 ) -> Tensor:
     """Call the backend, or the operator that calls it.
 
-    Here and in every backend, ``coordinates`` and ``weights`` are sampling locations and attention weights without a
-    ``reference``, offsets and logits with one.
+    Here and in every backend, ``coordinates`` and ``weights`` are sampling locations and attention weights if there is
+    no ``reference``, and offsets and logits if there is one.
     """
     chosen = _choose(backend, value)
     if chosen == "reference":
@@ -201,9 +200,9 @@ def _dispatch(
 
 
 def _inlines(*tensors: Tensor | None) -> bool:
-    """Whether torch.compile should see into the CPU path, to make few loops of its many small steps.
+    """Whether torch.compile should trace into the CPU path, to fuse its many small steps into a few loops.
 
-    Not where gradients are wanted, since those of ``embedding_bag`` are slower than the operator's own; and not in an
+    Not if gradients are needed, since those of ``embedding_bag`` are slower than the operator's own; and not in an
     exported program, which should run anywhere.
     """
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
@@ -211,8 +210,8 @@ def _inlines(*tensors: Tensor | None) -> bool:
     return not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
 
 
-# The sizes of the levels cross torch.library as one flat list (H_1, W_1, H_2, ...), for it knows no list of pairs.
-# The backend is an argument, so that a kernel for GPUs can be asked for on the CPU, where Triton interprets it.
+# torch.library has no type for a list of pairs, so the sizes of the levels are one flat list (H_1, W_1, H_2, ...).
+# The backend is an argument, so that the GPU kernels can be requested on the CPU, where Triton interprets them.
 @torch.library.custom_op("deform_attn::ms_deform_attn", mutates_args=())
 def _operator(
     value: Tensor, sizes: list[int], coordinates: Tensor, weights: Tensor, reference: Tensor | None, backend: str
@@ -238,7 +237,7 @@ def _operator_backward(
 
 
 def _implementation(backend: str, value: Tensor) -> Any:
-    """The module to call; chosen when the operator runs, for an exported program may run elsewhere."""
+    """The module to call; chosen when the operator runs, since an exported program may run elsewhere."""
     chosen = _choose(backend, value)
     if chosen == "cpu":
         return cpu
@@ -247,7 +246,7 @@ def _implementation(backend: str, value: Tensor) -> Any:
             f"a program exported elsewhere got a value of {value.dtype} with {value.shape[3]} channels on "
             f"{value.device}, for which there is no kernel; export it there, or with backend='reference'"
         )
-    from deform_attn import launch  # needs Triton, which is not everywhere installed
+    from deform_attn import launch  # needs Triton, which may not be installed
 
     return launch
 

@@ -29,7 +29,7 @@ def ms_deform_attn_reference(
     else:
         locations = _locations(spatial_shapes, reference.to(dtype), locations)
         weights = weights.flatten(3).softmax(-1, dtype=dtype).view(weights.shape)
-    # Nothing beyond one whole map outside can be seen, so that what is not finite may as well lie there.
+    # A point a whole map's size outside reads only zeros, so points that are not finite can be put there.
     locations = locations.nan_to_num(nan=-1.0).clamp(-1, 2)
 
     levels = torch.split(value.to(dtype), [height * width for height, width in spatial_shapes], dim=1)
@@ -51,7 +51,7 @@ def _locations(spatial_shapes: Sequence[tuple[int, int]], reference: Tensor, off
     else:
         sizes = [(width, height) for height, width in spatial_shapes]
         scale = 1 / torch.tensor(sizes, dtype=offsets.dtype, device=offsets.device)[:, None, :]
-    # What is not finite may as well lie outside; left out of the product, it leaves no NaN in gradients either.
+    # Points that are not finite are put outside; replacing the factors, not the sum, keeps NaN out of gradients too.
     finite = (center + offsets * scale).isfinite()
     center, offsets, scale = (
         torch.where(finite, x, x.new_full((), y)) for x, y in ((center, -1), (offsets, 0), (scale, 0))

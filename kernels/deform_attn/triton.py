@@ -1,10 +1,10 @@
 """Multi-scale deformable attention on GPUs: the forward and the backward kernel, in Triton.
 
 A program is one warp and owns a block of queries of one head. For each level it places the block's points, one point
-a lane, hands every lane the cells and coefficients of its queries through shared memory, and then gathers: a row of
-channels is read by as many lanes as it takes at 16 bytes each. ``kernels/README.md`` tells why.
+per lane, hands every lane the cells and coefficients of its queries through shared memory, and then gathers: a row of
+channels is read by as many lanes as it takes at 16 bytes each. ``kernels/README.md`` explains why.
 
-Both kernels compute plain and fused attention. They differ only in where a point's position and weight come from.
+Both kernels compute plain and fused attention, which differ only in where a point's position and weight come from.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def _size(sizes, level, L: tl.constexpr):
 
 @triton.jit
 def _positions(coordinate_ptr, reference_ptr, stride_r, point, mask, height, width, R: tl.constexpr, P: tl.constexpr):
-    """Say where points are: at center * size + shift, in cells of their level, for both axes.
+    """Locate points: they are at center * size + shift, in cells of their level, for both axes.
 
-    Returns the centers, the shifts, how far points move with their coordinates, and these coordinates.
+    Returns the centers, the shifts, the derivatives of positions with respect to the coordinates, and the coordinates.
     """
     given_x = tl.load(coordinate_ptr + 2 * point, mask=mask, other=0.0).to(tl.float32)
     given_y = tl.load(coordinate_ptr + (2 * point + 1), mask=mask, other=0.0).to(tl.float32)
@@ -39,7 +39,7 @@ def _positions(coordinate_ptr, reference_ptr, stride_r, point, mask, height, wid
         center_y = tl.load(reference_ptr + stride_r).to(tl.float32)
         scale_x = 1.0
         scale_y = 1.0
-        if R == 4:  # offsets count half boxes, divided by the number of points
+        if R == 4:  # offsets are in units of half the box's size over P
             scale_x = tl.load(reference_ptr + 2 * stride_r).to(tl.float32) * width * (0.5 / P)
             scale_y = tl.load(reference_ptr + 3 * stride_r).to(tl.float32) * height * (0.5 / P)
         return center_x, center_y, given_x * scale_x, given_y * scale_y, scale_x, scale_y, given_x, given_y
@@ -47,24 +47,24 @@ def _positions(coordinate_ptr, reference_ptr, stride_r, point, mask, height, wid
 
 @triton.jit
 def _split(center, shift, size):
-    """The lower of the two cells that a point lies between, moved so that both exist, and how far above it that is.
+    """The lower of the two cells that a point lies between, moved so that both exist, and the distance from it.
 
-    The distance is not taken from the point's coordinate, which may be some ten cells and is rounded accordingly.
+    The distance is not taken from the point's coordinate, which may be tens of cells and is rounded accordingly.
     """
     coordinate = tl.fma(center, size, -0.5) + shift
-    cell = tl.maximum(tl.minimum(tl.floor(coordinate), size - 2), 0.0)  # NaN goes to some cell, too
+    cell = tl.maximum(tl.minimum(tl.floor(coordinate), size - 2), 0.0)  # NaN gets some cell, too
     return cell, tl.fma(center, size, -0.5 - cell) + shift
 
 
 @triton.jit
 def _hat(distance):
-    """Linear interpolation: 1 at a cell's center, 0 from one cell on; 0 for NaN, too."""
+    """Linear interpolation: 1 at a cell's center, 0 from one cell away; also 0 for NaN."""
     return tl.maximum(1 - tl.abs(distance), 0.0)
 
 
 @triton.jit
 def _slope(distance):
-    """Derivative of ``_hat``, from the right where it has a kink."""
+    """Derivative of ``_hat``; at its kinks, the right-hand one."""
     return tl.where((distance >= -1) & (distance < 0), 1.0, tl.where((distance >= 0) & (distance < 1), -1.0, 0.0))
 
 
@@ -94,7 +94,7 @@ def _gather_row(
     STEP: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Add the two neighbors of each point in one row of cells, weighted."""
+    """Add to ``total`` each point's two neighbors in one row of cells, weighted."""
     for k in tl.static_range(P):
         offset = _column(cell, k)[:, None]
         if WIDE:
@@ -107,7 +107,7 @@ def _gather_row(
 
 @triton.jit
 def _softmax(logit_ptr, block, here, LP: tl.constexpr, ALL: tl.constexpr, STRIDE: tl.constexpr):
-    """What makes weights of logits: exp(logit - largest) * scale."""
+    """``largest`` and ``scale``, which turn logits into weights: exp(logit - largest) * scale."""
     k = tl.arange(0, ALL)[None, :]
     logits = tl.load(logit_ptr + (block * STRIDE + k), mask=here & (k < LP), other=float("-inf")).to(tl.float32)
     largest = tl.max(logits, axis=1)[:, None]
@@ -121,10 +121,10 @@ def forward_kernel(
     coordinate_ptr,  # (B, Q, M, L, P, 2) locations, or offsets if fused
     weight_ptr,  # (B, Q, M, L, P) weights, or logits if fused
     reference_ptr,  # (B, Q, L, R) if fused
-    sizes,  # height and width of every level, as floats: integers would be compiled in, where they are multiples of 16
+    sizes,  # height and width of every level, as floats: Triton would recompile for integers that are multiples of 16
     Q,
     S,
-    levels,  # L again: a loop whose length is known would be unrolled
+    levels,  # L again, at run time: a loop of known length would be unrolled
     stride_b,
     stride_q,
     stride_l,
@@ -135,11 +135,11 @@ def forward_kernel(
     P: tl.constexpr,
     R: tl.constexpr,  # 0: plain; 2: fused, around points; 4: fused, in boxes
     BLOCK: tl.constexpr,
-    POINTS: tl.constexpr,  # P, L * P and D, rounded up to powers of two
-    ALL: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    POINTS: tl.constexpr,  # P, rounded up to a power of two; more if the table would have fewer entries than lanes
+    ALL: tl.constexpr,  # L * P, rounded up to a power of two
+    CHANNELS: tl.constexpr,  # D, rounded up to a power of two
     THIN: tl.constexpr,  # some level is one cell wide or high
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr,  # offsets into value take 64 bits
 ):
     """Compute ``ms_deform_attn``, or ``fused_ms_deform_attn`` if R > 0, for a block of queries of one head."""
     head = tl.program_id(1)
@@ -147,7 +147,7 @@ def forward_kernel(
     start = tl.program_id(0) * BLOCK
     block = tl.arange(0, BLOCK)[:, None]
     here = block < Q - start
-    first = (image * Q + start) * M + head  # of the block's pairs of query and head
+    first = (image * Q + start) * M + head  # index of the block's first pair of query and head
 
     k = tl.arange(0, POINTS)[None, :]
     d = tl.arange(0, CHANNELS)[None, :]
@@ -183,7 +183,7 @@ def forward_kernel(
         cell = row.to(tl.int32) * across + column.to(tl.int32) + cells
         right = M * D
         down = across.to(tl.int64 if WIDE else tl.int32) * (M * D)
-        if THIN:  # where there is no second cell, read the first one, for nothing
+        if THIN:  # where there is no second cell, read the first one, with weight zero
             right = tl.where(width > 1, right, 0)
             right_weight = tl.where(width > 1, right_weight, 0.0)
             down = tl.where(height > 1, down, 0)
@@ -203,7 +203,7 @@ def forward_kernel(
 def _scatter_corner(
     value_ptr, value_grad_ptr, cell, coefficient, grad, mask, P: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr
 ):
-    """Add one corner of each point to the gradient of value; return the dot products of its cells with ``grad``."""
+    """Add one corner of each point to the gradient of value; return the dot products of these cells with ``grad``."""
     k = tl.arange(0, cell.shape[1])[None, :]
     dots = tl.zeros(cell.shape, tl.float32)
     for point in tl.static_range(P):
@@ -233,7 +233,7 @@ def backward_kernel(
     Q,
     S,
     levels,
-    corners,  # 4, for the same reason
+    corners,  # 4, at run time like ``levels``
     stride_b,
     stride_q,
     stride_l,
@@ -250,7 +250,7 @@ def backward_kernel(
     THIN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Compute all gradients of the same; arguments not explained here are those of ``forward_kernel``."""
+    """Compute all gradients of what ``forward_kernel`` computes; arguments not explained here are as there."""
     head = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
     start = tl.program_id(0) * BLOCK
@@ -303,7 +303,7 @@ def backward_kernel(
             across_slope = _slope(x - right)
             down_weight = _hat(y - below)
             down_slope = _slope(y - below)
-            if THIN:  # where there is no second cell, read the first one, for nothing
+            if THIN:  # where there is no second cell, read the first one, with weight zero
                 exists = tl.where((right < width) & (below < height), 1.0, 0.0)
                 across_weight *= exists
                 across_slope *= exists
@@ -328,13 +328,13 @@ def backward_kernel(
                 size_grad = tl.sum(tl.where(y_grad != 0, y_grad * given_y, 0.0), axis=1)[:, None] * (height * (0.5 / P))
                 tl.atomic_add(pointer + 3, size_grad, mask=here, sem="relaxed")
         tl.store(weight_grad_ptr + point, weight_grad, mask=known)
-        # A point that lies nowhere has no gradient, be the factor that put it there infinite.
+        # A point that is not finite has no gradient, even if it is its factor that is infinite.
         tl.store(coordinate_grad_ptr + 2 * point, tl.where(x_grad != 0, x_grad * scale_x, 0.0), mask=known)
         tl.store(coordinate_grad_ptr + (2 * point + 1), tl.where(y_grad != 0, y_grad * scale_y, 0.0), mask=known)
         cells += across * height.to(tl.int32)
 
     if R > 0:  # from gradients of weights to gradients of logits
-        tl.debug_barrier()  # what other lanes have stored can be read now
+        tl.debug_barrier()  # from here on, lanes can read what other lanes have stored
         k = tl.arange(0, ALL)[None, :]
         point = block * (M * L * P) + k
         known = here & (k < L * P)

@@ -1,4 +1,4 @@
-"""Attention, multi-head and multi-scale deformable (equation 7; Zhu et al., Deformable DETR), and sine positions."""
+"""Multi-head attention, deformable attention (equation 7; Zhu et al., Deformable DETR), and sine positions."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Shapes = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Levels:
-    """The grids of a feature pyramid, as deformable attention has to know them.
+    """What deformable attention needs to know about a feature pyramid's grids.
 
     Attributes:
         shapes: (height, width) of the L levels, finest first; S is the sum of their products.
-        padded: (B, S) bool, true where a token is padding; None when nothing is.
+        padded: (B, S) bool, true where a token is padding; None if nothing is.
     """
 
     shapes: Shapes
@@ -38,10 +38,10 @@ class DeformableAttention(nn.Module):
         dim: channels C, divisible by ``heads``.
         heads: number of attention heads M.
         levels: number of feature levels L.
-        points: sampled points P for each head and level.
+        points: sampling points P per head and level.
 
     Attributes:
-        backend: of the operator, see ``ms_deform_attn``.
+        backend: the operator's backend, see ``ms_deform_attn``.
     """
 
     backend: Backend = "auto"
@@ -58,7 +58,7 @@ class DeformableAttention(nn.Module):
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        """Every head starts by looking in a direction of its own, its points at 1, 2, ... cells of distance."""
+        """Every head starts out looking in a direction of its own, with its points 1, 2, ... cells away."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
         directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
@@ -73,7 +73,7 @@ class DeformableAttention(nn.Module):
         xavier_(self.output_proj)
 
     def forward(self, query: Tensor, reference: Tensor, tokens: Tensor, levels: Levels) -> Tensor:
-        """Attend; where to look and the softmax are computed in float32 whatever the precision of the rest.
+        """Attend; sampling locations and softmax are computed in float32, whatever the precision of the rest.
 
         Args:
             query: (B, Q, C) content plus position.
@@ -101,13 +101,13 @@ class DeformableAttention(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with the parameters of ``nn.MultiheadAttention``.
 
-    What enters is multiplied with the whole of ``in_proj_weight``, and what is not asked for is left: a slice of a
-    weight would be cast anew in every call under autocast, and gradients of slices put together again.
+    Inputs are multiplied by the whole of ``in_proj_weight``, and outputs that are not needed are dropped: slices of a
+    weight would be cast again in every call under autocast, and their gradients would have to be put back together.
 
     Args:
         dim: channels C, divisible by ``heads``.
         heads: number of attention heads.
-        dropout: probability, of the attention weights.
+        dropout: dropout probability of the attention weights.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
@@ -120,17 +120,17 @@ class Attention(nn.Module):
         xavier_(self.out_proj)
 
     def project(self, x: Tensor, bias: bool = True) -> tuple[Tensor, ...]:
-        """(..., C) as query, key and value, before their heads part."""
+        """Project (..., C) to query, key and value, each (..., C), not yet split into heads."""
         return F.linear(x, self.in_proj_weight, self.in_proj_bias if bias else None).chunk(3, dim=-1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Attend with what was projected.
+        """Attend with projected queries, keys and values.
 
         Args:
             query: (B, N, C).
             key: (B, S, C).
             value: (B, S, C).
-            seen: (B, S) bool, the keys to attend to, at least one; None: all.
+            seen: (B, S) bool, the keys to attend to, at least one per batch item; None: all.
 
         Returns:
             (B, N, C)
@@ -144,13 +144,13 @@ class Attention(nn.Module):
 
 
 def narrowed(x: Tensor) -> Tensor:
-    """Cast to the precision of autocast, where it is on, what more than one product is going to see."""
+    """Cast to autocast's precision, if it is on: once, for what enters several products."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def xavier_(layer: nn.Linear | nn.Conv2d) -> None:
-    """Start from the uniform weights of Glorot and Bengio and no bias, as Deformable-DETR's transformer does."""
+    """Initialize with Glorot and Bengio's uniform weights and zero bias, as Deformable-DETR's transformer does."""
     nn.init.xavier_uniform_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -160,11 +160,11 @@ def sine_position(coordinates: Tensor, dim: int) -> Tensor:
     """Interleaved sines and cosines of scalar coordinates.
 
     Args:
-        coordinates: (...) float, in radians of the fastest sine.
+        coordinates: (...) numbers, in radians of the fastest sine.
         dim: even number of channels.
 
     Returns:
-        (..., dim) float32: sin and cos in turn, wavelengths from 2 pi to ``WAVELENGTHS`` times 2 pi.
+        (..., dim) float32, alternating sin and cos, with wavelengths from 2 pi to ``WAVELENGTHS`` times 2 pi.
     """
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=coordinates.device) / dim
     angles = coordinates.float()[..., None] / WAVELENGTHS**exponent
@@ -179,7 +179,7 @@ def pixel_position(valid: Tensor, dim: int) -> Tensor:
         dim: number of channels, divisible by 4.
 
     Returns:
-        (B, H, W, dim) float32, the first half for y, the second for x. Cell centers run over (0, 2 pi).
+        (B, H, W, dim) float32, the first half for y, the second for x. Cell centers are spread evenly over (0, 2 pi).
     """
     axes = []
     for present in (valid.any(dim=2), valid.any(dim=1)):  # rows, columns

@@ -1,4 +1,4 @@
-"""The convolutional or windowed-attention trunk: any torchvision ResNet or Swin."""
+"""The backbone: any torchvision ResNet or Swin."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Backbone(nn.Module):
     Args:
         name: a torchvision ResNet or Swin, for instance ``resnet50``, ``resnet101``, ``swin_t``; or ``small``, a narrow
             ResNet for experiments from random weights (see SmallResNet).
-        norm: of a ResNet: ``frozen`` as in DETR, for pretrained weights: batch norm is a fixed affine map and the stem
-            and first stage do not learn; ``batch``: ordinary batch norm and everything learns, for random weights. A
-            Swin has layer norm and learns throughout; it takes no notice.
+        norm: for a ResNet. ``frozen``, for pretrained weights, as in DETR: batch norm is a fixed affine map, and the
+            stem and first stage are not trained. ``batch``, for random weights: ordinary batch norm, and everything is
+            trained. A Swin has layer norm, is trained throughout and ignores this.
 
     Attributes:
         channels: channels of C2, C3, C4, C5.
-        is_frozen: whether norms are fixed, so that no image sees another.
+        is_frozen: whether batch norms are fixed, so that images do not affect each other.
 
     Raises:
         ValueError: torchvision has no such ResNet or Swin.
@@ -58,7 +58,7 @@ class Backbone(nn.Module):
             ]
             raise ValueError(f"backbone: found {name!r}, expected small or one of {', '.join(known)}")
         self.is_frozen = norm == "frozen" and not self._is_swin
-        self.body.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPUs and on tensor cores
+        self.body.to(memory_format=torch.channels_last)  # faster convolutions, on CPUs and on tensor cores
         self.channels = self._count_channels()
 
     @torch.no_grad()
@@ -73,7 +73,7 @@ class Backbone(nn.Module):
         """Load torchvision's first ImageNet weights (``IMAGENET1K_V1``), downloading them if they are not cached.
 
         Raises:
-            RuntimeError: they could not be had.
+            RuntimeError: they could not be loaded.
         """
         try:
             weights = models.get_model_weights(self.name)["IMAGENET1K_V1"]
@@ -102,14 +102,14 @@ class Backbone(nn.Module):
         if not self._is_swin:
             return list(self.body(images).values())
         height, width = images.shape[-2:]
-        images = F.pad(images, (0, -width % 4, 0, -height % 4))  # a Swin drops what its 4x4 patches do not fill
+        images = F.pad(images, (0, -width % 4, 0, -height % 4))  # a Swin drops pixels that do not fill a 4x4 patch
         return [feature.permute(0, 3, 1, 2) for feature in self.body(images).values()]
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision has no types
     """Batch norm with fixed statistics and weights: x * scale + shift in one step, in the precision of x.
 
-    Scale and shift follow from the buffers, and are worked out when those are loaded.
+    Scale and shift are derived from the buffers whenever these are loaded.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
@@ -120,7 +120,7 @@ class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision h
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Let scale and shift follow from what the buffers hold now."""
+        """Derive scale and shift from the current buffers."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         self.scale.copy_(scale[:, None, None])
         self.shift.copy_((self.bias - self.running_mean * scale)[:, None, None])
@@ -139,6 +139,7 @@ class SmallResNet(nn.Module):
 
     Args:
         norm_layer: builds a normalization from a number of channels.
+        width: channels of the stem and the first block.
     """
 
     def __init__(self, norm_layer: Callable[..., nn.Module], width: int = 32) -> None:
@@ -157,13 +158,13 @@ class SmallResNet(nn.Module):
 
     @staticmethod
     def _block(inputs: int, outputs: int, norm_layer: Callable[..., nn.Module]) -> nn.Module:
-        """A basic block; one that has more outputs than inputs halves the resolution."""
+        """A basic block; it halves the resolution if it has more outputs than inputs."""
         if inputs == outputs:
             return cast("nn.Module", BasicBlock(inputs, outputs, norm_layer=norm_layer))
         shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), norm_layer(outputs))
         return cast("nn.Module", BasicBlock(inputs, outputs, 2, shortcut, norm_layer=norm_layer))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(X, 3, H, W) images give C5; the stages on the way are read off by a feature extractor."""
+        """(X, 3, H, W) images to C5; a feature extractor reads the earlier stages."""
         x: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(images)))))
         return x

@@ -1,4 +1,4 @@
-"""How much boxes overlap; no step depends on the data, so that a GPU is never waited for."""
+"""How much boxes overlap; no step depends on the data, so nothing ever waits for a GPU."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def generalized_box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU less the share of the smallest box around both that neither covers (Rezatofighi et al.): (...) in [-1, 1]."""
+    """IoU minus the fraction of the enclosing box that neither covers (Rezatofighi et al.): (...) in [-1, 1]."""
     shared, union, hull = _areas(a, b)
     return shared / union - (hull - union) / hull
 
 
 def duplicates(boxes: Tensor, confidence: Tensor, candidates: Tensor, held: Tensor, max_overlap: float) -> Tensor:
-    """Candidates that would be a second query for an instance that has one.
+    """Queries that would be a second one on the same instance.
 
     Args:
         boxes: (B, N, 4) cxcywh.
         confidence: (B, N) in [0, 1].
         candidates: (B, N) bool, confident queries.
-        held: (B, N) bool, queries that hold an instance already: they come first, and are never duplicates.
-        max_overlap: box IoU.
+        held: (B, N) bool, queries that already hold an instance: they take precedence and are never duplicates.
+        max_overlap: box IoU above which two queries are on the same instance.
 
     Returns:
-        (B, N) bool, queries that overlap by more with a candidate that comes before them.
+        (B, N) bool, queries that overlap by more with a candidate that is more confident or holds an instance.
     """
     overlap = box_iou(boxes[:, :, None], boxes[:, None])
     priority = confidence + held
@@ -39,7 +39,7 @@ def duplicates(boxes: Tensor, confidence: Tensor, candidates: Tensor, held: Tens
 
 
 def _areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What both boxes cover, what either does, and the smallest box around both; the last two are never zero."""
+    """Areas of the intersection, the union and the enclosing box; the last two are never zero."""
     area = a[..., 2] * a[..., 3] + b[..., 2] * b[..., 3]
     a, b = (box_convert(x, "cxcywh", "xyxy") for x in (a, b))
     shared = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(dim=-1)

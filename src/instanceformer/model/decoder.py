@@ -1,4 +1,4 @@
-"""The memory decoder (3.3): self, deformable and memory attention, feed-forward; boxes refined layer by layer."""
+"""The memory decoder (3.3): self-, deformable and memory attention, feed-forward; boxes are refined in every layer."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from instanceformer.model.state import of
 
 @dataclass(frozen=True)
 class FramePrediction:
-    """All queries at one frame, after every one of the D decoder layers.
+    """All queries at one frame, after each of the D decoder layers.
 
     Attributes:
         logits: (D, B, N, K) class logits; the class prior is applied to the last layer's.
         boxes: (D, B, N, 4) cxcywh as fractions of the clip's own size.
-        queries: (D, B, N, C).
-        centers: (D, B, N, 2) location that each layer refined, (x, y) in [0, 1]: origin of the mask's coordinates.
-        class_logits: (B, N, K) the last layer's before the class prior, which the next frames remember.
+        queries: (D, B, N, C) content.
+        centers: (D, B, N, 2) location from which each layer started, (x, y) in [0, 1]; the origin of the mask head's
+            relative coordinates.
+        class_logits: (B, N, K) the last layer's, before the class prior; the state keeps these.
         references: (B, N, 2) ref_t of equation 1.
-        sighting: whose instances the queries show; None for a network that does not recognize them.
+        sighting: whose instances the queries show; None if the option ``identity`` is ``none``.
     """
 
     logits: Tensor
@@ -41,12 +42,12 @@ class FramePrediction:
 
     @property
     def scores(self) -> Tensor:
-        """(B, N, K) class probabilities of the last layer; of instances that are known, times that of being seen."""
+        """(B, N, K) class probabilities of the last layer, times the probability that a known instance is seen."""
         scores = self.logits[-1].float().sigmoid()
         return scores if self.sighting is None else scores * self.sighting.presence[..., None]
 
     def permuted(self, order: Tensor) -> FramePrediction:
-        """Row i is what query order[i] found: (B, N) int64 pairs that change places."""
+        """Swap queries: row i becomes what query order[i] found. ``order``, (B, N) int64, is its own inverse."""
         layers = {name: of_queries(getattr(self, name), order) for name in ("logits", "boxes", "queries", "centers")}
         return FramePrediction(
             **layers,
@@ -87,7 +88,7 @@ class DecoderLayer(nn.Module):
         features: FrameFeatures,
         memory: MemoryTokens | None,
     ) -> Tensor:
-        """(B, N, C) queries give (B, N, C); ``reference`` is (B, N, L, 2 or 4), as fractions of each padded level."""
+        """(B, N, C) queries to (B, N, C); ``reference`` is (B, N, L, 2 or 4), as fractions of each padded level."""
         query, key, value = self.self_attention.project(queries)
         query_position, key_position, _ = self.self_attention.project(position, bias=False)
         attended = self.self_attention.attend(query + query_position, key + key_position, value)
@@ -101,7 +102,7 @@ class DecoderLayer(nn.Module):
         return result
 
     def located(self, queries: Tensor, position: Tensor) -> Tensor:
-        """(B, N, C) from which deformable attention works out where to look."""
+        """(B, N, C) from which deformable attention predicts where to look."""
         return queries + position
 
 
@@ -109,7 +110,7 @@ class Decoder(nn.Module):
     """A stack of DecoderLayers, each with its own class and box head.
 
     Args:
-        layers: to stack.
+        layers: the D layers, first to last.
         dim: channels C.
         num_classes: classes K.
     """
@@ -135,10 +136,10 @@ class Decoder(nn.Module):
             position: (N, C) position embedding.
             references: (B, N, 2) float32, as fractions of the clip's own size.
             features: of one frame.
-            memory: what earlier frames left, or None for a network without memory.
+            memory: tokens of earlier frames; None for a network without memory.
 
         Returns:
-            The prediction, the class prior not yet applied.
+            The prediction, without the class prior.
         """
         ratios = features.pyramid.valid_ratios[:, None]
         reference = references
@@ -169,5 +170,5 @@ class Decoder(nn.Module):
 
 
 def of_queries(x: Tensor, queries: Tensor) -> Tensor:
-    """What belongs to the chosen queries: (D, B, N, C) and (B, n) or (D, B, n) int64 indices give (D, B, n, C)."""
+    """Rows of the chosen queries: (D, B, N, C) at (B, n) or (D, B, n) int64 indices: (D, B, n, C)."""
     return x.gather(2, queries.expand(x.shape[0], -1, -1)[..., None].expand(-1, -1, -1, x.shape[-1]))

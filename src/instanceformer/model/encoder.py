@@ -14,15 +14,15 @@ from instanceformer.model.pyramid import Pyramid
 
 @dataclass(frozen=True)
 class FrameFeatures:
-    """What the network knows of frames before it looks for instances; stateless.
+    """What the network knows about frames before it looks for instances; independent of any state.
 
     B clips of T frames; ``features[t]`` is one frame, without the dimension T.
 
     Attributes:
         tokens: (B, T, S, C) encoder output, all levels flattened.
         mask_features: (B, T, F, h, w) features of the mask head at its stride.
-        looks: (B, T, channels, h, w) from which the looks of instances are pooled, at the mask head's stride; None for
-            a network without ``identity``.
+        looks: (B, T, channels, h, w) from which the looks of instances are pooled, at the mask head's stride; None if
+            the option ``identity`` is ``none``.
         pyramid: of the B clips.
     """
 
@@ -37,19 +37,19 @@ class FrameFeatures:
 
 
 class Projection(nn.Module):
-    """Brings C3 to C5 to C channels and adds coarser levels by strided convolution, the first of them from C5 itself.
+    """Projects C3, C4 and C5 to C channels and adds coarser levels by strided convolution, the first from C5 itself.
 
     Args:
         channels: of C3, C4 and C5.
-        dim: C, divisible by the number of groups of the normalization.
-        levels: 3 to 5.
+        dim: C, a multiple of 8; group norm has 32 groups if that divides C, otherwise 8.
+        levels: number of levels, 3 to 5.
     """
 
     def __init__(self, channels: tuple[int, ...], dim: int, levels: int) -> None:
         super().__init__()
         inputs = [*channels, channels[-1], *[dim] * (levels - 4)][:levels]
         self.levels = nn.ModuleList(self._level(width, dim, strided=i >= 3) for i, width in enumerate(inputs))
-        self.to(memory_format=torch.channels_last)  # as the backbone
+        self.to(memory_format=torch.channels_last)  # like the backbone
 
     @staticmethod
     def _level(width: int, dim: int, strided: bool) -> nn.Sequential:
@@ -58,7 +58,7 @@ class Projection(nn.Module):
         return nn.Sequential(conv, nn.GroupNorm(32 if dim % 32 == 0 else 8, dim))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """(X, channels[l], H_l, W_l) of C3 to C5 give (X, C, H_l, W_l) of every level."""
+        """C3, C4 and C5, (X, channels[l], H_l, W_l), to (X, C, H_l, W_l) of every level."""
         projected = [level(feature) for level, feature in zip(self.levels, features, strict=False)]
         coarser = features[-1]
         for level in self.levels[3:]:
@@ -68,7 +68,7 @@ class Projection(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention over all levels, then a feed-forward network; normalized after each."""
+    """Deformable self-attention over all levels, then a feed-forward network; layer norm after each."""
 
     def __init__(self, dim: int, heads: int, levels: int, points: int, feedforward_dim: int, dropout: float) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
         """Encode frames.
 
         Args:
-            features: (X, C, H_l, W_l) projected.
+            features: (X, C, H_l, W_l) projected features of every level.
             pyramid: of the X frames.
 
         Returns:

@@ -1,4 +1,4 @@
-"""What is read off a query: class, box and mask."""
+"""The heads that turn a query into a class, a box and a mask."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from instanceformer.model.encoder import FrameFeatures
 from instanceformer.model.pyramid import Pyramid
 
 HIDDEN = 8
-"""Channels of the mask features and of the dynamic layers that are applied to them."""
+"""Channels of the mask features and of the dynamic layers applied to them."""
 
 COORDINATE_SCALE = 64.0
-"""Pixels to one unit of the relative coordinates that enter the dynamic layers."""
+"""Pixels per unit of the relative coordinates that enter the dynamic layers."""
 
 PARAMETERS = (2 + HIDDEN) * HIDDEN + HIDDEN * HIDDEN + HIDDEN + HIDDEN + HIDDEN + 1
-"""Weights (10 x 8, 8 x 8, 8 x 1), then biases (8, 8, 1) of one query's dynamic layers: 169."""
+"""Size of one query's dynamic layers, 169: weights (10 x 8, 8 x 8, 8 x 1), then biases (8, 8, 1)."""
 
 
 class MLP(nn.Sequential):
@@ -33,14 +33,14 @@ class MLP(nn.Sequential):
 
 
 def class_head(dim: int, num_classes: int, prior: float = 0.01) -> nn.Linear:
-    """(..., C) to (..., K) logits that start at probability ``prior``, as focal loss asks (Lin et al.)."""
+    """(..., C) to (..., K) logits that start at probability ``prior``, as focal loss requires (Lin et al.)."""
     head = nn.Linear(dim, num_classes)
     nn.init.constant_(head.bias, -math.log((1 - prior) / prior))
     return head
 
 
 def box_head(dim: int, first: bool) -> MLP:
-    """(..., C) to (..., 4) changes of a box in logit space, zero at first; the first layer starts with small boxes."""
+    """(..., C) to (..., 4) changes of a box in logit space, initially zero; with ``first``, boxes start out small."""
     head = MLP(dim, 4)
     last = cast("nn.Linear", head[-1])
     nn.init.zeros_(last.weight)
@@ -51,16 +51,16 @@ def box_head(dim: int, first: bool) -> MLP:
 
 
 class MaskHead(nn.Module):
-    """Masks by dynamic convolution: each query brings the weights of three 1x1 layers (Tian et al., CondInst).
+    """Masks by dynamic convolution: each query supplies the weights of three 1x1 layers (Tian et al., CondInst).
 
-    The pixels' side merges the encoder's output from stride 32 up to ``stride``. The instances' side, the controller,
-    turns a query into 169 numbers: the weights of layers 10 -> 8 -> 8 -> 1, whose inputs are the coordinates of a pixel
+    The pixel side merges the encoder's output from stride 32 up to ``stride``. The instance side, the controller, turns
+    a query into 169 numbers: the parameters of layers 10 -> 8 -> 8 -> 1, whose inputs are the coordinates of a pixel
     relative to the query's location and the 8 mask features.
 
     Args:
         dim: channels C of queries and tokens.
         stride: 8, the paper's, whose logits are upsampled twofold; or 4, which adds the backbone's C2 and resolves
-            smaller things.
+            smaller objects.
         lateral: channels of C2, used at stride 4 only.
     """
 
@@ -78,13 +78,13 @@ class MaskHead(nn.Module):
                 nn.init.zeros_(cast("Tensor", module.bias))
             elif isinstance(module, nn.Linear):
                 xavier_(module)
-        self.to(memory_format=torch.channels_last)  # as the backbone
+        self.to(memory_format=torch.channels_last)  # like the backbone
 
     def encode(self, levels: Sequence[Tensor], finest: Tensor, pyramid: Pyramid) -> Tensor:
-        """The pixels' side.
+        """The pixel side.
 
         Args:
-            levels: (X, C, H_l, W_l) encoder output at strides 8, 16, 32, and maybe more.
+            levels: (X, C, H_l, W_l) encoder output at strides 8, 16, 32 and possibly coarser ones.
             finest: (X, channels, H/4, W/4) the backbone's C2.
             pyramid: of the X frames.
 
@@ -104,14 +104,14 @@ class MaskHead(nn.Module):
         return F.relu(self.output(pyramid.blanked(x, scale)))
 
     def coarse(self, features: FrameFeatures, queries: Tensor, centers: Tensor) -> Tensor:
-        """As ``forward``, but (B, n, h, w) logits at the stride of the mask features."""
+        """Like ``forward``, but (B, n, h, w) logits at the stride of the mask features."""
         parameters = self.controller(queries)
         with torch.autocast(queries.device.type, enabled=False):
             pixels = centers.float() * features.pyramid.sizes[:, None]
             return dynamic_layers(features.mask_features.float(), parameters.float(), pixels, self.stride)
 
     def forward(self, features: FrameFeatures, queries: Tensor, centers: Tensor) -> Tensor:
-        """The instances' side, in float32, at stride 4.
+        """The instance side, in float32, at stride 4.
 
         Args:
             features: of one frame.
@@ -131,19 +131,19 @@ class MaskHead(nn.Module):
             return self.upsample(masks)[..., :height, :width]
 
     def upsample(self, masks: Tensor) -> Tensor:
-        """Double (B, n, h, w), bilinear between the centers of cells."""
+        """Double the height and width of (B, n, h, w), bilinearly between cell centers."""
         return F.interpolate(masks, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
 def dynamic_layers(features: Tensor, parameters: Tensor, centers: Tensor, stride: int) -> Tensor:
-    """Apply to every pixel each query's three layers.
+    """Apply each query's three layers to every pixel.
 
-    The first layer is linear in the relative coordinates (center - pixel), so the center's share is folded into its
-    bias and the pixels' share is the same two planes for all queries: one matrix product, no copy of the features.
+    The first layer is linear in the relative coordinates (center - pixel), so the center's part is folded into its bias
+    and the pixels' part is two planes that all queries share: one matrix product, no copy of the features.
 
     Args:
         features: (B, 8, h, w).
-        parameters: (B, n, 169), weights stored input by output.
+        parameters: (B, n, 169), each weight as a matrix of (input, output).
         centers: (B, n, 2) in pixels.
         stride: pixels between neighboring features.
 
@@ -171,12 +171,12 @@ def dynamic_layers(features: Tensor, parameters: Tensor, centers: Tensor, stride
 
 
 def upsample_nearest(x: Tensor, size: torch.Size) -> Tensor:
-    """Double a feature map and cut it to ``size``: cell i becomes cells 2i and 2i + 1, whatever the padding."""
+    """Double a feature map and crop it to ``size``: cell i becomes cells 2i and 2i + 1, whatever the padding."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")[..., : size[0], : size[1]]
 
 
 def repeat_border(masks: Tensor, sizes: Tensor, stride: int) -> Tensor:
-    """Continue the last valid row and column of (B, n, h, w) into the padding, as interpolation does at a border."""
+    """Repeat the last valid row and column of (B, n, h, w) in the padding, as interpolation does beyond a border."""
     for dim, size in ((-1, sizes[:, 0]), (-2, sizes[:, 1])):
         last = (size / stride).ceil().long() - 1
         index = torch.minimum(torch.arange(masks.shape[dim], device=masks.device), last[:, None])[:, None]

@@ -1,10 +1,10 @@
-"""Past the paper: what an instance looks like, whether a query is still on its own, and how a lost one is found again.
+"""Beyond the paper: what an instance looks like, whether a query is still on it, and how a lost one is recovered.
 
-The paper carries a query from frame to frame whatever it sees: when another instance covers its own, it goes on with
-that one. Here the network remembers, beside what it carries, the looks of the instance that a query holds, pooled from
-the frames themselves, and asks in every frame whether what the query found is that instance. If not, the instance is
-hidden: nothing of the frame is written to what is known of it, its query starts afresh, and the first free query that
-shows it speaks for it again. The story, with figures, is in docs/identity.md.
+The paper carries a query from frame to frame whatever it sees: when another instance covers its own, it carries on with
+that one. Here the state also keeps the looks of the instance that a query holds, pooled from the frames themselves, and
+in every frame the network asks whether what the query found is that instance. If not, the instance is hidden: the frame
+does not change what is known about it, its query starts afresh, and the first free query that shows it takes its place.
+docs/identity.md explains this in full, with figures.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ from instanceformer.model.state import Identities, of
 IdentityRule = Literal["none", "hide", "recover"]
 
 LOOKS = 64
-"""Length E of the embedding of an instance's looks."""
+"""Length E of the embedding of what an instance looks like: its looks."""
 
 CHANNELS = 32
-"""To which C2 and the encoder's finest level are brought before they are pooled, each."""
+"""Channels to which C2 and the encoder's finest level are each projected before they are pooled."""
 
 SIGHTINGS = 10
-"""Frames over which what is known of an instance is a plain mean; each later one moves it by a tenth."""
+"""What is known about an instance is a plain mean over this many frames; each later frame moves it by a tenth."""
 
 CANDIDATES = 64
-"""Of how many queries looks are pooled in each frame: those that hold an instance, then the most confident."""
+"""Number of queries whose looks are pooled in each frame: those that hold an instance, then the most confident."""
 
 MEASURES = 17
-"""Numbers from which a claim is worked out, see ``Recognition.measure``."""
+"""Number of inputs from which a claim is predicted, see ``Recognition.measure``."""
 
 CUT = 0.15
-"""Change from the scene in which an instance was last seen, see ``scene_change``, that only a cut of the film makes.
-From one frame to the next it is 0.04 at the median and rarely above 0.1; between videos 0.3 at the median."""
+"""``scene_change`` above which the film has been cut since an instance was last seen. From one frame to the next its
+median is 0.04 and it is rarely above 0.1; between videos its median is 0.3."""
 
 
 @dataclass(frozen=True)
 class Sighting:
-    """What the queries of a frame look like, and whose instances they show; M candidates of N queries.
+    """What the queries of a frame look like, and whose instances they show; M of the N queries are candidates.
 
     Attributes:
         queries: (B, M) int64, the candidates.
         masks: (B, M, h, w) logits of their masks at the stride of the mask features, without gradient.
-        looks: (B, N, E) of unit length; zero but for the candidates.
+        looks: (B, N, E) of unit length for the candidates, zero for all others.
         scene: (B, E) of unit length, looks of the whole frame.
-        claims: (B, N, N) logits that query q shows the instance that query i holds, [i, q].
-        known: (B, N) bool, queries that hold an instance whose looks are known: only they claim anything.
-        cut: (B, N) bool, those of them whose instance was last seen in another scene.
-        strange: in training, (B, M, M) logits that candidate q shows the instance that query i holds in another clip of
-            the batch, which it does not; and (B, M) bool, whether that query holds one.
+        claims: (B, N, N) logits that query q shows the instance that query i holds, at [i, q].
+        known: (B, N) bool, queries that hold an instance whose looks are known; only they make claims.
+        cut: (B, N) bool, queries whose known instance was last seen in another scene.
+        strange: in training on several clips, (B, M, M) logits that candidate q shows the instance that query i holds
+            in another clip of the batch, which is never true; and (B, M) bool, whether that query holds one.
     """
 
     queries: Tensor
@@ -70,7 +70,7 @@ class Sighting:
 
     @property
     def presence(self) -> Tensor:
-        """(B, N) probability that a query is on the instance that it holds; 1 where none is known."""
+        """(B, N) probability that a query is on the instance that it holds; 1 if no instance is known."""
         own = self.claims.diagonal(dim1=1, dim2=2)
         return torch.where(self.known, own.sigmoid(), 1.0)
 
@@ -80,7 +80,7 @@ class Sighting:
         return self.presence < 0.5
 
     def permuted(self, order: Tensor) -> Sighting:
-        """Row i is what query order[i] showed: (B, N) int64 pairs that change places."""
+        """Swap queries: row i becomes what query order[i] showed. ``order``, (B, N) int64, is its own inverse."""
         return replace(
             self,
             queries=order.gather(1, self.queries),
@@ -90,7 +90,7 @@ class Sighting:
 
 
 class Appearance(nn.Module):
-    """Looks of instances: means and deviations, under a mask, of pixels, C2 and the encoder's finest level.
+    """Looks of instances: from means and deviations, under a mask, of pixels, C2 and the encoder's finest level.
 
     Args:
         dim: channels C of the encoder's output.
@@ -107,10 +107,10 @@ class Appearance(nn.Module):
             xavier_(layer)
 
     def encode(self, frames: Tensor, finest: Tensor, encoded: Tensor, pyramid: Pyramid) -> Tensor:
-        """What is pooled.
+        """The features that looks are pooled from.
 
         Args:
-            frames: (X, 3, H, W) normalized, zero where padded, as the others.
+            frames: (X, 3, H, W) normalized; zero where padded, like the other inputs.
             finest: (X, channels, ceil(H / 4), ceil(W / 4)) C2.
             encoded: (X, C, ceil(H / 8), ceil(W / 8)) encoder output.
             pyramid: of the X frames.
@@ -139,16 +139,16 @@ class Appearance(nn.Module):
 
 
 class Recognition(nn.Module):
-    """Whether a query shows the instance that it, or another query, holds: a small network on what is measured."""
+    """A small network that tells, from a few measures, whether a query shows the instance that it or another holds."""
 
     def __init__(self, hidden: int = 32) -> None:
         super().__init__()
         self.hidden, self.output = nn.Linear(MEASURES, hidden), nn.Linear(hidden, 1)
         nn.init.zeros_(self.output.weight)
-        nn.init.constant_(self.output.bias, 2.0)  # before it has learned, every query is on its instance
+        nn.init.constant_(self.output.bias, 2.0)  # untrained, it takes every query to be on its instance
 
     def forward(self, measures: Tensor) -> Tensor:
-        """(B, M, M, MEASURES), without gradient, give (B, M, M) float32 logits."""
+        """(B, M, M, MEASURES), without gradient, to (B, M, M) float32 logits."""
         with torch.autocast(measures.device.type, enabled=False):
             claims: Tensor = self.output(F.relu(self.hidden(measures))).squeeze(-1)
             return claims
@@ -164,10 +164,10 @@ class Recognition(nn.Module):
         logits: Tensor,
         boxes: Tensor,
     ) -> Tensor:
-        """What tells whether query q shows the instance of query i.
+        """Measure what indicates whether query q shows the instance of query i.
 
         Args:
-            known: of M queries, before the frame.
+            known: of the M queries, before the frame.
             holds: (B, M) bool, queries that hold an instance whose looks are known.
             masks: (B, M, h, w) logits.
             looks: (B, M, E).
@@ -195,9 +195,9 @@ class Recognition(nn.Module):
         grown = (length.square() / boxes[..., 2:].prod(dim=-1).clamp(min=1e-4)[:, None]).log().clamp(-4, 4)
         classes = known.class_logits.softmax(dim=-1) @ logits.float().softmax(dim=-1).transpose(1, 2)
 
-        # the instance that looks most like what q shows, other than i's and those that are seen elsewhere
+        # of all instances but i's, the one that looks most like what q shows; those seen elsewhere count less
         other, _ = greatest_of_others(torch.where(holds, alike * (1 - fits * (1 - overlap)), -1.0))
-        # the query, other than i, that is where q is, and what speaks for it
+        # of all other queries that hold an instance, the one that overlaps q most, and the evidence for it
         rival, which = greatest_of_others(torch.where(holds & ~own, overlap, 0.0))
         rival_alike, rival_distance, rival_fits = (x.gather(1, which) for x in (alike, distance, fits))
 
@@ -226,7 +226,7 @@ class Recognition(nn.Module):
 
 
 class Identity(nn.Module):
-    """Appearance and recognition, over the candidates of a frame.
+    """Appearance and recognition of the candidates of a frame.
 
     Args:
         dim: channels C of the encoder's output.
@@ -292,12 +292,12 @@ class Identity(nn.Module):
 
 
 def scene_change(known: Identities, scene: Tensor) -> Tensor:
-    """How unlike (B, E) looks of a frame are to those of the one that last showed each instance: (B, M) in [0, 1.5]."""
+    """How much a frame's looks, (B, E), differ from the frame that last showed each instance: (B, M) in [0, 1.5]."""
     return (1 - (known.scenes @ scene[..., None])[..., 0]).clamp(min=0).sqrt()
 
 
 def inside(sizes: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
-    """(X, 1, h, w) in [0, 1], how much of each cell of a grid lies within (X, 2) sizes, (width, height)."""
+    """How much of each cell of a grid lies within (X, 2) sizes, (width, height) in pixels: (X, 1, h, w) in [0, 1]."""
     columns, rows = (
         (size[:, None] / stride - torch.arange(cells, device=sizes.device)).clamp(0, 1)
         for size, cells in zip(sizes.unbind(dim=1), reversed(grid), strict=True)
@@ -306,7 +306,7 @@ def inside(sizes: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
 
 
 def pooled(x: Tensor, stride: int, sizes: Tensor) -> Tensor:
-    """Means over cells, of what lies within ``sizes``: (X, C, H, W), zero beyond, gives (X, C, h, w), rounded up."""
+    """Means over cells, counting only what lies within ``sizes``: (X, C, H, W), zero beyond, to (X, C, h, w)."""
     height, width = x.shape[-2:]
     cells = F.avg_pool2d(F.pad(x, (0, -width % stride, 0, -height % stride)), stride)
     shares = inside(sizes, (cells.shape[-2], cells.shape[-1]), stride)
@@ -314,16 +314,16 @@ def pooled(x: Tensor, stride: int, sizes: Tensor) -> Tensor:
 
 
 def greatest_of_others(x: Tensor) -> tuple[Tensor, Tensor]:
-    """For each place [i, q] of (B, M, M) the greatest value of column q outside row i, and its row."""
+    """For each [i, q] of (B, M, M): the greatest value of column q outside row i, and its row."""
     values, rows = x.topk(2, dim=1)
     is_own = rows[:, :1] == torch.arange(x.shape[1], device=x.device)[:, None]
     return torch.where(is_own, values[:, 1:], values[:, :1]), torch.where(is_own, rows[:, 1:], rows[:, :1])
 
 
 def recover(sighting: Sighting, held: Tensor) -> Tensor:
-    """Which query speaks for which in a frame: its own, but for lost instances that a free query shows.
+    """Pair queries that lost their instance with free queries that show it.
 
-    A query that does not see its instance, and a query that holds nothing, change places if each is the other's best,
+    A query that does not see its instance and a query that holds nothing are swapped if each is the other's best match
     and the claim is above zero.
 
     Args:
@@ -331,7 +331,7 @@ def recover(sighting: Sighting, held: Tensor) -> Tensor:
         held: (B, N) bool, queries that held an instance before it.
 
     Returns:
-        (B, N) int64, pairs that change places.
+        (B, N) int64 order for ``permuted``: paired queries are swapped, all others stay.
     """
     order = torch.arange(held.shape[1], device=held.device).expand_as(held)
     allowed = sighting.hidden[:, :, None] & ~held[:, None] & (sighting.claims > 0)
@@ -343,7 +343,7 @@ def recover(sighting: Sighting, held: Tensor) -> Tensor:
 
 
 def set_aside(sighting: Sighting, held: Tensor, confidence: Tensor, min_confidence: float) -> Tensor:
-    """Which query speaks for which after a cut: what hidden queries found goes to free ones, and can begin identities.
+    """Give what hidden queries found after a cut to free queries, where it can begin new identities.
 
     Args:
         sighting: of the frame, after ``recover``.
@@ -352,8 +352,8 @@ def set_aside(sighting: Sighting, held: Tensor, confidence: Tensor, min_confiden
         min_confidence: from which a query begins to hold an instance.
 
     Returns:
-        (B, N) int64, pairs that change places: the most confident hidden query and the least confident free one, and so
-        on.
+        (B, N) int64 order for ``permuted``: the most confident hidden query is swapped with the least confident free
+        one, the second with the second, and so on.
     """
     count = held.shape[1]
     order = torch.arange(count, device=held.device).expand_as(held)
@@ -369,7 +369,7 @@ def set_aside(sighting: Sighting, held: Tensor, confidence: Tensor, min_confiden
 
 @torch.no_grad()
 def observe(known: Identities, sighting: Sighting, held: Tensor, logits: Tensor, boxes: Tensor) -> Identities:
-    """What is known after a frame: of instances that were seen in it, as ``SIGHTINGS`` says; else as before.
+    """What is known after a frame: instances seen in it enter the means as ``SIGHTINGS`` says; others stay as before.
 
     Args:
         known: before the frame.

@@ -1,4 +1,4 @@
-"""Memory attention (3.3): tokens of earlier instances, equation 3, and the look back at them, equation 4."""
+"""Memory attention (3.3): tokens from earlier frames (equation 3) and attention to them (equation 4)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from instanceformer.model.state import TrackState, push
 
 @dataclass(frozen=True)
 class MemoryTokens:
-    """The memory for one frame: values are the tokens, keys the tokens plus their temporal index.
+    """The memory as one frame sees it: values are the tokens, keys are the tokens plus their temporal index.
 
     Attributes:
-        values: (B, d k, C) token.
+        values: (B, d k, C) tokens.
         index: (B, d k, C) temporal index.
-        filled: (B, d k) bool.
+        filled: (B, d k) bool, false for empty slots.
     """
 
     values: Tensor
@@ -27,12 +27,12 @@ class MemoryTokens:
 
 
 class Memory(nn.Module):
-    """Reads the queue: the tokens (equation 3) and their temporal index.
+    """Reads the queue: projects its tokens (equation 3) and computes their temporal index.
 
-    The paper: m_f = W_m_proj(sg(q_f, b_f, c_f)), with the stop gradient sg.
+    The paper: m_f = W_m_proj(sg(q_f, b_f, c_f)), where sg stops gradients.
     Ours: m = W_m([q, class scores, box]), of inputs without gradient. W_m learns because a token is projected when it
     is read, not when it is written. The temporal index is the position embedding of the query that wrote the token,
-    plus the sine of the frame's age t - f.
+    plus a sine encoding of the frame's age, t - f.
     """
 
     def __init__(self, dim: int, num_classes: int) -> None:
@@ -44,8 +44,8 @@ class Memory(nn.Module):
         """Read the memory.
 
         Args:
-            state: with the queue of d frames, k tokens each.
-            position: (N, C) position embedding of every query.
+            state: holds the queue, d frames of k tokens each.
+            position: (N, C) position embeddings of the queries.
         """
         inputs = torch.cat((state.memory_queries, state.memory_scores, state.memory_boxes), dim=-1)
         values = self.projection(inputs)
@@ -57,7 +57,7 @@ class Memory(nn.Module):
         )
 
     def frame_codes(self, filled: Tensor, dim: int) -> Tensor:
-        """Code of each frame of the queue, newest first: (B, d, k) bool gives (1 or B, d, C)."""
+        """Encoding of each frame in the queue, newest first: (B, d, k) bool to (1 or B, d, C)."""
         return sine_position(torch.arange(1, filled.shape[1] + 1, device=filled.device), dim)[None]
 
 
@@ -65,7 +65,7 @@ class MemoryAttention(nn.Module):
     """Cross-attention from queries to memory, then normalization (equation 4).
 
     The paper: q_t = Attn(q_t, M_t). Ours: the same, with the temporal index in the keys and not in the values; where
-    the memory is empty, queries pass unchanged.
+    the memory is empty, queries pass through unchanged.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
@@ -75,9 +75,9 @@ class MemoryAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, position: Tensor, memory: MemoryTokens) -> Tensor:
-        """(B, N, C) queries and their position embedding give (B, N, C)."""
+        """(B, N, C) queries and their (N, C) position embeddings to (B, N, C)."""
         anything = memory.filled.any(dim=1, keepdim=True)
-        seen = memory.filled | ~anything  # with nothing to attend to, softmax over all rather than over none
+        seen = memory.filled | ~anything  # all of it if it is empty: a softmax over nothing is NaN
         query, _, _ = self.attention.project(queries + position)
         _, key, value = self.attention.project(memory.values)
         _, index, _ = self.attention.project(memory.index, bias=False)
@@ -86,17 +86,17 @@ class MemoryAttention(nn.Module):
 
 
 def remember(state: TrackState, queries: Tensor, scores: Tensor, boxes: Tensor, admitted: Tensor) -> TrackState:
-    """Put the admitted queries of a frame into the queue, the most confident ones if they are more than k.
+    """Enqueue a frame's admitted queries; if there are more than k, the k most confident.
 
     Args:
-        state: to start from.
+        state: to update.
         queries: (B, N, C) final content.
         scores: (B, N, K) class scores in [0, 1].
         boxes: (B, N, 4) cxcywh in [0, 1].
         admitted: (B, N) bool.
 
     Returns:
-        The state with the new frame at the front of its memory and the oldest one gone.
+        The state with the new frame at the front of its memory and the oldest one dropped.
     """
     tokens = state.memory_filled.shape[-1]
     confidence = scores.amax(dim=-1).masked_fill(~admitted, -1.0)

@@ -1,4 +1,4 @@
-"""InstanceFormer: four verbs, encode, decode, segment and advance, and the loop over them."""
+"""InstanceFormer: its four verbs (encode, decode, segment and advance) and the loop over them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ClipPrediction:
         logits: (B, T, N, K) class logits.
         boxes: (B, T, N, 4) cxcywh in [0, 1], as fractions of the clip's own size.
         queries: (B, T, N, C) final content.
-        masks: (B, T, n, ceil(H / 4), ceil(W / 4)) logits of the n queries asked for, or None.
+        masks: (B, T, n, ceil(H / 4), ceil(W / 4)) logits of the n requested queries, or None.
     """
 
     logits: Tensor
@@ -45,17 +45,17 @@ class ClipPrediction:
 
 @final
 class InstanceFormer(nn.Module):
-    """Online video instance segmentation with a query for an identity (Koner, Hannan et al., InstanceFormer).
+    """Online video instance segmentation in which a query is an identity (Koner, Hannan et al., InstanceFormer).
 
-    With no argument but the number of classes it is the paper's network. Each mechanism of the paper can be switched
-    off, which makes the rows of its tables 4 and 5.
+    Given only the number of classes, it is the paper's network. Each mechanism of the paper can be switched off, which
+    gives the rows of its tables 4 and 5.
 
     Args:
         num_classes: classes K.
         **options: the other fields of NetworkOptions.
 
     Attributes:
-        options: ``InstanceFormer(**vars(net.options))`` has the same architecture.
+        options: the NetworkOptions; ``InstanceFormer(**vars(net.options))`` has the same architecture.
 
     Raises:
         ValueError: an option is out of range.
@@ -91,11 +91,11 @@ class InstanceFormer(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, source: str | Path | Checkpoint) -> InstanceFormer:
-        """The network of a checkpoint, with its weights, in evaluation mode, on the CPU.
+        """Load a checkpoint's network and weights onto the CPU, in evaluation mode.
 
         Args:
-            source: path of what ``fit`` or ``instanceformer convert`` wrote, a Lightning checkpoint or safetensors; or
-                what ``checkpoints.read`` made of one.
+            source: path of a Lightning checkpoint or safetensors file that ``fit`` or ``instanceformer convert`` wrote;
+                or the result of ``checkpoints.read``.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -105,7 +105,7 @@ class InstanceFormer(nn.Module):
 
         checkpoint = source if isinstance(source, checkpoints.Checkpoint) else checkpoints.read(source)
         try:
-            with torch.device("meta"):  # nothing is allocated before the weights are known to be those of the options
+            with torch.device("meta"):  # allocate nothing until the weights are known to match the options
                 network = cls(**checkpoint.options)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint.name}: options that no network of this version has; {error}") from error
@@ -114,10 +114,10 @@ class InstanceFormer(nn.Module):
         return network.eval()
 
     def compile_parts(self, **options: Any) -> None:
-        """Put the parts that see every frame through ``torch.compile``, in place; the names of weights stay.
+        """Compile the parts that see every frame, in place; names of weights do not change.
 
         Args:
-            options: of ``torch.compile``.
+            options: passed to ``torch.compile``.
         """
         for part in (self.backbone, self.projection, self.encoder, self.decoder):
             part.compile(**options)
@@ -129,19 +129,22 @@ class InstanceFormer(nn.Module):
         state: TrackState | None = None,
         segment: Tensor | Literal["all"] | None = None,
     ) -> tuple[ClipPrediction, TrackState]:
-        """Run over the frames of clips, each frame seeing what the ones before it left in the state.
+        """Run over clips frame by frame; each frame sees what earlier ones left in the state.
 
-        A clip at once, frame by frame or in chunks gives the same numbers in evaluation mode, if each call gets the
-        state that the one before returned. As in inference, the most confident queries are remembered.
+        In evaluation mode, a whole clip, single frames and chunks give the same numbers, provided that each call gets
+        the state that the previous one returned. Queries come to hold instances as in inference.
 
         Args:
-            frames: (B, T, 3, H, W) RGB, normalized with the ImageNet mean and deviation.
-            padding: (B, H, W) bool, true where padded (on the right and at the bottom only); None when nothing is.
-            state: where an earlier call ended; None starts afresh.
-            segment: (n,) or (B, n) int64 indices of the queries whose masks are wanted, or "all".
+            frames: (B, T, 3, H, W) RGB, normalized with the ImageNet mean and standard deviation.
+            padding: (B, H, W) bool, true where padded (on the right and at the bottom only); None if nothing is.
+            state: returned by an earlier call; None starts afresh.
+            segment: (n,) or (B, n) int64 indices of the queries to segment, "all", or None for no masks.
 
         Returns:
             The prediction and the state after the last frame.
+
+        Raises:
+            ValueError: ``segment`` is another string, or ``padding`` is not only on the right and at the bottom.
         """
         batch = frames.shape[0]
         features = self.encode(frames, padding)
@@ -179,9 +182,9 @@ class InstanceFormer(nn.Module):
         )
 
     def encode(self, frames: Tensor, padding: Tensor | None = None) -> FrameFeatures:
-        """Backbone, projection, deformable encoder and the pixels' side of the mask head; no frame sees another.
+        """Run backbone, projection, deformable encoder and the pixel side of the mask head; no frame sees another.
 
-        Clips of different sizes go through backbone and projection without their padding, so that it cannot leak in
+        Clips of different sizes pass through backbone and projection without their padding, so that it cannot leak in
         through convolutions, windows or normalization statistics.
 
         Args:
@@ -198,7 +201,7 @@ class InstanceFormer(nn.Module):
 
         if pyramid.is_padded and not (self.training and count == 1 and self.backbone.is_frozen):
             finest, *levels = extract_unpadded(frames, pyramid, self._extract)
-        else:  # as in DETR also single images of a training with frozen norms, each of which has another size
+        else:  # as in DETR, this includes training on single images with frozen norms, since each has another size
             finest, *levels = self._extract(images)
         tokens = self.encoder(levels, every_frame)
         encoded = every_frame.unflatten(tokens)
@@ -215,22 +218,22 @@ class InstanceFormer(nn.Module):
         )
 
     def _extract(self, images: Tensor) -> list[Tensor]:
-        """(X, 3, H, W) give C2 and every projected level."""
+        """(X, 3, H, W) to C2 and every projected level."""
         finest, *features = self.backbone(images)
         return [finest, *self.projection(features)]
 
     def decode(self, features: FrameFeatures, state: TrackState) -> FramePrediction:
-        """Equations 1, 2 and 4: all queries at one frame, after every decoder layer.
+        """Decode all queries at one frame, by equations 1, 2 and 4.
 
-        With ``identity``, each query that holds an instance is asked whether this is what it shows, and where another
-        one speaks for it, by ``recover``, the two have changed places in what is returned.
+        With ``identity``, the prediction also says whether each query that holds an instance still shows it. With
+        ``recover``, a query that lost its instance and the free one that found it are swapped in the prediction.
 
         Args:
             features: of one frame, ``encode(...)[t]``.
-            state: after the frame before.
+            state: after the previous frame.
 
         Returns:
-            The prediction, with the class prior in the last layer's logits.
+            The prediction after every decoder layer, with the class prior applied to the last layer's logits.
         """
         queries = self.query_content.expand(state.carried.shape[0], -1, -1)
         if self.options.propagate_queries:
@@ -246,7 +249,7 @@ class InstanceFormer(nn.Module):
         return replace(prediction, logits=torch.cat((prediction.logits[:-1], smoothed[None])))
 
     def _recognize(self, features: FrameFeatures, prediction: FramePrediction, state: TrackState) -> FramePrediction:
-        """The prediction with its sighting, and what a free query found where it speaks for a lost instance."""
+        """Add the sighting to a prediction and, with ``recover``, swap queries as ``recover`` and ``set_aside`` say."""
         assert self.identity is not None
         assert state.identities is not None
         assert features.looks is not None
@@ -272,13 +275,13 @@ class InstanceFormer(nn.Module):
     def segment(
         self, features: FrameFeatures, prediction: FramePrediction, queries: Tensor, all_layers: bool = False
     ) -> Tensor:
-        """Masks of the queries that are asked for.
+        """Masks of the requested queries.
 
         Args:
             features: of the frame.
             prediction: of the same frame.
-            queries: (B, n) int64 indices; with ``all_layers`` also (D, B, n), others for each layer.
-            all_layers: masks after each of the D decoder layers, as training asks.
+            queries: (B, n) int64 indices; with ``all_layers`` also (D, B, n), different ones for each layer.
+            all_layers: return masks after each of the D decoder layers, as training needs.
 
         Returns:
             (B, n, ceil(H / 4), ceil(W / 4)) float32 logits; with ``all_layers`` (D, B, n, ...).
@@ -297,15 +300,17 @@ class InstanceFormer(nn.Module):
         return masks if all_layers else masks[0]
 
     def advance(self, state: TrackState, prediction: FramePrediction, held: Tensor | None = None) -> TrackState:
-        """The state for the next frame.
+        """The state for the next frame; decides which queries hold an instance and which enter the memory.
+
+        A query that holds an instance keeps it. At inference a query begins to hold one when its score reaches
+        ``min_confidence`` and it is neither a duplicate nor hidden; only queries that meet these conditions in this
+        very frame can enter the memory. In training, all of ``held`` can. Of these, the k most confident do; hidden
+        ones never do.
 
         Args:
-            state: that the prediction was decoded with.
+            state: the one that the prediction was decoded with.
             prediction: of the current frame.
-            held: (B, N) bool, queries that hold an instance, as training knows them; None as in inference: those that
-                did, and those whose score reaches ``min_confidence`` and that are no duplicates. In training all of
-                them can enter the memory, in inference those of them of which the latter is true now; at most k do,
-                the most confident. Hidden ones never do.
+            held: (B, N) bool, in training the queries that are matched to an instance; None: decide as at inference.
         """
         scores, boxes, queries = prediction.scores, prediction.boxes[-1], prediction.queries[-1]
         sighting, remembered = prediction.sighting, held

@@ -28,58 +28,59 @@ LARGEST = {
     "memory_frames": 1000,
     "memory_tokens": 100_000,
 }
-"""Upper bound of every option that counts something, so that a damaged file cannot ask for any amount of memory."""
+"""Upper bound of every option that is a count, so that a damaged file cannot ask for unlimited memory."""
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """Everything that the architecture and its rules of propagation depend on; by default the paper's network.
+    """Everything that determines the architecture and how state is propagated; the defaults are the paper's network.
 
     Attributes:
         num_classes: classes K; each has its own sigmoid, there is no background class.
         backbone: a torchvision ResNet or Swin by name, or ``small``, a narrow ResNet.
-        backbone_norm: of a ResNet: ``frozen`` for pretrained weights, ``batch`` for random ones.
-        num_queries: queries N, the most instances that a video can have.
+        backbone_norm: for a ResNet: ``frozen`` for pretrained weights, ``batch`` for random ones.
+        num_queries: queries N, the maximum number of instances in a video.
         dim: channels C.
         num_heads: attention heads.
         num_levels: feature levels, 3 to 5, the finest at stride 8.
-        num_points: sampling points for each head and level.
+        num_points: sampling points per head and level.
         encoder_layers: layers of the encoder.
         decoder_layers: layers of the decoder.
         feedforward_dim: hidden channels of the feed-forward networks.
-        dropout: probability.
-        cross_position: whether the decoder's deformable attention sees a query's position embedding beside its content,
-            as in Deformable-DETR; off, as in the authors' release.
-        mask_stride: of the mask features: 8 as in the paper, or 4 with the backbone's finest level.
-        mask_upsampling: from stride 8 to 4, ``centred``, or ``aligned`` as in the authors' release.
-        propagate_queries: whether a query's final content is its content at the next frame (representation
-            propagation); off, every frame starts from the learned content.
+        dropout: dropout probability in [0, 1].
+        cross_position: whether the decoder's deformable attention sees a query's position embedding as well as its
+            content, as in Deformable-DETR; false, as in the authors' release.
+        mask_stride: stride of the mask features: 8 as in the paper, or 4 with the backbone's finest level.
+        mask_upsampling: from stride 8 to 4: ``centred``, or ``aligned`` as in the authors' release.
+        propagate_queries: whether a query starts the next frame from its final content (representation propagation);
+            false: every frame starts from the learned content.
         location: how reference points are propagated (equation 1), see LocationPropagation.
-        location_from: what places a query: its ``content``, the paper, or its ``position`` embedding, as in
-            Deformable-DETR and the authors' release.
+        location_from: what a query's reference point is predicted from: its ``content`` (the paper), or its
+            ``position`` embedding, as in Deformable-DETR and the authors' release.
         class_prior: whether class logits are smoothed over the last ``memory_frames`` frames (equation 2).
-        class_history: which earlier frames of a query the class prior sees: ``all``, the paper, including those before
-            the query held an instance, whose low logits outvote the present when an instance enters; ``held``, only
-            those since it has held one. With ``free_queries: renew`` both are the same.
+        class_history: which earlier frames of a query the class prior sees: ``all`` (the paper), including those before
+            the query held an instance, whose low logits outvote the current ones when an instance enters; or ``held``,
+            only those since it began to hold one. With ``free_queries: renew`` both are the same.
         memory: whether the decoder attends to tokens of earlier frames (equations 3 and 4).
-        memory_frames: d, how many earlier frames memory and class prior reach back.
-        memory_tokens: k, the most instances remembered of each frame.
-        temporal_index: what tells frames in memory apart: their ``age``, the paper, or their ``place`` in the queue, as
-            in the authors' release.
-        min_confidence: score in [0, 1) that a query must reach at inference to hold an instance. 0, the paper: all
-            queries hold one, and the k best enter the memory whatever their score.
-        max_overlap: box IoU in (0, 1] above which a query that holds no instance is at inference a duplicate of a more
-            confident one, or of one that holds an instance, and does not begin to hold one. 1, the paper: none is.
-        free_queries: what a query that holds no instance starts the next frame from: ``propagate``, the paper, from its
-            final content as any other; ``renew`` from its learned content and reference, ready for what may enter.
-        identity: past the paper, see ``model.identity``: with ``hide``, a query that is no longer on its instance is
-            hidden and starts afresh, and the frame leaves no trace in what is known of the instance; with ``recover``,
-            a free query that shows a hidden instance also takes its place. ``none``: the paper.
+        memory_frames: d, number of earlier frames that the memory and the class prior see.
+        memory_tokens: k, maximum number of instances remembered per frame.
+        temporal_index: what tells frames in memory apart: their ``age`` (the paper), or their ``place`` in the queue,
+            as in the authors' release.
+        min_confidence: score in [0, 1) from which a query begins to hold an instance at inference. 0 (the paper): all
+            queries hold one, and the k most confident enter the memory whatever their score.
+        max_overlap: box IoU in (0, 1]. At inference, a query that holds nothing is a duplicate, and does not begin to
+            hold an instance, if it overlaps by more with a query that reaches ``min_confidence`` in the same frame and
+            either is more confident or holds an instance. 1 (the paper): there are no duplicates.
+        free_queries: where a query that holds nothing starts the next frame: ``propagate`` (the paper), from its final
+            content like any other; ``renew``, from its learned content and reference, ready for whatever enters.
+        identity: beyond the paper, see ``model.identity``. ``hide``: a query that is no longer on its instance is
+            hidden and starts afresh, and the frame does not change what is known about the instance; ``recover``: in
+            addition, a free query that shows a hidden instance takes its place. ``none``: the paper.
 
     Raises:
-        ValueError: the first option that no network can have.
+        ValueError: an option is out of range or contradicts another.
     """
 
     num_classes: int = 40
@@ -146,11 +147,11 @@ class NetworkOptions:
 
 
 CHOICES = {name: get_args(hint) for name, hint in get_type_hints(NetworkOptions).items() if hint not in KINDS}
-"""The values of every option that has but a few."""
+"""The values of every option that is a choice."""
 
 
 def check_type(name: str, value: object, kind: type) -> None:
-    """Refuse a value of another type; a whole number is a number, but true and false are not.
+    """Check the type of an option's value: an int passes as a float, a bool only as a bool.
 
     Args:
         name: of the option, for the message.
@@ -158,7 +159,7 @@ def check_type(name: str, value: object, kind: type) -> None:
         kind: one of KINDS.
 
     Raises:
-        ValueError: the type is another one.
+        ValueError: the value is of another type.
     """
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Prior propagation (3.2): where a query looks first, equation 1, and its class in earlier frames, equation 2."""
+"""Prior propagation (3.2): where a query starts looking (equation 1) and its class in earlier frames (equation 2)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ LocationRule = Literal["none", "paper", "refined"]
 
 
 class LocationPropagation(nn.Module):
-    """Reference points of a frame from the queries and their previous location (equation 1).
+    """Reference points for a frame, from the queries and their previous locations (equation 1).
 
-    The paper: ref_t = sigmoid(sigmoid(W_ref(q_t)) * ref_{t-1}), and sigmoid(W_ref(q_t)) in the first frame. Ours:
+    The paper: ref_t = sigmoid(sigmoid(W_ref(q_t)) * ref_{t-1}), and sigmoid(W_ref(q_t)) in the first frame. Ours, by
+    ``rule``:
 
-    - ``paper``: the same, where a query that is not carried from the previous frame is in its first. Every reference of
-      a carried query then lies between 0.5 and 0.73, and the decoder's box refinement has to undo this;
+    - ``paper``: the same; for a query that is not carried over from the previous frame, this frame counts as its first.
+      References of carried queries all lie between 0.5 and 0.73, which the decoder's box refinement has to undo;
     - ``refined``: sigmoid(W_step(q_t) + logit(center_{t-1})), with the center of the query's last box. Differs because
-      the text describes an incremental change. W_step is zero at first: nothing moves before the network has learned;
-    - ``none``: sigmoid(W_ref(q_t)) in every frame, without propagation, a row of table 4.
+      the text describes an incremental change. W_step starts at zero: an untrained network moves nothing;
+    - ``none``: sigmoid(W_ref(q_t)) in every frame, without propagation (a row of table 4).
     """
 
     def __init__(self, dim: int, rule: LocationRule) -> None:
@@ -41,7 +42,7 @@ class LocationPropagation(nn.Module):
             queries: (B, N, C) current content q_t.
             position: (N, C) position embedding; only the release's variant reads it.
             previous: (B, N, 2) in [0, 1]: ref_{t-1}, or the center of the last box under ``refined``.
-            carried: (B, N) bool, whether there is a previous location.
+            carried: (B, N) bool, true where a query has a previous location.
 
         Returns:
             (B, N, 2) float32 (x, y) in (0, 1).
@@ -68,9 +69,9 @@ class ClassPrior(nn.Module):
     """Class logits of a frame as a weighted sum over the last frames (equation 2).
 
     The paper: c_t = sigmoid(W_cls(q_t)) * Softmax(sigmoid(T_cls([c_f], f = t-d to t-1))).
-    Ours: c_t = sum over f in {t-d, ..., t} of w_f * c_f, with w = softmax over f of sigmoid(T_cls(c_f)): one weight for
-    each frame and class; frames that are not there have none. Differs because weights that multiply the current logits
-    alone, as printed, sum to one over time and change nothing.
+    Ours: c_t = sum over f in {t-d, ..., t} of w_f * c_f, with w = softmax over f of sigmoid(T_cls(c_f)): one weight per
+    frame and class, over the frames that exist. Differs because, as printed, the weights multiply the current logits
+    alone; they sum to one over time and would change nothing.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -83,7 +84,7 @@ class ClassPrior(nn.Module):
         Args:
             logits: (B, N, K) raw logits of the current frame.
             history: (B, d, N, K) raw logits of the previous frames.
-            filled: (B, d, N) bool, which of them are there.
+            filled: (B, d, N) bool, which of them exist.
 
         Returns:
             (B, N, K) float32; the raw logits where there is no history.
@@ -97,6 +98,6 @@ class ClassPrior(nn.Module):
 
 
 def logit(fraction: Tensor, eps: float = 1e-5) -> Tensor:
-    """Inverse of the sigmoid for values in [0, 1], kept ``eps`` away from both ends."""
+    """Inverse of the sigmoid, for values in [0, 1], which are clamped to [eps, 1 - eps]."""
     fraction = fraction.clamp(eps, 1 - eps)
     return torch.log(fraction / (1 - fraction))

@@ -14,7 +14,7 @@ from instanceformer.constants import constant
 from instanceformer.model.attention import Levels, Shapes, pixel_position
 
 STRIDES = (8, 16, 32, 64, 128)
-"""Stride in pixels of every feature level, finest first; three come from the backbone, the rest are added to it."""
+"""Stride in pixels of every feature level, finest first; the backbone provides three, the projection adds the rest."""
 
 Sizes = tuple[tuple[int, int], ...]
 """(height, width) in pixels of each clip of a batch, without its padding."""
@@ -22,14 +22,14 @@ Sizes = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Pyramid:
-    """The levels of a batch of X clips or frames, and what of them is padding; L levels, S cells in all.
+    """The levels of a batch of X clips or frames, and which cells are padding; L levels, S cells in all.
 
     Attributes:
-        clips: (height, width) in pixels of the clips without padding.
+        clips: (height, width) in pixels of each clip without padding.
         sizes: (X, 2) float32, (width, height) in pixels of the clips or frames without padding.
         grid: (height, width) of the mask logits: a quarter of the padded frames' size, rounded up.
         levels: grids of the L levels, and which of their cells are padding.
-        valid: (X, H_l, W_l) bool at stride 4 and of each level, false where padded.
+        valid: (X, H_l, W_l) bool at stride 4 and for each level, false where padded.
         valid_ratios: (X, L, 2) float32, fraction (x, y) of each level that is not padding.
         position: (X, S, C) float32 sine position of every cell in its level.
         centers: (X, S, L, 2) float32, see ``cell_centers``.
@@ -50,7 +50,7 @@ class Pyramid:
         return self.levels.padded is not None
 
     def repeated(self, count: int) -> Pyramid:
-        """That of the frames, X = B T, from that of B clips of T = ``count`` frames."""
+        """The pyramid of X = B T frames, from that of B clips of T = ``count`` frames each."""
         if count == 1:
             return self
 
@@ -69,7 +69,7 @@ class Pyramid:
         )
 
     def blanked(self, x: Tensor, scale: int) -> Tensor:
-        """(X, C, H, W) features at stride 4 (``scale`` 0) or of a level (from 1), zero where padded."""
+        """Zero the padding of (X, C, H, W) features at stride 4 (``scale`` 0) or of a level (``scale`` from 1)."""
         return x * self.valid[scale][:, None].to(x.dtype) if self.is_padded else x
 
     def unflatten(self, tokens: Tensor) -> list[Tensor]:
@@ -79,12 +79,12 @@ class Pyramid:
 
 
 def extract_unpadded(frames: Tensor, pyramid: Pyramid, extract: Callable[[Tensor], Sequence[Tensor]]) -> list[Tensor]:
-    """Apply convolutions to clips of different sizes without their padding, clips of one size together.
+    """Extract features from clips of different sizes without their padding, clips of one size together.
 
     Args:
         frames: (B, T, 3, H, W).
         pyramid: of the B clips.
-        extract: gives features at stride 4 and of each level, (X, C, h, w), of (X, 3, h, w) images.
+        extract: maps (X, 3, h, w) images to features at stride 4 and of each level, (X, C, h, w).
 
     Returns:
         (B T, C, H_l, W_l) features at stride 4 and of each level, zero where padded.
@@ -111,10 +111,10 @@ def build_pyramid(
     """The pyramid of a batch.
 
     Args:
-        sizes: of the clips without padding.
+        sizes: (height, width) in pixels of each clip without padding.
         padded_size: (height, width) in pixels of the batch.
         num_levels: L.
-        dim: channels C.
+        dim: channels C of the position.
         device: of the tensors.
     """
     strides = (4, *STRIDES[:num_levels])
@@ -142,14 +142,14 @@ def build_pyramid(
 
 
 def cell_centers(shapes: Shapes, valid_ratios: Tensor) -> Tensor:
-    """Center of every cell of every level, seen from every level.
+    """Center of every cell of every level, in the coordinates of every level.
 
     Args:
         shapes: (height, width) of the L levels.
         valid_ratios: (B, L, 2) float32.
 
     Returns:
-        (B, S, L, 2) float32, (x, y) as fractions of each padded level; beyond 1 outside the valid part.
+        (B, S, L, 2) float32, (x, y) as fractions of each padded level; can exceed 1 outside the valid part.
     """
     centers = []
     for level, (height, width) in enumerate(shapes):
@@ -161,10 +161,10 @@ def cell_centers(shapes: Shapes, valid_ratios: Tensor) -> Tensor:
 
 
 def valid_sizes(padding: Tensor) -> Sizes:
-    """(height, width) in pixels of what is not padding, for each clip of (B, H, W).
+    """Size of each clip without its (B, H, W) padding, (height, width) in pixels.
 
     Raises:
-        ValueError: padding is not a margin on the right and at the bottom.
+        ValueError: padding is elsewhere than on the right and at the bottom, or leaves nothing.
     """
     valid = ~padding
     heights, widths = valid.any(dim=2).sum(dim=1), valid.any(dim=1).sum(dim=1)

@@ -1,7 +1,7 @@
-"""What exists only to compute what the authors' release computes, where that is not what the paper says.
+"""Variants that compute what the authors' release computes, where it departs from the paper.
 
-Each class here is one of the paper's with one method of another content; ``parts`` chooses between them. Weights have
-the same names and shapes, so that a network can be switched from one to the other.
+Each class here is one of the paper's with a method or two replaced; ``parts`` and ``location_propagation`` choose
+between them. Weights have the same names and shapes, so a network can be switched from one to the other.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ Upsampling = Literal["centred", "aligned"]
 
 
 class ReleaseLocation(LocationPropagation):
-    """Equation 1 with another q, or another operation.
+    """Equation 1 with another input, or another operation.
 
-    The paper: "the current object query"; the release, and Deformable-DETR, under source ``position``: W_ref sees the
-    query's position embedding, which never changes. The rule ``additive`` is sigmoid(sigmoid(W_ref q) + ref_{t-1}).
+    The paper's input is "the current object query". With source ``position``, as in the release and Deformable-DETR,
+    W_ref sees the query's position embedding, which never changes. The rule ``additive`` is
+    sigmoid(sigmoid(W_ref q) + ref_{t-1}).
     """
 
     def __init__(self, dim: int, rule: Location, source: LocationSource) -> None:
@@ -49,7 +50,7 @@ class ReleaseLocation(LocationPropagation):
 
 
 class ReleaseDecoderLayer(DecoderLayer):
-    """Deformable attention looks around a query's reference by its content alone, without the position embedding."""
+    """Deformable attention predicts where to look from a query's content alone, without its position embedding."""
 
     def located(self, queries: Tensor, position: Tensor) -> Tensor:
         """As in DecoderLayer."""
@@ -57,10 +58,10 @@ class ReleaseDecoderLayer(DecoderLayer):
 
 
 class ReleaseMemory(Memory):
-    """The temporal index tells the places of the queue apart, where the paper's tells the age of a frame, t - f.
+    """The temporal index encodes a frame's place in the queue; the paper's encodes its age, t - f.
 
-    Place 0 is the oldest frame that left a token, coded like the pixels of a column of d: until the queue is full, the
-    same age has another code in every frame.
+    Place 0 is the oldest frame that left a token. Places are encoded like the pixels of a column of height d. Until the
+    queue is full, the same age has a different code in every frame.
     """
 
     def frame_codes(self, filled: Tensor, dim: int) -> Tensor:
@@ -72,7 +73,7 @@ class ReleaseMemory(Memory):
 
 
 class ReleaseMaskHead(MaskHead):
-    """Upsampling as in CondInst: logits lie a quarter of a cell, two pixels, further right and down."""
+    """Upsampling as in CondInst, which puts logits a quarter of a cell, two pixels, further right and down."""
 
     def upsample(self, masks: Tensor) -> Tensor:
         """As in MaskHead: cell i lands on 2 i + 1, and 2 i is the mean of cells i - 1 and i."""
@@ -84,7 +85,7 @@ class ReleaseMaskHead(MaskHead):
 
 @dataclass(frozen=True)
 class Parts:
-    """The classes that a network is built of."""
+    """The classes that a network is built from."""
 
     decoder_layer: type[DecoderLayer]
     memory: type[Memory]
@@ -92,7 +93,7 @@ class Parts:
 
 
 def parts(options: NetworkOptions) -> Parts:
-    """The paper's classes, or the release's where an option asks for what only the release computes."""
+    """The paper's classes, or the release's where an option requires them."""
     return Parts(
         decoder_layer=DecoderLayer if options.cross_position else ReleaseDecoderLayer,
         memory=Memory if options.temporal_index == "age" else ReleaseMemory,

@@ -1,4 +1,4 @@
-"""All that passes from one frame to the next."""
+"""Everything that passes from one frame to the next."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Identities:
-    """What is known of the instance that each query holds, see ``model.identity``; nothing of others is ever read.
+    """What is known about the instance that each query holds (see ``model.identity``).
+
+    Rows of queries that hold no instance are never read.
 
     Attributes:
-        hidden: (B, N) bool, whether the last frame did not show it where its query was.
+        hidden: (B, N) bool, true if the last frame did not show the instance where its query was.
         looks: (B, N, E) running mean of its looks, of unit length.
         class_logits: (B, N, K) running mean of its class logits.
         boxes: (B, N, 4) where it was last seen, cxcywh in [0, 1].
         scenes: (B, N, E) looks of the whole frame in which it was last seen.
-        motion: (B, N, 2) how far its center moved in a frame, a running mean.
-        sightings: (B, N) float32, frames in the running means, as far as they are counted; 0 where nothing is known.
+        motion: (B, N, 2) running mean of how far its center moves per frame, as fractions of the frame.
+        sightings: (B, N) float32, number of frames in the running means, at most SIGHTINGS; 0 if nothing is known.
         away: (B, N) float32, frames since it was last seen.
     """
 
@@ -37,7 +39,7 @@ class Identities:
     def empty(
         cls, batch: int, num_queries: int, num_classes: int, looks: int, device: torch.device | None
     ) -> Identities:
-        """Nothing is known."""
+        """The identities before the first frame: nothing is known."""
         sizes = {"looks": (looks,), "scenes": (looks,), "class_logits": (num_classes,), "boxes": (4,), "motion": (2,)}
         numbers = {
             field.name: torch.zeros(batch, num_queries, *sizes.get(field.name, ()), device=device)
@@ -46,11 +48,11 @@ class Identities:
         return cls(**{**numbers, "hidden": numbers["away"].bool()})
 
     def rolled(self) -> Identities:
-        """Those of the clip before in the batch."""
+        """The same, but each clip has those of the previous clip in the batch."""
         return Identities(**{field.name: getattr(self, field.name).roll(1, 0) for field in fields(self)})
 
     def of(self, queries: Tensor) -> Identities:
-        """Those of the chosen queries: (B, M) int64."""
+        """Those of the chosen queries, (B, M) int64."""
         return Identities(**{field.name: of(getattr(self, field.name), queries) for field in fields(self)})
 
 
@@ -58,25 +60,26 @@ class Identities:
 class TrackState:
     """The tracker between two frames: a value, with the same shapes from the first frame of a video to the last.
 
-    B videos, N queries, C channels, K classes, d memory frames, k tokens a frame. Time runs backwards along d: index 0
-    is the previous frame. Nothing marked as not carried or not filled is ever read.
+    B videos, N queries, C channels, K classes, d memory frames, k tokens per frame. Time runs backwards along d: index
+    0 is the previous frame. Entries that are not marked as carried or filled are never read.
 
     Attributes:
         queries: (B, N, C) content with which a carried query starts the next frame.
         references: (B, N, 2) previous location of a carried query, (x, y) in [0, 1]: the reference point itself or the
-            center of the last box, as the rule of location propagation asks.
+            center of the last box, depending on the option ``location``.
         carried: (B, N) bool, whether the query continues from the previous frame; otherwise it starts from its learned
             content. All false after a reset.
-        held: (B, N) bool, whether the query holds an instance. Training knows; at inference it does once its score has
-            reached ``min_confidence`` while it was no duplicate. Everything that asks asks here.
+        held: (B, N) bool, whether the query holds an instance. ``InstanceFormer.advance`` decides: in training, once
+            the query is matched; at inference, once its score reaches ``min_confidence`` and it is not a duplicate.
+            Stays true until ``release`` or a reset. This is the only record of it.
         class_logits: (B, d, N, K) raw class logits of the previous frames (equation 2).
-        class_filled: (B, d, N) bool, the frames that the class prior sees of each query, without a gap from the newest.
+        class_filled: (B, d, N) bool, the frames that the class prior sees of each query: from the newest, without gaps.
         memory_queries: (B, d, k, C) final content of the remembered queries (equation 3), without gradient.
         memory_scores: (B, d, k, K) their class scores in [0, 1].
         memory_boxes: (B, d, k, 4) their boxes, cxcywh in [0, 1].
         memory_indices: (B, d, k) int64, which query each token came from.
-        memory_filled: (B, d, k) bool.
-        identities: what is known of the instances; None for a network that does not recognize them, as the paper's.
+        memory_filled: (B, d, k) bool, false for empty slots.
+        identities: what is known about the instances; None if ``identity`` is ``none``, as in the paper.
     """
 
     queries: Tensor
@@ -105,7 +108,7 @@ class TrackState:
         looks: int = 0,
         device: torch.device | None = None,
     ) -> TrackState:
-        """The state before a video's first frame; ``looks`` is the length of their embedding, 0 for no identities."""
+        """The state before a video's first frame; ``looks`` is the length E of their embedding, 0 for no identities."""
         b, n, d, k = batch, num_queries, memory_frames, memory_tokens
         return cls(
             queries=torch.zeros(b, n, dim, device=device),
@@ -124,14 +127,14 @@ class TrackState:
 
     @property
     def hidden(self) -> Tensor:
-        """(B, N) bool, queries that hold an instance which the last frame did not show where they were."""
+        """(B, N) bool, queries whose instance the last frame did not show where they were."""
         return torch.zeros_like(self.held) if self.identities is None else self.identities.hidden
 
     def release(self, queries: Tensor) -> TrackState:
-        """The state in which some queries hold nothing: they start afresh, and what they left in memory is gone.
+        """The state with some queries freed: they hold nothing, start afresh, and their memory tokens are gone.
 
         Args:
-            queries: (B, N) bool.
+            queries: (B, N) bool, the queries to free.
         """
         return replace(
             self,
@@ -149,7 +152,7 @@ class TrackState:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, those of ``identities`` as ``identities_...``."""
+        """All tensors by name; those of ``identities`` as ``identities_...``."""
         named = {name: value for name, value in vars(self).items() if name != "identities"}
         known = {} if self.identities is None else vars(self.identities)
         return named | {f"identities_{name}": value for name, value in known.items()}
@@ -167,10 +170,10 @@ class TrackState:
 
 
 def of(x: Tensor, queries: Tensor) -> Tensor:
-    """Rows of (B, N, ...) at (B, M) int64: (B, M, ...)."""
+    """Rows of (B, N, ...) at (B, M) int64 indices: (B, M, ...)."""
     return x.gather(1, queries.view(*queries.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
 
 
 def push(queue: Tensor, newest: Tensor) -> Tensor:
-    """Enqueue along dimension 1 and drop the oldest: (B, d, ...) and (B, ...) give (B, d, ...)."""
+    """Enqueue along dimension 1 and drop the oldest: (B, d, ...) and (B, ...) to (B, d, ...)."""
     return torch.cat((newest[:, None], queue[:, :-1]), dim=1)
