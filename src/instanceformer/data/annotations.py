@@ -1,4 +1,4 @@
-"""Annotated videos: the types that represent every dataset."""
+"""The types that represent annotated videos, whatever dataset they come from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OCCLUSION_LEVELS = {"no_occlusion": 0.0, "slight_occlusion": 0.25, "severe_occlusion": 0.75}
-"""OVIS's labels of how much of an instance is hidden in a frame, and the degree that its evaluator gives each."""
+"""OVIS's labels for how much of an instance is hidden in a frame, each with the degree its evaluator assigns."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Category:
     """A category as its file declares it.
 
     Attributes:
-        id: the file's id, any integer.
-        name: the name to show.
+        id: category id in the file; any integer.
+        name: display name.
     """
 
     id: int
@@ -37,14 +37,14 @@ class Instance:
     """One object followed through one video.
 
     Attributes:
-        id: unique among all instances of its dataset.
+        id: unique among all instances of the dataset.
         category_id: id of one of the dataset's categories.
-        is_crowd: whether it is a group of objects labeled as one; not trained on.
-        segmentations: for each frame of the video the mask's compressed run-length counts, as pycocotools writes them
-            for the video's size; None if the instance is not visible.
-        areas: the file's areas in pixels in every frame, zero for null; None if it has none.
-        has_box_areas: whether these are the areas of the file's boxes (as in OVIS), in every frame.
-        occlusion: the file's level of occlusion in every frame (as in OVIS); None if it has none.
+        is_crowd: whether this is a group of objects labeled as one. Crowds are not trained on.
+        segmentations: one entry per frame of the video: the mask's compressed run-length counts in pycocotools' format,
+            at the video's size, or None if the instance is not visible.
+        areas: area in pixels in every frame, as given in the file, with null read as 0; None if the file has no areas.
+        has_box_areas: whether ``areas`` are box areas (as in OVIS) in every frame.
+        occlusion: occlusion level in every frame (as in OVIS); None if the file has no levels.
     """
 
     id: int
@@ -61,13 +61,13 @@ class Video:
     """One video and the instances in it.
 
     Attributes:
-        id: unique among the videos of its dataset.
-        height: of every frame, in pixels.
-        width: of every frame, in pixels.
-        file_names: the frames in temporal order, relative to the folder of the dataset's images; empty in files that
-            only say how many there are.
+        id: unique among the videos of the dataset.
+        height: frame height in pixels.
+        width: frame width in pixels.
+        file_names: the frames in temporal order, as paths relative to the dataset's image folder; empty if the file
+            gives only their number.
         length: number of frames.
-        instances: the ground truth, crowds included; empty when the file has none.
+        instances: the ground truth, including crowds; empty if the file has none.
     """
 
     id: int
@@ -84,18 +84,18 @@ class Video:
         rows: Tensor | None = None,
         columns: Tensor | None = None,
     ) -> Tensor:
-        """Masks of n of the video's instances in T of its frames, or of some of their rows and columns.
+        """Decode the masks of n instances in T frames, either whole or restricted to some rows and columns.
 
         Args:
             instances: the n instances.
             frames: indices of the T frames.
-            rows: (h,) int64 indices of the rows to take, in any order, repeated or not; None: all.
-            columns: (w,) int64 likewise.
+            rows: (h,) int64 indices of the rows to take, in any order, with repeats allowed; None takes all.
+            columns: (w,) int64 indices of the columns to take, likewise.
 
         Returns:
-            (T, n, h, w) uint8, one inside the instance and zero elsewhere.
+            (T, n, h, w) uint8, 1 inside the instance and 0 elsewhere.
         """
-        import torch  # here, so that commands that only read annotations start without it
+        import torch  # imported here so that commands that only read annotations do not load it
 
         row_indices = np.arange(self.height) if rows is None else rows.numpy()
         column_indices = np.arange(self.width) if columns is None else columns.numpy()
@@ -118,11 +118,14 @@ class Video:
 
 @dataclass(frozen=True)
 class VideoDataset:
-    """A dataset: its categories and its annotated videos.
+    """The categories and annotated videos of a dataset.
 
     Attributes:
-        categories: in ascending order of id; a category's index is its class index.
-        videos: in the order of the file; a tuple, or ``PackedVideos``, which are made on access.
+        categories: in ascending order of id; a category's position is its class index.
+        videos: in file order; either a tuple or ``PackedVideos``, which builds each video on access.
+
+    Raises:
+        ValueError: category ids are not unique and ascending.
     """
 
     categories: tuple[Category, ...]

@@ -1,4 +1,4 @@
-"""Frames between file and network: augmentation in training, resizing in evaluation, normalization."""
+"""Frame preprocessing: augmentation for training, resizing for evaluation, and normalization."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from torchvision.transforms.v2 import functional as F
 from instanceformer.constants import constant
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
-"""ImageNet mean of red, green and blue, as fractions of full brightness."""
+"""ImageNet mean of red, green and blue, on a scale of [0, 1]."""
 IMAGE_STD = (0.229, 0.224, 0.225)
-"""ImageNet standard deviation of red, green and blue."""
+"""ImageNet standard deviation of red, green and blue, on a scale of [0, 1]."""
 
 
 def normalize(frames: Tensor) -> Tensor:
-    """(..., 3, H, W) uint8 RGB to float32 of zero mean and unit deviation over ImageNet."""
+    """Convert (..., 3, H, W) uint8 RGB to float32, normalized with the ImageNet mean and standard deviation."""
     mean, std = _statistics(frames.device)
     return frames.float().sub_(mean).div_(std)
 
 
 @constant
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of brightness in [0, 255], (3, 1, 1) each."""
+    """ImageNet mean and standard deviation on the [0, 255] scale, each (3, 1, 1)."""
     mean, std = (255 * torch.tensor(x).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
     on_gpu = device.type == "cuda"
     return mean.to(device, non_blocking=on_gpu), std.to(device, non_blocking=on_gpu)
 
 
 def fit_size(height: int, width: int, size: int | None, max_size: int) -> tuple[int, int]:
-    """The (height, width) of the same proportions with shorter side ``size``, or less to keep within ``max_size``.
+    """The (height, width) after scaling the shorter side to ``size`` while keeping the aspect ratio.
 
-    ``size=None`` keeps the frame's size unless its longer side exceeds ``max_size``.
+    The result is scaled down further if its longer side would exceed ``max_size``. With ``size=None`` the frame keeps
+    its size unless its longer side exceeds ``max_size``.
     """
     scale = 1.0 if size is None else size / min(height, width)
     scale = min(scale, max_size / max(height, width))
@@ -43,7 +44,7 @@ def fit_size(height: int, width: int, size: int | None, max_size: int) -> tuple[
 
 
 def resize(frames: Tensor, size: int | None, max_size: int) -> Tensor:
-    """Resize (T, 3, H, W) uint8 frames to ``fit_size``; frames of that size are returned as they are."""
+    """Resize (T, 3, H, W) uint8 frames to ``fit_size``; frames that already have that size are returned unchanged."""
     height, width = frames.shape[-2:]
     target = fit_size(height, width, size, max_size)
     if target == (height, width):
@@ -54,12 +55,12 @@ def resize(frames: Tensor, size: int | None, max_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The part of its frames that a clip shows, resized and possibly mirrored.
+    """A crop, resize and optional flip that applies to all frames of a clip.
 
     Attributes:
-        crop: the part, (top, left, height, width) in pixels of the frame.
-        size: (height, width) in pixels to which the part is resized.
-        flip: whether left and right are exchanged.
+        crop: (top, left, height, width) in pixels of the original frame.
+        size: (height, width) in pixels that the crop is resized to.
+        flip: whether to mirror left and right.
     """
 
     crop: tuple[int, int, int, int]
@@ -67,7 +68,7 @@ class Geometry:
     flip: bool = False
 
     def apply(self, frame: Tensor) -> Tensor:
-        """Bring a frame (3, H, W) uint8 to (3, *size) uint8, with antialiasing."""
+        """Transform a (3, H, W) uint8 frame to (3, *size) uint8, with antialiasing."""
         frame = F.crop(frame, *self.crop)
         if self.size != self.crop[2:]:
             frame = F.resize(frame, list(self.size), antialias=True)
@@ -75,32 +76,35 @@ class Geometry:
 
     @property
     def rows(self) -> Tensor:
-        """(size[0],) int64: the frame's row for each row of a mask."""
+        """(size[0],) int64: the row of the original frame that each row of a transformed mask is taken from."""
         return self.crop[0] + _nearest(self.crop[2], self.size[0])
 
     @property
     def columns(self) -> Tensor:
-        """(size[1],) int64: the frame's column for each column of a mask."""
+        """(size[1],) int64: the column of the original frame that each column of a transformed mask is taken from."""
         columns = self.crop[1] + _nearest(self.crop[3], self.size[1])
         return columns.flip(0) if self.flip else columns
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a training clip, the same for all its frames; random numbers are torch's.
+    """Random augmentation of a training clip, the same for all its frames. Uses torch's random number generator.
 
-    The crop is DETR's: the frame is resized to a shorter side of ``crop_from``, a part with sides between the two
-    ``crop_sides`` is cut out, and that part is resized like a whole frame. Both resizings are done as one.
+    Crops are as in DETR: the frame is resized so that its shorter side is one of ``crop_from``, a crop whose sides lie
+    in the range ``crop_sides`` is cut out, and the crop is resized like a whole frame. The two resizes are done as one.
 
     Attributes:
         flip: probability of mirroring left and right.
-        sizes: shorter sides in pixels to draw from; empty: the frames keep their size.
-        max_size: greatest length in pixels of the longer side in training; none: ``max_size`` of the data.
+        sizes: lengths of the shorter side, in pixels, to choose from; empty: the frames keep their size.
+        max_size: maximum length of the longer side in training, in pixels; none: ``max_size`` of the data.
         crop: probability of a crop.
-        crop_from: shorter sides in pixels before the crop, to draw from.
-        crop_sides: least and greatest side of the crop in pixels.
-        photometric: probability of each change of brightness, contrast, saturation, hue and order of the channels.
-        max_instances: of a clip; if it has more, this many are drawn, each with all its masks.
+        crop_from: lengths of the shorter side before the crop, in pixels, to choose from.
+        crop_sides: minimum and maximum side length of the crop in pixels.
+        photometric: probability of each change of brightness, contrast, saturation, hue and channel order.
+        max_instances: maximum number of instances in a clip; from a larger number, a random subset is kept.
+
+    Raises:
+        ValueError: an option is out of range.
     """
 
     flip: float = 0.5
@@ -128,12 +132,12 @@ class Augmentation:
             )
 
     def draw_geometry(self, height: int, width: int, max_size: int) -> Geometry:
-        """Draw the part of its frames that a clip shows.
+        """Draw a random crop, size and flip for a clip.
 
         Args:
-            height: of the frames in pixels.
-            width: of the frames in pixels.
-            max_size: greatest length in pixels of the result's longer side, unless ``self.max_size`` is given.
+            height: frame height in pixels.
+            width: frame width in pixels.
+            max_size: maximum length of the result's longer side in pixels; ``self.max_size`` overrides it if given.
         """
         max_size = max_size if self.max_size is None else self.max_size
         crop = (0, 0, height, width)
@@ -143,11 +147,11 @@ class Augmentation:
         return Geometry(crop, size, flip=bool(torch.rand(()) < self.flip))
 
     def change_colors(self, frames: Tensor) -> Tensor:
-        """Draw photometric changes of a clip (T, 3, H, W) uint8 and make them, the same in all frames."""
+        """Apply random photometric changes to a (T, 3, H, W) uint8 clip, the same in all frames."""
         return v2.RandomPhotometricDistort(p=self.photometric)(frames) if self.photometric else frames
 
     def _draw_crop(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of a crop in pixels of the frame before resizing."""
+        """Draw a crop: (top, left, height, width) in pixels of the original frame."""
         scale = _draw(self.crop_from) / min(height, width)
         spans = []
         for side in (height, width):
@@ -164,9 +168,9 @@ def _draw(sizes: tuple[int, ...]) -> int:
 
 
 def _nearest(length: int, target: int) -> Tensor:
-    """(target,) int64: the nearest of ``length`` pixels to each of ``target`` pixels that span the same distance.
+    """(target,) int64: source indices for nearest-neighbor resizing from ``length`` to ``target`` pixels.
 
-    This is "nearest-exact"; "nearest", the only mode of tv_tensors.Mask, moves a mask by up to half a pixel.
+    The mode is "nearest-exact". "nearest", the only mode of tv_tensors.Mask, shifts a mask by up to half a pixel.
     """
     return (
         interpolate(torch.arange(length, dtype=torch.float32).view(1, 1, -1), target, mode="nearest-exact")

@@ -1,4 +1,4 @@
-"""The batch types that training and evaluation receive."""
+"""The batches that training and evaluation receive."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ClipTargets:
-    """Ground truth of one clip of T frames with n instances, each visible in at least one of them (n may be 0).
+    """Ground truth of a clip of T frames with n instances, each visible in at least one frame; n may be 0.
 
     Attributes:
-        labels: (n,) int64, class index in [0, K).
-        boxes: (T, n, 4) float32, (center x, center y, width, height) as fractions of the clip's size without padding;
-            zeros if the instance is not visible.
-        masks: (T, n, H, W) bool at the clip's size without padding; all false if not visible.
+        labels: (n,) int64, class indices in [0, K).
+        boxes: (T, n, 4) float32, (center x, center y, width, height) as fractions of the clip's unpadded size; zeros
+            where the instance is not visible.
+        masks: (T, n, H, W) bool at the clip's unpadded size; all false where the instance is not visible.
         visible: (T, n) bool.
     """
 
@@ -30,18 +30,19 @@ class ClipTargets:
 
 @dataclass(frozen=True)
 class DenseTargets:
-    """Ground truth of B clips of T frames as dense tensors, so that losses need no loop over instances.
+    """Ground truth of B clips of T frames as dense tensors, so that the losses need no loop over instances.
 
-    Each clip has at most n instances; n is at least 1, and instances that a clip does not have are never visible.
+    n is the largest number of instances in any of the clips, and at least 1. Clips with fewer are padded with
+    instances that are never visible.
 
     Attributes:
-        labels: (B, n) int64 class index.
-        boxes: (T, B, n, 4) float32 cxcywh as fractions of the clip's size without padding.
+        labels: (B, n) int64 class indices.
+        boxes: (T, B, n, 4) float32 cxcywh as fractions of the clip's unpadded size.
         visible: (T, B, n) bool.
-        masks: (T, B, n, h, w) uint8, number in [0, 16] of the pixels of each 4x4 cell that the mask covers; a cell is
+        masks: (T, B, n, h, w) uint8 in [0, 16], how many pixels of each 4x4 cell the mask covers. A cell corresponds to
             one mask logit.
-        pixels: (B, h, w) bool, whether a cell belongs to the clip and not to its padding.
-        entering: (T, B, n) bool, whether this is the first frame in which the instance is visible; stays on the CPU,
+        pixels: (B, h, w) bool, true for cells of the clip, false for padding.
+        entering: (T, B, n) bool, whether this is the first frame in which the instance is visible. Stays on the CPU,
             where instances are matched.
     """
 
@@ -61,8 +62,8 @@ class DenseTargets:
         """Pad and stack the targets of a batch.
 
         Args:
-            clips: one for each clip of the batch, all with the same number of frames.
-            size: (height, width) in pixels of the padded frames.
+            clips: targets of each clip; all clips have the same number of frames.
+            size: (height, width) of the padded frames in pixels.
         """
         n = max(1, *(len(clip.labels) for clip in clips))
         grid = (-(-size[0] // 4), -(-size[1] // 4))
@@ -82,17 +83,17 @@ class DenseTargets:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DenseTargets:
-        """Move every tensor but ``entering`` to ``device``."""
+        """Move every tensor except ``entering`` to ``device``."""
         moved = {name: x.to(device, non_blocking=non_blocking) for name, x in vars(self).items() if name != "entering"}
         return replace(self, **moved)
 
     def pin_memory(self) -> DenseTargets:
-        """Copy every tensor to page-locked memory, as the DataLoader asks."""
+        """Copy every tensor to page-locked memory; called by the DataLoader."""
         return DenseTargets(**{name: x.pin_memory() for name, x in vars(self).items()})
 
 
 def coverage(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Number of pixels of each 4x4 cell in a mask: (T, n, H, W) bool to (T, n, h, w) uint8, zero beyond H and W."""
+    """Count the mask pixels in each 4x4 cell: (T, n, H, W) bool to (T, n, h, w) uint8, zero beyond H and W."""
     height, width = masks.shape[-2:]
     x = F.pad(masks.view(torch.uint8), (0, grid[1] * 4 - width, 0, grid[0] * 4 - height))
     for dim in (-2, -1):
@@ -109,13 +110,14 @@ def _inside(clip: ClipTargets, grid: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """B training clips of T frames, padded on the right and at the bottom to a common size.
+    """B training clips of T frames, padded at the right and bottom to a common size.
 
     Attributes:
-        frames: (B, T, 3, H, W) float32, RGB normalized with the ImageNet mean and deviation; zero in the padding.
-        padding: (B, H, W) bool, true in the padding; None if all clips have the same size. It stays on the CPU, where
-            the network reads the clips' sizes from it.
-        targets: of the B clips.
+        frames: (B, T, 3, H, W) float32 RGB, normalized with the ImageNet mean and standard deviation; zero in the
+            padding.
+        padding: (B, H, W) bool, true in the padding; None if all clips have the same size. Stays on the CPU, where the
+            network reads the clip sizes from it.
+        targets: ground truth of the B clips.
     """
 
     frames: Tensor
@@ -123,25 +125,25 @@ class ClipBatch:
     targets: DenseTargets
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> ClipBatch:
-        """Move the tensors that are needed on ``device``; Lightning does not pass ``non_blocking``."""
+        """Move the tensors needed on ``device``; non-blocking by default, since Lightning does not pass the flag."""
         frames = self.frames.to(device, non_blocking=non_blocking)
         return replace(self, frames=frames, targets=self.targets.to(device, non_blocking))
 
     def pin_memory(self) -> ClipBatch:
-        """Copy every tensor to page-locked memory, as the DataLoader asks."""
+        """Copy the frames and targets to page-locked memory; called by the DataLoader."""
         return replace(self, frames=self.frames.pin_memory(), targets=self.targets.pin_memory())
 
 
 @dataclass(frozen=True)
 class VideoChunk:
-    """Consecutive frames of one video; the chunks of a video arrive in order, the first with ``start == 0``.
+    """Consecutive frames of one video. The chunks of a video arrive in order; the first has ``start == 0``.
 
     Attributes:
         frames: (1, T, 3, H, W) float32, normalized as in ClipBatch, unpadded, resized for the network.
         video_id: the video's id in its annotation file.
-        start: index in the video of the chunk's first frame.
-        length: number of frames of the whole video.
-        size: (height, width) in pixels of the video's original frames.
+        start: index of the chunk's first frame in the video.
+        length: number of frames in the whole video.
+        size: (height, width) of the original frames in pixels.
     """
 
     frames: Tensor
@@ -152,7 +154,7 @@ class VideoChunk:
 
     @property
     def is_last(self) -> bool:
-        """Whether the video ends with this chunk."""
+        """Whether this is the last chunk of the video."""
         return self.start + self.frames.shape[1] == self.length
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> VideoChunk:
@@ -160,10 +162,10 @@ class VideoChunk:
         return replace(self, frames=self.frames.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> VideoChunk:
-        """Copy the frames to page-locked memory, as the DataLoader asks."""
+        """Copy the frames to page-locked memory; called by the DataLoader."""
         return replace(self, frames=self.frames.pin_memory())
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a small tensor from the CPU without waiting for the device."""
+    """Copy a small CPU tensor to ``device`` without blocking on it."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

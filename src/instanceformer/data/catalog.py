@@ -1,4 +1,4 @@
-"""The datasets of the paper: where their archives hold what, their categories, and how COCO's map onto them."""
+"""The paper's datasets: file layout, categories, and how COCO's categories map to theirs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ SPLIT_OF_STAGE: dict[str, SplitName] = {"fit": "train", "validate": "valid", "te
 CATALOG_SPLITS: dict[SplitName, CatalogSplit] = {
     "train": "train",
     "valid": "valid",
-    "test": "valid",  # the split of which results are published
+    "test": "valid",  # the split on which results are published
     "predict": "valid",
 }
 
 
 @dataclass(frozen=True)
 class Split:
-    """Where one part of a dataset lies.
+    """The files of one split of a dataset.
 
     Attributes:
-        annotations: JSON file in the format of YouTube-VIS, or of COCO, whose images are videos of one frame.
-        images: folder that the file names in it are relative to.
+        annotations: JSON file in YouTube-VIS format, or in COCO format, whose images are read as videos of one frame.
+        images: folder that the file names in ``annotations`` are relative to.
     """
 
     annotations: Path
@@ -37,14 +37,16 @@ class Split:
 
 @dataclass(frozen=True)
 class SplitEntry:
-    """One split of a dataset. Archives are unpacked in different ways, so the first path that exists counts.
+    """A split of a dataset in the catalog.
+
+    Archives are unpacked in different ways, so several paths are listed; the first that exists is used.
 
     Attributes:
-        annotations: possible paths of the annotation file, relative to the root of all datasets.
-        images: possible paths of the folder that file names of frames are relative to, relative to the same root.
-        annotated: whether the official file has annotations; if not, only the evaluation server has them.
-        videos: number of videos (in COCO, of images); None if it is not certain.
-        instances: number of annotations, crowds included; None if it is not certain.
+        annotations: candidate paths of the annotation file, relative to the root folder of all datasets.
+        images: candidate paths of the image folder, relative to the same root.
+        annotated: whether the official file has annotations; otherwise only the evaluation server has them.
+        videos: number of videos (for COCO, images); None if not known for certain.
+        instances: number of annotations, including crowds; None if not known for certain.
     """
 
     annotations: tuple[str, ...]
@@ -56,13 +58,13 @@ class SplitEntry:
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """A dataset.
+    """A dataset in the catalog.
 
     Attributes:
-        name: its key in the catalog and the name of its folder.
-        homepage: where to get it.
-        categories: with the official ids and spellings, in ascending order of id.
-        splits: by name.
+        name: key in the catalog, and name of the dataset's folder.
+        homepage: where to get the dataset.
+        categories: official ids and spellings, in ascending order of id.
+        splits: the splits, by name.
     """
 
     name: DatasetName
@@ -72,18 +74,18 @@ class DatasetEntry:
 
 
 def locate(root: Path, name: DatasetName, split: CatalogSplit) -> tuple[Path, Path]:
-    """Find a split of a dataset of the catalog.
+    """Find the files of a catalog dataset's split.
 
     Args:
-        root: folder with one folder for each dataset, such as ``root/ovis``.
+        root: folder with one subfolder per dataset, such as ``root/ovis``.
         name: the dataset.
         split: the split.
 
     Returns:
-        The annotation file and the folder of images; both exist.
+        The annotation file and the image folder; both exist.
 
     Raises:
-        FileNotFoundError: one or both do not exist; the message lists the paths that were tried.
+        FileNotFoundError: one or both do not exist; the message lists the paths tried.
     """
     dataset = CATALOG[name]
     entry = dataset.splits[split]
@@ -103,7 +105,7 @@ def locate(root: Path, name: DatasetName, split: CatalogSplit) -> tuple[Path, Pa
 
 
 def _spellings(split: CatalogSplit) -> tuple[str, ...]:
-    """Names that copies of a dataset give to a split."""
+    """The names that copies of a dataset use for a split."""
     return ("valid", "val", "validation") if split == "valid" else (split,)
 
 
@@ -130,7 +132,7 @@ def _ovis(split: CatalogSplit, videos: int) -> SplitEntry:
     ]
     return SplitEntry(
         annotations=tuple(f"ovis/{file}" for file in files),
-        images=tuple(f"ovis/{part}{inner}" for part in parts for inner in ("/JPEGImages", "")),  # inside, if both are
+        images=tuple(f"ovis/{part}{inner}" for part in parts for inner in ("/JPEGImages", "")),  # inner first
         annotated=split == "train",
         videos=videos,
     )
@@ -147,7 +149,7 @@ def _coco(part: str, file: str, images: int, instances: int | None) -> SplitEntr
 
 
 def _numbered(names: str) -> tuple[Category, ...]:
-    """Categories numbered from 1, of names between commas."""
+    """Categories numbered from 1, from comma-separated names."""
     return tuple(Category(id_, name) for id_, name in enumerate(names.split(", "), start=1))
 
 
@@ -165,7 +167,7 @@ _OVIS = _numbered(
     "Person, Bird, Cat, Dog, Horse, Sheep, Cow, Elephant, Bear, Zebra, Giraffe, Poultry, Giant_panda, Lizard, Parrot, "
     "Monkey, Rabbit, Tiger, Fish, Turtle, Bicycle, Motorcycle, Airplane, Boat, Vehical"
 )
-_COCO = tuple(  # ids up to 90, ten of them unused
+_COCO = tuple(  # ids go up to 90; ten are unused
     category
     for category in _numbered(
         "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, -, "
@@ -207,8 +209,8 @@ CATALOG: Mapping[DatasetName, DatasetEntry] = {
         homepage=_YOUTUBE_VIS_PAGE,
         categories=_YTVIS21,
         splits={
-            "train": _youtube_vis(("ytvis22", "ytvis21"), "train", videos=2985),  # the videos of 2021
-            "valid": _youtube_vis(("ytvis22",), "valid", videos=421 + 71),  # those of 2021, and the long ones
+            "train": _youtube_vis(("ytvis22", "ytvis21"), "train", videos=2985),  # same as 2021
+            "valid": _youtube_vis(("ytvis22",), "valid", videos=421 + 71),  # those of 2021 plus the long ones
             "test": _youtube_vis(("ytvis22",), "test", videos=453 + 89),
         },
     ),
@@ -231,28 +233,29 @@ CATALOG: Mapping[DatasetName, DatasetEntry] = {
 }
 
 
-# Names that replace COCO's; the first that the target has counts. Whole names are compared: a teddy bear is no bear.
-# Categories that are only similar have no entry and are dropped if the target lacks their name: a bicycle is no
-# motorbike, skis are no snowboard, and birds cannot be divided into the owls and eagles of YouTube-VIS 2019.
+# What other datasets call COCO's categories; the first name that the target has is used. Whole names are compared: a
+# teddy bear is not a bear. Categories that are merely similar have no entry and are dropped if the target lacks their
+# name: a bicycle is not a motorbike, skis are not a snowboard, and COCO's birds cannot be split into the owls and
+# eagles of YouTube-VIS 2019.
 KNOWN_AS: dict[str, tuple[str, ...]] = {
     "bus": ("bus", "vehical", "vehicle"),  # OVIS spells it Vehical
     "car": ("car", "sedan", "vehical", "vehicle"),
     "frisbee": ("frisbee", "flying_disc"),
     "motorcycle": ("motorcycle", "motorbike"),
-    "mouse": (),  # a computer's; in YouTube-VIS an animal
+    "mouse": (),  # a computer mouse; in YouTube-VIS, an animal
     "truck": ("truck", "vehical", "vehicle"),
 }
 
 
 def map_categories(source: VideoDataset, target: Sequence[Category]) -> VideoDataset:
-    """Express a dataset in the categories of another, by name.
+    """Map the categories of a dataset to those of another by name.
 
-    Case, underscores and spaces do not matter. Instances of categories that the target lacks are dropped, and with them
-    the videos that have no other; videos without any instance stay. Crowds keep their category like other instances.
+    Case, underscores and spaces are ignored. Instances whose category the target lacks are dropped, and so are videos
+    that lose all their instances this way; videos that had none are kept. Crowds are treated like other instances.
 
     Args:
-        source: has COCO's categories, or some of them.
-        target: categories to end up with, in ascending order of id.
+        source: a dataset with COCO's categories, or some of them.
+        target: the categories to map to, in ascending order of id.
 
     Returns:
         The dataset with the target's categories.
@@ -276,17 +279,17 @@ def map_categories(source: VideoDataset, target: Sequence[Category]) -> VideoDat
 
 
 def find_namesakes(ours: Sequence[Category], theirs: Sequence[Category]) -> tuple[int | None, ...]:
-    """Find the class of another list that each of ours is: by name or, failing that, by a synonym in KNOWN_AS.
+    """Find, for each of our classes, the same class in another list: by name, or else by a synonym in KNOWN_AS.
 
-    Case, underscores and spaces do not matter, nor which of the lists is COCO's. One of theirs can be several of ours:
-    OVIS' Vehical is the car and the truck of YouTube-VIS 2021.
+    Case, underscores and spaces are ignored, and either list may be COCO's. Several of our classes can map to one of
+    theirs: OVIS's Vehical is both the car and the truck of YouTube-VIS 2021.
 
     Args:
-        ours: in class order.
-        theirs: in class order; of several synonyms the first counts.
+        ours: our categories in class order.
+        theirs: the other categories in class order; if several are synonyms, the first is used.
 
     Returns:
-        For each of ours the index of theirs, or None.
+        For each of our classes, the index of theirs, or None.
     """
     keys = [_key(category.name) for category in theirs]
     groups = [{_key(name), *map(_key, names)} for name, names in KNOWN_AS.items() if names]

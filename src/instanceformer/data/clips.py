@@ -1,4 +1,4 @@
-"""Training clips: a few frames of one video with the instances that are visible in them."""
+"""Training clips: a few frames of a video and the instances visible in them."""
 
 from __future__ import annotations
 
@@ -18,32 +18,31 @@ from instanceformer.data.images import read_image
 from instanceformer.data.packed import pack
 
 MAX_DRAWS = 10
-"""Number of draws of a clip's frames after which one without instances is accepted."""
+"""How often to draw a clip's frames before accepting a clip without instances."""
 UNCHANGED = Augmentation(flip=0.0, sizes=(), crop=0.0)
-"""Leaves frames as they are, except those that are larger than ``max_size``."""
+"""Leaves frames unchanged, except that those larger than ``max_size`` are scaled down."""
 
 
 class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
-    """Clips of frames drawn at random from one video and kept in temporal order (appendix A.2 of the paper).
+    """Clips of randomly drawn frames of one video, in temporal order (appendix A.2 of the paper).
 
-    Random numbers are torch's: each epoch draws anew, and a seed makes it repeatable, in worker processes too.
+    Uses torch's random number generator: each epoch draws new clips, and a seed makes them repeatable, also in worker
+    processes.
 
     Args:
         dataset: the annotated videos.
         images: folder that the videos' file names are relative to.
-        clip_frames: frames of a clip, T. Videos with fewer frames repeat some.
-        clip_step: greatest distance between neighboring frames of a clip; None: anywhere in the video. See
-            ``draw_frames``.
-        far_frames: number of a clip's frames that lie anywhere in the video despite ``clip_step``.
-        cuts: fraction of the clips that are cut to another one and, mostly, back again, see ``with_cut``.
-        clips_per_video: items of each video in an epoch, with frames drawn anywhere, and drawn again, at most MAX_DRAWS
-            times, if they show no instance. None: an item for each frame in which an instance is visible; that frame
-            is in the clip.
-        augmentation: random changes; None: ``UNCHANGED``.
-        max_size: greatest length of a frame's longer side in pixels.
+        clip_frames: number of frames in a clip, T. Videos with fewer frames repeat some.
+        clip_step: maximum distance between neighboring frames of a clip; None: no limit. See ``draw_frames``.
+        far_frames: how many of a clip's frames are drawn from anywhere in the video despite ``clip_step``.
+        cuts: fraction of clips that cut to another clip and, usually, back again; see ``with_cut``.
+        clips_per_video: number of clips per video and epoch, redrawn up to MAX_DRAWS times in all until an instance is
+            visible. None: one clip for each frame in which an instance is visible; the clip includes that frame.
+        augmentation: random augmentation; None: ``UNCHANGED``.
+        max_size: maximum length of a frame's longer side in pixels.
 
     Raises:
-        ValueError: an option is out of its range.
+        ValueError: an option is out of range.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         self.cuts = cuts
         self.augmentation = UNCHANGED if augmentation is None else augmentation
         self.max_size = max_size
-        if clips_per_video is None:  # (N, 2), indices of the video and of the frame to be in the clip; -1: any frame
+        if clips_per_video is None:  # (N, 2), indices of the video and of a frame that must be in the clip; -1: any
             self.items = pack(dataset.videos).populated_frames()
         else:
             self.items = np.repeat([(index, -1) for index in range(len(dataset.videos))], clips_per_video, axis=0)
@@ -91,10 +90,10 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         """Draw a clip.
 
         Returns:
-            (T, 3, H, W) float32 normalized frames, and their targets with n instances, possibly none.
+            (T, 3, H, W) float32 normalized frames, and their targets with n instances; n may be 0.
 
         Raises:
-            ValueError: a frame is missing, unreadable or not of its video's size.
+            ValueError: a frame is missing, unreadable, or not the size of its video.
         """
         clip = self._draw(index)
         if self.cuts > 0 and torch.rand(()) < self.cuts:
@@ -102,7 +101,7 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
         return normalize(clip[0]), clip_targets(*clip[1:])
 
     def _draw(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A clip of one video: pixels, labels and masks as in ``read_clip``, the latter bool."""
+        """Draw a clip of one video: pixels, labels and masks as in ``read_clip``, but with bool masks."""
         video_index, frame = self.items[index].tolist()
         reference = None if frame < 0 else frame
         video = self.dataset.videos[video_index]
@@ -117,17 +116,18 @@ class ClipDataset(Dataset[tuple[Tensor, ClipTargets]]):
 def draw_frames(
     length: int, count: int, step: int | None = None, far: int = 0, reference: int | None = None
 ) -> list[int]:
-    """Draw ``count`` of a video's frames at random, in temporal order.
+    """Draw ``count`` random frames of a video, in temporal order.
 
-    The clip grows from the reference frame: each further frame is drawn from the ``step`` frames before and the
-    ``step`` frames after those drawn so far. Once these span the whole video, the rest are drawn from between.
+    The clip grows from the reference frame: each further frame is drawn from the ``step`` frames before the earliest
+    and the ``step`` frames after the latest drawn so far. Once the clip spans the whole video, the remaining frames are
+    drawn from the gaps.
 
     Args:
-        length: frames of the video.
-        count: frames to draw; each is drawn once before any is drawn twice.
-        step: greatest distance between neighboring frames, which 1 makes consecutive; None: all are far.
-        far: number of frames that are drawn last and from anywhere in the video.
-        reference: index of a frame that must be drawn; None: any.
+        length: number of frames in the video.
+        count: number of frames to draw. No frame is drawn twice before all have been drawn once.
+        step: maximum distance between neighboring frames (1 makes them consecutive); None: no limit.
+        far: how many frames are drawn last, and from anywhere in the video.
+        reference: index of a frame that must be drawn; None: no such frame.
     """
     frames = [int(torch.randint(length, ())) if reference is None else reference]
     while len(frames) < min(count, length):
@@ -142,16 +142,17 @@ def draw_frames(
 def with_cut(
     clip: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Replace consecutive frames of a clip, except the first, by those of another clip, as in a film that is cut.
+    """Imitate a film cut: replace a random run of frames, never the first frame, with those of another clip.
 
-    All instances disappear at once and unseen ones appear; if the replaced frames are not the last, the first return.
+    At the cut all instances disappear and new ones appear. If the clip does not end with the replaced frames, it cuts
+    back and its own instances return.
 
     Args:
         clip: (T, 3, H, W) pixels, (m,) labels and (T, m, H, W) bool masks.
-        other: likewise; if its frames have another size, nothing is replaced.
+        other: the other clip, in the same form; if its frames have a different shape, nothing is replaced.
 
     Returns:
-        A clip likewise, with the instances of both.
+        A clip in the same form, with the instances of both.
     """
     frames, labels, masks = clip
     other_frames, other_labels, other_masks = other
@@ -167,7 +168,7 @@ def with_cut(
 
 
 def shown_instances(video: Video, frames: Sequence[int]) -> list[Instance]:
-    """The instances that any of the frames shows, without crowds."""
+    """The instances visible in at least one of the frames, without crowds."""
     return [
         instance
         for instance in video.instances
@@ -183,15 +184,15 @@ def read_clip(
     augmentation: Augmentation,
     max_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Read and augment T of a video's frames, with all instances that they show, or ``max_instances`` of them.
+    """Read and augment T frames of a video, with the instances visible in them, at most ``max_instances``.
 
-    A crop that would lose all of them is not made.
+    If the crop would remove every instance, the frames are not cropped.
 
     Returns:
-        (T, 3, H, W) uint8 RGB frames, (T, n, H, W) uint8 masks, zero or one, and (n,) int64 class indices.
+        (T, 3, H, W) uint8 RGB frames, (T, n, H, W) uint8 masks of zeros and ones, and (n,) int64 class indices.
 
     Raises:
-        ValueError: a file is missing, is not an image, or is not of the video's size.
+        ValueError: a file is missing, is not an image, or is not the size of the video.
     """
     instances = shown_instances(video, frames)
     if augmentation.max_instances is not None:
@@ -208,10 +209,10 @@ def read_clip(
 
 
 def read_frames(video: Video, images: Path, frames: Sequence[int], geometry: Geometry | None = None) -> Tensor:
-    """Read T of a video's frames: (T, 3, height, width) uint8 RGB, of the geometry's size if one is given.
+    """Read T frames of a video as (T, 3, height, width) uint8 RGB, transformed by ``geometry`` if given.
 
     Raises:
-        ValueError: a file is missing, is not an image, or is not of the video's size.
+        ValueError: a file is missing, is not an image, or is not the size of the video.
     """
     read: dict[int, Tensor] = {}
     for frame in frames:
@@ -219,12 +220,12 @@ def read_frames(video: Video, images: Path, frames: Sequence[int], geometry: Geo
             continue
         path = images / video.file_names[frame]
         image = read_image(path, video.height, video.width, f"frame {frame} of video {video.id}")
-        read[frame] = image if geometry is None else geometry.apply(image)  # one by one is fastest
+        read[frame] = image if geometry is None else geometry.apply(image)  # faster one at a time than as a stack
     return torch.stack([read[frame] for frame in frames])
 
 
 def clip_targets(labels: Tensor, masks: Tensor) -> ClipTargets:
-    """Targets of a clip from labels (m,) and masks (T, m, H, W) bool, without instances that no frame shows."""
+    """Targets of a clip from (m,) labels and (T, m, H, W) bool masks, without instances that are never visible."""
     boxes = mask_boxes(masks)
     visible = boxes[..., 2] > 0
     kept = visible.any(0)
@@ -234,12 +235,12 @@ def clip_targets(labels: Tensor, masks: Tensor) -> ClipTargets:
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
-    """Tightest boxes of masks (..., H, W) bool.
+    """Bounding boxes of (..., H, W) bool masks.
 
     Returns:
         (..., 4) float32, (center x, center y, width, height) as fractions of W and H; zeros for an empty mask.
     """
-    pixels = masks.view(torch.uint8)  # amax of uint8 is ten times as fast as any of bool
+    pixels = masks.view(torch.uint8)  # uint8 amax is ten times as fast as bool any
     centers, lengths = [], []
     for occupied in (pixels.amax(-2), pixels.amax(-1)):  # columns (..., W), rows (..., H)
         size = occupied.shape[-1]
@@ -252,7 +253,7 @@ def mask_boxes(masks: Tensor) -> Tensor:
 
 
 def collate_clips(clips: Sequence[tuple[Tensor, ClipTargets]]) -> ClipBatch:
-    """Put clips into one batch, padded to the largest height and width among them."""
+    """Combine clips into a batch, padded to the largest height and the largest width among them."""
     frames = [clip[0] for clip in clips]
     height, width = (max(f.shape[dim] for f in frames) for dim in (-2, -1))
     targets = DenseTargets.from_clips([clip[1] for clip in clips], (height, width))

@@ -1,4 +1,4 @@
-"""The datasets of one experiment, as Lightning's Trainer and command line use them."""
+"""The datasets of an experiment, for Lightning's Trainer and command line."""
 
 from __future__ import annotations
 
@@ -35,51 +35,54 @@ from instanceformer.data.streaming import RawStream, RawVideo, StreamingVideos, 
 
 PAPER_AUGMENTATION = Augmentation()
 SEED = "PL_GLOBAL_SEED"
-"""Environment variable in which Lightning's ``seed_everything`` leaves the seed for other processes."""
+"""Environment variable through which Lightning's ``seed_everything`` passes the seed to other processes."""
 PAPER_EVAL_SIZE, PAPER_MAX_SIZE = 360, 768
 
 
 class VideoDataModule(LightningDataModule):
-    """Training clips, and streams of whole videos for validation, test and prediction.
+    """Training clips, and streams of whole videos for validation, testing and prediction.
 
-    A dataset of the catalog needs only ``root`` and ``name``: its training split is trained on, its validation split
-    is tested and predicted, and validated on if it has annotations. A split that is given replaces that split.
+    A catalog dataset needs only ``root`` and ``name``. Its training split is used for training, and its validation
+    split for testing, prediction and, if it has annotations, validation. A split given explicitly takes precedence.
 
-    An interrupted training goes on as if it had not been: the clips of a batch, and how they are drawn and augmented,
-    follow from the seed (``seed_everything``) and the number of the batch, see ``ClipSampler``.
+    An interrupted training run resumes exactly where it stopped: which clips a batch has, and how they are drawn and
+    augmented, depends only on the seed (``seed_everything``) and the batch number; see ``ClipSampler``.
 
     Args:
         train: split to train on; must have annotations.
         valid: split to validate on; must have annotations.
-        test: split to test on; without annotations its results are written but not measured.
-        predict: split to write results for, whose annotations, if any, are not used; or the path of a video file, of a
-            folder of images, or of a folder of either, see ``find_videos``, whose classes are then the checkpoint's.
-        root: folder with one folder for each dataset, such as ``root/ovis``.
-        name: dataset of the catalog.
-        joint: images to train on together with the videos; none: videos alone.
-        augmentation: random changes of the training clips.
-        batch_size: training clips of each process.
-        clip_frames: frames of a training clip.
-        clip_step: greatest distance between neighboring frames of a clip; none: they lie anywhere in the video.
-        far_frames: number of a clip's frames that lie anywhere in the video despite ``clip_step``.
-        cuts: fraction of the clips of videos that are cut to another one, as films are, so that identities learn to
-            disappear and to return; see ``with_cut``.
-        clips_per_video: clips of each video in an epoch; none: one around each frame in which an instance is visible.
-        chunk_frames: frames that evaluation and prediction read at once.
-        eval_size: shorter side in pixels of the frames in evaluation and prediction; none: that of the evaluated
-            checkpoint, or 360.
-        max_size: greatest length in pixels of the longer side, unless an augmentation has its ``max_size``; none: that
-            of the checkpoint, or 768.
-        num_workers: processes that read data, for each loader.
-        skip_unreadable: in training, replace a clip with an unreadable image by another, with a warning; their number
-            is logged as ``train/replaced_clips``. If false, such an image ends the training.
-        outside_images: allow file names and links that lead out of a split's folder of images.
+        test: split to test on; without annotations, results are written but not evaluated.
+        predict: split to write results for; its annotations, if any, are ignored. Or the path of a video file, a folder
+            of images, or a folder of either (see ``find_videos``); the classes are then those of the checkpoint.
+        root: folder with one subfolder per dataset, such as ``root/ovis``.
+        name: name of a catalog dataset.
+        joint: images to train on together with the videos; none: videos only.
+        augmentation: random augmentation of the training clips.
+        batch_size: training clips per process.
+        clip_frames: number of frames in a training clip.
+        clip_step: maximum distance between neighboring frames of a clip; none: no limit.
+        far_frames: how many of a clip's frames are drawn from anywhere in the video despite ``clip_step``.
+        cuts: fraction of video clips that cut to another clip, as films do, so that the network learns that identities
+            disappear and return; see ``with_cut``.
+        clips_per_video: number of clips per video and epoch; none: one for each frame in which an instance is visible.
+        chunk_frames: number of frames that evaluation and prediction read at once.
+        eval_size: length of the frames' shorter side in evaluation and prediction, in pixels; none: that of the
+            checkpoint, or else 360.
+        max_size: maximum length of the longer side in pixels, unless an augmentation sets its own ``max_size``; none:
+            that of the checkpoint, or else 768.
+        num_workers: number of worker processes per data loader.
+        skip_unreadable: in training, replace a clip that has an unreadable image by another one, with a warning, and
+            log the number of such clips as ``train/replaced_clips``. If false, an unreadable image ends the training.
+        outside_images: allow file names and links that lead out of a split's image folder.
 
     Attributes:
-        seed: of the training data: that of ``seed_everything``, or else the checkpoint's, or torch's.
-        given_sizes: ``eval_size`` and ``max_size`` as they were given.
-        skip: ids of videos that test and predict leave out, empty after ``setup``; given before the loaders are made.
-        raw_videos: those to predict where ``predict`` is a path, once ``setup`` was called.
+        seed: seed of the training data: that of ``seed_everything``, or else the checkpoint's, or else torch's.
+        given_sizes: ``eval_size`` and ``max_size`` as passed in.
+        skip: ids of videos that test and predict leave out. ``setup`` clears it; set it before the loaders are created.
+        raw_videos: the videos to predict if ``predict`` is a path; available after ``setup``.
+
+    Raises:
+        ValueError: a size or count is below 1, or ``root`` is missing where it is needed.
     """
 
     def __init__(
@@ -124,16 +127,16 @@ class VideoDataModule(LightningDataModule):
         self.eval_size, self.max_size = eval_size or PAPER_EVAL_SIZE, max_size or PAPER_MAX_SIZE
         self.skip_unreadable, self.outside_images = skip_unreadable, outside_images
         self.seed = 0
-        self.training_clips: SeededClips | None = None  # once there is a loader of them
+        self.training_clips: SeededClips | None = None  # set when the training loader is created
         self.skip: frozenset[int] = frozenset()
         self.raw_videos: list[RawVideo] = []
         self._datasets: dict[SplitName, VideoDataset] = {}
 
     @property
     def categories(self) -> tuple[Category, ...]:
-        """The categories in the order of their class indices, from a split in use or else the first that is given.
+        """The categories by class index, from a split that has been read, or else from the first one given.
 
-        Empty once ``setup`` took videos that have no annotations.
+        Empty after ``setup`` for prediction on videos without annotations.
         """
         if self.raw_videos:
             return ()
@@ -153,17 +156,17 @@ class VideoDataModule(LightningDataModule):
 
     @property
     def category_names(self) -> list[str]:
-        """Names of the categories by class index."""
+        """Category names by class index."""
         return [category.name for category in self.categories]
 
     def count_classes(self, stage: str) -> int | None:
-        """Number of categories of a stage's annotations, before ``setup``; None where no annotations are given."""
+        """Number of categories in a stage's annotations, usable before ``setup``; None if it has no annotation file."""
         alone = stage == "predict" and self._predicted_path is not None
         is_given = self.splits[SPLIT_OF_STAGE[stage]] is not None or (self.root and self.dataset_name)
         return self.videos(stage)[0].num_classes if is_given and not alone else None
 
     def ground_truth(self, stage: str) -> VideoDataset | None:
-        """Annotations that the validation of fit or validate, or test, is measured against; None if there are none."""
+        """Annotations that fit, validate or test is evaluated against; None if there are none."""
         if stage == "predict" or (stage == "fit" and not self._validates):
             return None
         dataset = self._dataset("test" if stage == "test" else "valid")
@@ -174,21 +177,21 @@ class VideoDataModule(LightningDataModule):
         return self._split(SPLIT_OF_STAGE[stage]).annotations
 
     def video_ids(self, stage: str) -> list[int]:
-        """Ids of the videos of a stage: test or predict."""
+        """Video ids of a stage: test or predict."""
         return [video.id for video in self.raw_videos or self.videos(stage)[0].videos]
 
     def videos(self, stage: str) -> tuple[VideoDataset, Path]:
-        """Annotations and folder of images of a stage: fit, validate, test or predict."""
+        """Annotations and image folder of a stage: fit, validate, test or predict."""
         name = SPLIT_OF_STAGE[stage]
         return self._dataset(name), self._split(name).images
 
     def setup(self, stage: str) -> None:
-        """Read and check what a stage needs: fit (which validates too if it can), validate, test or predict.
+        """Read and check the data of a stage: fit (including validation if possible), validate, test or predict.
 
         Raises:
             FileNotFoundError: an annotation file or the first frame of a video is missing.
-            ValueError: a split is not given, not in the format or without annotations, or two splits differ in their
-                categories, there are too few clips for one batch, or a frame lies outside the images' folder.
+            ValueError: a split is missing, malformed or lacks required annotations; two splits have different
+                categories; there are too few clips for one batch; or a frame lies outside the image folder.
         """
         self.raw_videos, self.skip = [], frozenset()
         if stage == "predict" and self._predicted_path is not None:
@@ -215,12 +218,12 @@ class VideoDataModule(LightningDataModule):
                 )
 
     def adopt_sizes(self, eval_size: int, max_size: int) -> None:
-        """Take the sizes of a checkpoint, in pixels, where none were given."""
+        """Use a checkpoint's sizes, in pixels, for those that were not given."""
         given_eval_size, given_max_size = self.given_sizes
         self.eval_size, self.max_size = given_eval_size or eval_size, given_max_size or max_size
 
     def state_dict(self) -> dict[str, Any]:
-        """What the order of the training clips follows from, for a checkpoint."""
+        """What the order of the training clips depends on, to be stored in a checkpoint."""
         return {
             "seed_everything": self.seed,
             "data.batch_size": self.batch_size,
@@ -229,14 +232,14 @@ class VideoDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See that a resumed training goes on with the clips that it would have had.
+        """Check that a resumed training run will see the same clips as if it had not been interrupted.
 
         Raises:
-            ValueError: something that their order follows from is not as it was.
+            ValueError: something that the order of the clips depends on has changed.
         """
         if self.trainer is None or self.trainer.state.fn != "fit":
             return
-        if SEED not in os.environ:  # none was given
+        if SEED not in os.environ:  # no seed was given
             self.seed = state_dict.get("seed_everything", self.seed)
         for name, value in self.state_dict().items():
             if state_dict.get(name) != value:
@@ -247,8 +250,8 @@ class VideoDataModule(LightningDataModule):
                 )
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ClipTargets]]:
-        """Shuffled batches of clips: ClipBatch. It begins with the first one that the training has not begun."""
-        # Lightning warns of loaders without a state; this one follows the trainer's count of batches
+        """Shuffled clips as ClipBatch, beginning with the first batch that training has not yet started."""
+        # Lightning warns about loaders without state; this one follows the trainer's batch count
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
         trainer, clips = self.trainer, self._clips
         self.training_clips = SeededClips(clips, self.skip_unreadable)
@@ -272,7 +275,7 @@ class VideoDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[VideoChunk] | list[DataLoader[VideoChunk]]:
-        """The chunks of this rank's share of the validation videos; no loader where no such split is given."""
+        """The chunks of this rank's share of the validation videos; an empty list without a validation split."""
         return self._stream("valid") if self._validates else []
 
     def test_dataloader(self) -> DataLoader[VideoChunk]:
@@ -323,7 +326,7 @@ class VideoDataModule(LightningDataModule):
         return ConcatDataset([clips, pseudo_clips])
 
     def _stream(self, name: SplitName) -> DataLoader[VideoChunk]:
-        # Lightning warns of any iterable dataset that has a length; the workers of this one do share the chunks.
+        # Lightning warns about any iterable dataset that has a length; the workers of this one do share the chunks.
         warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
         videos = StreamingVideos(
             self._dataset(name),
@@ -357,7 +360,7 @@ class VideoDataModule(LightningDataModule):
 
     @property
     def _validates(self) -> bool:
-        """Whether a training has a validation split."""
+        """Whether training has a validation split."""
         if self.splits["valid"] is not None or self.dataset_name is None:
             return self.splits["valid"] is not None
         return CATALOG[self.dataset_name].splits[CATALOG_SPLITS["valid"]].annotated
@@ -377,7 +380,7 @@ class VideoDataModule(LightningDataModule):
 
     @cached_property
     def _joint_images(self) -> VideoDataset:
-        """The images in the categories of the videos."""
+        """The images, with their categories mapped to those of the videos."""
         return map_categories(open_annotations(self._joint_split.annotations), self._dataset("train").categories)
 
     def _check(self, name: SplitName) -> None:

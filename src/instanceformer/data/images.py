@@ -1,4 +1,4 @@
-"""Frames in image files: where they may lie, and how they are read. Imports torch only to read one."""
+"""Image files of frames: where they may be, and how to read them. torch is imported only when an image is read."""
 
 from __future__ import annotations
 
@@ -24,31 +24,32 @@ if TYPE_CHECKING:
 
 
 class ImageError(ValueError):
-    """An image file that is missing, damaged, or no image."""
+    """An image file is missing, damaged, or not an image."""
 
 
 class ImageSizeError(ImageError):
-    """An image of another size than its video's."""
+    """An image does not have the size of its video."""
 
 
 def frame_path(images: Path, name: str, outside: bool = False) -> Path:
-    """The file of a frame.
+    """The path of a frame's image file, which need not exist.
 
     Args:
-        images: folder that the file names of an annotation file are relative to; it may itself be a link.
-        name: one of these.
+        images: folder that the file names in an annotation file are relative to; may itself be a link.
+        name: a file name from the annotation file.
         outside: allow names and links that lead out of the folder.
 
     Raises:
         ImageError: no file can have this name.
-        ValueError: it leads out of the folder, by ``..``, as an absolute path or by a link, and that is not allowed.
+        ValueError: the name leads out of the folder through ``..``, an absolute path or a link, and ``outside`` is
+            false.
     """
     path = images / name
     if outside:
         return path
     try:
         is_link = stat.S_ISLNK(os.lstat(path).st_mode)
-    except OSError:  # reading the file gives the reason
+    except OSError:  # reading the file will give the reason
         is_link = False
     except ValueError as error:
         raise ImageError(f"{images}: found the file name {show(name)}, which no file can have ({error})") from error
@@ -64,17 +65,18 @@ def frame_path(images: Path, name: str, outside: bool = False) -> Path:
 
 
 def check_frames(option: str, videos: Iterable[Video], split: Split, outside: bool) -> None:
-    """See that all frames may be read and that the first frame of every video exists.
+    """Check that no frame lies outside the image folder and that the first frame of every video exists.
 
     Args:
-        option: of the command line that gives the split, for messages.
-        videos: of the split.
-        split: the annotation file, for messages, and the folder of images.
+        option: command-line option that set the split, for messages.
+        videos: the videos of the split.
+        split: the image folder, and the annotation file, which is used in messages.
         outside: as in ``frame_path``.
 
     Raises:
         FileNotFoundError: the first frame of a video does not exist.
-        ImageError, ValueError: a video has no file names, or as ``frame_path``.
+        ImageError: no file can have the name of a frame.
+        ValueError: a video has no file names, or a frame lies outside the image folder.
     """
     folder = FrameFolder(split.images, outside)
     for video in videos:
@@ -93,14 +95,14 @@ def check_frames(option: str, videos: Iterable[Video], split: Split, outside: bo
 
 
 class FrameFolder:
-    """Tells which frames exist by listing each of their folders once; arguments are as in ``frame_path``."""
+    """Tells which frames exist, listing each folder only once. Arguments are as in ``frame_path``."""
 
     def __init__(self, images: Path, outside: bool = False) -> None:
         self.images, self.outside = images, outside
-        self._plain: dict[str, frozenset[str]] = {}  # by folder the names of its files that are no links
+        self._plain: dict[str, frozenset[str]] = {}  # names of regular files (not links), by folder
 
     def has(self, name: str) -> bool:
-        """Whether the file of a frame exists."""
+        """Whether the file of a frame exists; raises as ``frame_path`` does."""
         folder, last = os.path.split(name)
         if folder not in self._plain:
             self._plain[folder] = self._list(self.images / folder)
@@ -112,7 +114,7 @@ class FrameFolder:
                 return frozenset()
             with os.scandir(folder) as entries:
                 return frozenset(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
-        except (OSError, ValueError):  # frame_path gives the reason
+        except (OSError, ValueError):  # frame_path will give the reason
             return frozenset()
 
 
@@ -120,28 +122,28 @@ def _is_inside(target: str, images: Path) -> bool:
     return os.path.join(target, "").startswith(os.path.join(_real(str(images)), ""))
 
 
-@lru_cache(maxsize=2**14)  # called for every frame, so it is to take microseconds
+@lru_cache(maxsize=2**14)  # called for every frame, so it must take only microseconds
 def _real(folder: str) -> str:
     return os.path.realpath(folder)
 
 
 def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
-    """Read an image, turned as its EXIF orientation says and as viewers and labeling tools show it.
+    """Read an image and apply its EXIF orientation, as viewers and labeling tools do.
 
     Args:
-        path: of the file.
+        path: the image file.
         height: expected height of the upright image in pixels.
-        width: expected width.
+        width: expected width of the upright image in pixels.
         what: description of the image for messages.
 
     Returns:
         (3, height, width) uint8 RGB.
 
     Raises:
-        ImageSizeError: it is of another size.
-        ImageError: it is missing, not an image, or not a single one of 8 bits a channel.
+        ImageSizeError: the image has a different size.
+        ImageError: the file is missing, is not an image, has several images, or does not have 8 bits per channel.
     """
-    import torch  # here, so that commands that only look at files start without it
+    import torch  # imported here so that commands that only look at files do not load it
     from torchvision.io import ImageReadMode, decode_image
 
     name = shorten(path)
@@ -154,7 +156,7 @@ def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
     if image.dtype != torch.uint8 or image.ndim != 3:
         found = f"{len(image)} images" if image.ndim == 4 else f"values of type {image.dtype}"
         raise ImageError(f"{name}: {what} is to be one image of 8 bits a channel, found {found}; convert the file")
-    if data[8:12].tobytes() == b"WEBP" and image_orientation(path) != 1:  # torchvision does not turn WebP
+    if data[8:12].tobytes() == b"WEBP" and image_orientation(path) != 1:  # which torchvision does not turn
         with Image.open(path) as picture:
             image = torch.from_numpy(np.array(upright(picture.convert("RGB")))).permute(2, 0, 1).contiguous()
     if image.shape[1:] == (height, width):
@@ -174,6 +176,6 @@ def read_image(path: Path, height: int, width: int, what: str) -> Tensor:
 
 
 def shorten(path: Path | str) -> str:
-    """A path for a message, cut off if it is longer than a file's can be."""
+    """A path for a message, truncated if it is absurdly long."""
     text = str(path)
     return text if len(text) <= 500 else f"{text[:100]}... ({len(text)} characters)"

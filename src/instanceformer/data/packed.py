@@ -1,6 +1,6 @@
-"""Annotated videos as flat arrays, which take a fraction of the memory of objects.
+"""Annotated videos as flat arrays, which need a fraction of the memory of objects.
 
-A large annotation file is parsed once and stored as such arrays; all processes map that copy.
+A large annotation file is parsed once and stored as such arrays; all processes memory-map that copy.
 """
 
 from __future__ import annotations
@@ -27,36 +27,37 @@ from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.files import locking, remove_leftovers, replacing
 
 LARGE = 2**24
-"""Bytes of JSON from which a file is worth a copy; smaller ones are read within a second or two."""
+"""File size in bytes from which a packed copy is worthwhile; smaller files are read in a second or two."""
 VERSION = 1
-"""Of the copies; to be raised when the same JSON is to give other arrays."""
+"""Version of the packed copies; increase it when the same JSON should produce different arrays."""
 PATIENCE = 600.0
-"""Seconds to wait for the process that reads a file; then it counts as stuck, and this process reads the file too."""
+"""Seconds to wait for another process to read a file before assuming it is stuck and reading the file here too."""
 
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """V videos, the F names of their frames, their I instances, and M masks, one for each instance and frame.
+    """V videos, F frame names, I instances, and M masks, one per instance and frame.
 
-    The things of owner i are those from ``owner_things[i]`` to ``owner_things[i + 1]``. The widest numbers come first,
-    so that all are aligned in a file that holds one array after the other.
+    Arrays of length n + 1 hold offsets: video i has the instances from ``video_instances[i]`` up to, but not including,
+    ``video_instances[i + 1]``, and so on. The arrays are ordered by item size, widest first, so that all are aligned
+    when stored one after another in a file.
 
     Attributes:
         video_ids: (V,) int64.
-        video_names: (V + 1,) int64.
-        video_instances: (V + 1,) int64.
-        name_bytes: (F + 1,) int64, offsets in ``names``.
+        video_names: (V + 1,) int64, offsets of each video's frame names.
+        video_instances: (V + 1,) int64, offsets of each video's instances.
+        name_bytes: (F + 1,) int64, offsets into ``names``.
         instance_ids: (I,) int64.
-        category_ids: (I,) int64, of the instances.
-        instance_masks: (I + 1,) int64.
-        mask_bytes: (M + 1,) int64, offsets in ``counts``; a mask has no bytes if its instance is not visible.
-        areas: (M,) float64; (0,) if no instance has areas.
-        sizes: (V, 3) int32, number of frames, height and width.
-        occlusion: (M,) int32, indices of ``labels``; (0,) if no instance has labels.
-        flags: (I, 4) bool: is a crowd, has areas, has areas of boxes, has labels.
-        names: uint8, file names in UTF-8.
+        category_ids: (I,) int64, category id of each instance.
+        instance_masks: (I + 1,) int64, offsets of each instance's masks.
+        mask_bytes: (M + 1,) int64, offsets into ``counts``; a mask has no bytes if the instance is not visible.
+        areas: (M,) float64, in pixels; (0,) if no instance has areas.
+        sizes: (V, 3) int32, number of frames, height and width in pixels.
+        occlusion: (M,) int32, indices into ``labels``; (0,) if no instance has labels.
+        flags: (I, 4) bool: is a crowd, has areas, areas are those of boxes, has occlusion labels.
+        names: uint8, UTF-8 file names.
         counts: uint8, compressed run-length counts.
-        labels: uint8, JSON of a list of the levels of occlusion and null.
+        labels: uint8, JSON list of the occlusion labels, possibly including null.
     """
 
     video_ids: npt.NDArray[np.int64]
@@ -78,12 +79,13 @@ class Arrays:
 
 @dataclass(frozen=True, eq=False)
 class PackedVideos(Sequence[Video]):
-    """Videos that are made on access and not kept, so that worker processes do not grow.
+    """Videos that are built on access and not kept, so that the memory of worker processes does not grow.
 
     Attributes:
-        arrays: of these and possibly more videos.
-        rows: (n,) int64, ascending indices of these videos in the arrays.
-        category_ids: the new id of each category; instances of others are left out. None: ids stay.
+        arrays: data of these videos, and possibly of others.
+        rows: (n,) int64, indices of these videos in ``arrays``, ascending.
+        category_ids: maps old category ids to new ones; instances of other categories are left out. None keeps all
+            instances and ids.
     """
 
     arrays: Arrays
@@ -121,7 +123,7 @@ class PackedVideos(Sequence[Video]):
         category_ids = arrays.category_ids[first:end].tolist()
         if self.category_ids is not None and self.category_ids.keys().isdisjoint(category_ids):
             return ()
-        masks = int(arrays.instance_masks[first])  # the first of the video
+        masks = int(arrays.instance_masks[first])  # index of the video's first mask
         counts = _parts(arrays.counts, arrays.mask_bytes[masks : masks + (end - first) * length + 1].tolist())
         instances = []
         ids, flags = arrays.instance_ids[first:end].tolist(), arrays.flags[first:end].tolist()
@@ -150,11 +152,11 @@ class PackedVideos(Sequence[Video]):
         return labels
 
     def with_categories(self, category_ids: Mapping[int, int]) -> PackedVideos:
-        """Give instances other categories.
+        """Change the categories of the instances.
 
         Args:
-            category_ids: the new id for each id. Instances of other categories are left out, and so are the videos
-                that lose all their instances.
+            category_ids: maps old ids to new ones. Instances of other categories are left out, and so are videos that
+                lose all their instances this way.
         """
         if self.category_ids is not None:
             category_ids = {id_: category_ids[new] for id_, new in self.category_ids.items() if new in category_ids}
@@ -163,14 +165,14 @@ class PackedVideos(Sequence[Video]):
         return replace(changed, rows=self.rows[stays])
 
     def without_instances(self) -> PackedVideos:
-        """The videos without instances, which are made faster."""
+        """The same videos without their instances, which makes access faster."""
         return replace(self, category_ids={})
 
     def populated_frames(self) -> npt.NDArray[np.int32]:
-        """Every frame that shows an instance which is not a crowd.
+        """Find all frames in which an instance other than a crowd is visible.
 
         Returns:
-            (N, 2) int32, indices of the video and of its frame, in ascending order.
+            (N, 2) int32, index of the video and index of the frame in it, in ascending order.
         """
         arrays = self.arrays
         index = np.full(len(arrays.video_ids), -1)
@@ -186,19 +188,19 @@ class PackedVideos(Sequence[Video]):
         return np.stack(np.divmod(frames, longest), axis=1).astype(np.int32)
 
     def _are_in_use(self) -> npt.NDArray[np.bool_]:
-        """(I,) whether each instance is of a category in use."""
+        """(I,) bool, whether each instance's category is in use."""
         if self.category_ids is None:
             return np.ones(len(self.arrays.category_ids), dtype=np.bool_)
         return np.isin(self.arrays.category_ids, list(self.category_ids))
 
     def _instances_of_videos(self) -> npt.NDArray[np.int64]:
-        """(n,) number of instances in use of each video."""
-        before = np.concatenate(([0], self._are_in_use().cumsum()))  # each instance
+        """(n,) int64, number of instances in each video whose category is in use."""
+        before = np.concatenate(([0], self._are_in_use().cumsum()))  # how many come before each instance
         return np.diff(before[self.arrays.video_instances])[self.rows]
 
 
 def pack(videos: Sequence[Video]) -> PackedVideos:
-    """Bring videos into arrays; videos that are packed are returned as they are."""
+    """Pack videos into arrays; videos that already are packed are returned unchanged."""
     if isinstance(videos, PackedVideos):
         return videos
     instances = [instance for video in videos for instance in video.instances]
@@ -235,12 +237,12 @@ def _int64(numbers: Iterable[int]) -> npt.NDArray[np.int64]:
 
 
 def _offsets(sizes: Iterable[int]) -> npt.NDArray[np.int64]:
-    """Offsets at which consecutive parts of these sizes begin, and the end of the last."""
+    """Start offsets of consecutive parts of these sizes, followed by the end of the last part."""
     return _int64(accumulate(sizes, initial=0))
 
 
 def _parts(content: npt.NDArray[np.uint8], offsets: Sequence[int]) -> list[bytes]:
-    """The bytes between each offset and the next."""
+    """Split ``content`` into the bytes between successive offsets."""
     first = offsets[0]
     text = content[first : offsets[-1]].tobytes()
     return [text[start - first : end - first] for start, end in pairwise(offsets)]
@@ -248,7 +250,7 @@ def _parts(content: npt.NDArray[np.uint8], offsets: Sequence[int]) -> list[bytes
 
 @dataclass(frozen=True, eq=False)
 class _MappedArrays(Arrays):
-    """Arrays in a copy; pickled, they are its path, and another process maps it again."""
+    """Arrays mapped from a packed copy. They are pickled as its path, and the other process maps the copy again."""
 
     path: Path
     checksum: str
@@ -258,16 +260,17 @@ class _MappedArrays(Arrays):
 
 
 def open_annotations(path: Path | str) -> VideoDataset:
-    """``read_annotations`` for files that many runs and processes read; the videos are packed, see ``PackedVideos``.
+    """Like ``read_annotations``, for files that many runs and processes read; returns packed videos.
 
-    The first process to open a file of ``LARGE`` bytes or more writes a copy of it while others wait; all then map the
-    copy. It is ``.NAME.packed`` beside the file or, if that folder is not writable, a file in
-    ``$XDG_CACHE_HOME/instanceformer``, and may be removed at any time. It is written anew if it is damaged or the
-    file's size or time of change is another. If no copy can be written, each process reads the file, with a warning.
+    The first process to open a file of ``LARGE`` bytes or more writes a packed copy of it while other processes wait;
+    all of them then memory-map the copy. The copy is ``.NAME.packed`` beside the file or, if that folder is not
+    writable, a file in ``$XDG_CACHE_HOME/instanceformer``. It may be deleted at any time, and is rewritten if it is
+    damaged or if the file's size or modification time has changed. If no copy can be written, every process reads the
+    file itself, with a warning.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not in a known format; the message says where, what was expected and what was found.
+        ValueError: the file is malformed; the message says where, what was expected and what was found.
     """
     path = Path(path)
     expect_file(path, "a JSON file")
@@ -284,7 +287,7 @@ def open_annotations(path: Path | str) -> VideoDataset:
         copy = beside if os.access(path.parent, os.W_OK) else elsewhere
         copy.parent.mkdir(parents=True, exist_ok=True)
         with locking(copy, PATIENCE):
-            if (written := _load(copy, source)) is not None:  # by another process, meanwhile
+            if (written := _load(copy, source)) is not None:  # by another process in the meantime
                 return written
             remove_leftovers(copy.parent, copy.name)
             dataset = _packed(read_annotations(path))
@@ -312,7 +315,7 @@ def _digest(path: Path) -> str:
 
 
 def _save(copy: Path, source: dict[str, int], dataset: VideoDataset) -> None:
-    """Write a checksum of all that follows, a line of JSON, and the arrays, from a multiple of 64 bytes on."""
+    """Write a packed copy: a checksum of the rest, one line of JSON, and the arrays, aligned to 64 bytes."""
     arrays = [np.ascontiguousarray(getattr(pack(dataset.videos).arrays, field.name)) for field in fields(Arrays)]
     head = {
         "source": source,
@@ -331,7 +334,7 @@ def _save(copy: Path, source: dict[str, int], dataset: VideoDataset) -> None:
 
 
 def _load(copy: Path, source: dict[str, int]) -> VideoDataset | None:
-    """The dataset in a copy; None if there is no copy, if it has another source, or if it is damaged."""
+    """Load the dataset from a copy; None if the copy is missing, damaged, or made from a different file."""
     try:
         checksum, head, content = _open(copy)
         if head["source"] != source or f"{zlib.crc32(content[8:].data):08x}" != checksum:
@@ -351,7 +354,7 @@ def _reopen(copy: Path, checksum: str) -> Arrays:
 
 
 def _open(copy: Path) -> tuple[str, dict[str, Any], npt.NDArray[np.uint8]]:
-    """Checksum, line and all bytes of a copy."""
+    """Open a copy: its checksum, its JSON header (with ``start``, the offset of the arrays), and all its bytes."""
     with copy.open("rb") as file:
         checksum, line = file.read(8).decode("ascii"), file.readline()
         head = json.loads(line)

@@ -1,4 +1,4 @@
-"""Images as videos: a clip of random views of one image, to train on images and videos together."""
+"""Pseudo videos: clips of random views of a single image, for training on images and videos together."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from instanceformer.data.packed import pack
 
 @dataclass(frozen=True)
 class PseudoVideo:
-    """How an image becomes a clip; random numbers are torch's.
+    """How to turn an image into a clip. Uses torch's random number generator.
 
-    One frame, at a random index, is the image itself. Every other is an independent view of it: an affine and
-    perspective change of the image and its masks, changed brightness and saturation, and sometimes motion blur. Pixels
-    outside the image are black and belong to no instance; an instance that leaves the view is absent.
+    One frame, at a random index, is the image itself. Every other frame is an independent random view of it: an affine
+    and perspective transform of the image and its masks, a change of brightness and saturation, and sometimes motion
+    blur. Pixels outside the image are black and belong to no instance; an instance that leaves the view is not visible.
 
     Attributes:
-        rotation: greatest angle in degrees, to either side, in [0, 180].
-        shear: greatest angle in degrees, to either side, in [0, 80].
-        zoom: greatest factor by which a view is larger, or smaller, than the image, in [1, 10].
-        translation: greatest movement to any side, as a fraction of the height or width, in [0, 1].
-        perspective: greatest movement of each corner, as a fraction of half the height and width, in [0, 0.45].
-        brightness: greatest change of the brightness, as a fraction of it, in [0, 1].
-        saturation: greatest change of the saturation, as a fraction of it, in [0, 1].
+        rotation: maximum rotation to either side in degrees, in [0, 180].
+        shear: maximum shear to either side in degrees, in [0, 80].
+        zoom: maximum factor by which a view is enlarged or reduced, in [1, 10].
+        translation: maximum shift in either direction, as a fraction of the height or width, in [0, 1].
+        perspective: maximum shift of each corner, as a fraction of half the height and width, in [0, 0.45].
+        brightness: maximum relative change in brightness, in [0, 1].
+        saturation: maximum relative change in saturation, in [0, 1].
         blurred: probability that a view is blurred, in [0, 1].
-        blur: greatest length in pixels of the line that a point is blurred to, in [3, 100]; the least is 3.
+        blur: maximum length of the motion blur in pixels, in [3, 100]; the minimum is 3.
 
     Raises:
-        ValueError: an option is out of its range.
+        ValueError: an option is out of range.
     """
 
     rotation: float = 15.0
@@ -59,11 +59,11 @@ class PseudoVideo:
             "shear": (0, 80),
             "zoom": (1, 10),
             "translation": (0, 1),
-            "perspective": (0, 0.45),  # the corners of a frame stay those of a convex shape up to 0.5
+            "perspective": (0, 0.45),  # the quadrilateral stays convex up to 0.5
             "brightness": (0, 1),
             "saturation": (0, 1),
             "blurred": (0, 1),
-            "blur": (3, 100),  # along most lines, 2 pixels leave an image as it is
+            "blur": (3, 100),  # at most angles, 2 pixels would leave the image unchanged
         }
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
@@ -74,8 +74,8 @@ class PseudoVideo:
 
         Args:
             image: (3, H, W) uint8.
-            masks: (n, H, W) uint8, zero or one.
-            count: frames of the clip.
+            masks: (n, H, W) uint8, zeros and ones.
+            count: number of frames in the clip.
 
         Returns:
             (T, 3, H, W) uint8 frames and (T, n, H, W) uint8 masks.
@@ -96,7 +96,7 @@ class PseudoVideo:
         return image, masks
 
     def _draw_corners(self, height: int, width: int) -> Tensor:
-        """(4, 2) float64: new positions of a frame's corners, (x, y) in pixels, clockwise from the upper left."""
+        """Draw new positions of a frame's corners: (4, 2) float64, (x, y) in pixels, clockwise from the top left."""
         half = torch.tensor([width / 2, height / 2], dtype=torch.float64)
         corners = torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=torch.float64)
         corners = half * (corners + self.perspective * (2 * torch.rand(4, 2) - 1))
@@ -111,13 +111,17 @@ class PseudoVideo:
 class JointImages:
     """Images to train on together with the videos, as the paper does with COCO.
 
-    Their categories are mapped to those of the videos by name, see ``map_categories``.
+    Their categories are mapped to those of the videos by name; see ``map_categories``.
 
     Attributes:
-        share: fraction of an epoch's clips that are made of images, between 0 and 1; each epoch draws them anew.
-        split: of the images; none: COCO's training split under ``data.root``.
-        pseudo_video: how an image becomes a clip.
-        augmentation: random changes of the image before that; none: those of the videos.
+        share: fraction of an epoch's clips that are made from images, greater than 0 and less than 1. Each epoch draws
+            new images.
+        split: the images and their annotations; none: COCO's training split under ``data.root``.
+        pseudo_video: how to turn an image into a clip.
+        augmentation: random augmentation of the image before that; none: as for the videos.
+
+    Raises:
+        ValueError: ``share`` is out of range.
     """
 
     share: float = 0.5
@@ -131,19 +135,19 @@ class JointImages:
 
 
 class PseudoClips(Dataset[tuple[Tensor, ClipTargets]]):
-    """Clips made of images that are drawn at random; random numbers are torch's.
+    """Clips made from randomly drawn images. Uses torch's random number generator.
 
     Args:
-        dataset: the images, as videos of one frame; of longer videos, every frame serves as an image.
+        dataset: the images, as videos of one frame; in longer videos, every frame counts as an image.
         images: folder that the file names are relative to.
-        length: items of an epoch.
-        clip_frames: frames of a clip, T.
-        pseudo_video: how an image becomes a clip.
-        augmentation: random changes of the image before that; None: ``UNCHANGED``.
-        max_size: greatest length of a frame's longer side in pixels.
+        length: number of clips in an epoch.
+        clip_frames: number of frames in a clip, T.
+        pseudo_video: how to turn an image into a clip.
+        augmentation: random augmentation of the image before that; None: ``UNCHANGED``.
+        max_size: maximum length of a frame's longer side in pixels.
 
     Raises:
-        ValueError: an option is out of its range, or no image shows an instance.
+        ValueError: an option is out of range, or no image shows an instance.
     """
 
     def __init__(
@@ -179,13 +183,13 @@ class PseudoClips(Dataset[tuple[Tensor, ClipTargets]]):
         return self.length
 
     def __getitem__(self, index: int) -> tuple[Tensor, ClipTargets]:
-        """Draw an image and make a clip of it.
+        """Draw a random image and make a clip from it; ``index`` is ignored.
 
         Returns:
             (T, 3, H, W) float32 normalized frames, and their targets with n instances.
 
         Raises:
-            ValueError: an image is missing, unreadable or not of the size that its annotations say.
+            ValueError: an image is missing, unreadable, or not the size given in the annotations.
         """
         video, frame = self.items[int(torch.randint(len(self.items), ()))].tolist()
         image, masks, labels = read_clip(
@@ -196,7 +200,7 @@ class PseudoClips(Dataset[tuple[Tensor, ClipTargets]]):
 
 
 def motion_blur(image: Tensor, length: int, angle: float) -> Tensor:
-    """Blur (3, H, W) uint8 along a line of ``length`` pixels at ``angle``, in radians from the x axis towards y."""
+    """Blur (3, H, W) uint8 along a line of ``length`` pixels at ``angle`` radians from the x axis toward the y axis."""
     reach = length // 2
     height, width = image.shape[-2:]
     padded = F.pad(image, [reach], padding_mode="edge").float()
@@ -210,5 +214,5 @@ def motion_blur(image: Tensor, length: int, angle: float) -> Tensor:
 
 
 def _draw(bound: float) -> float:
-    """A number from -bound to bound."""
+    """Draw a number uniformly from -bound to bound."""
     return bound * (2 * float(torch.rand(())) - 1)

@@ -1,4 +1,4 @@
-"""The order of a training's clips, as a function of the seed and of the number of batches begun."""
+"""The order of the training clips, as a function of the seed and the number of batches started."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from instanceformer.data.images import ImageError, ImageSizeError
 Clip = tuple[Tensor, ClipTargets]
 
 MAX_REPLACEMENTS = 20
-"""Attempts to read a clip, each with another clip after the first, before an unreadable image ends the training."""
+"""How many clips to try, the requested one and random replacements, before an unreadable image ends the training."""
 
 
 class ClipKey(NamedTuple):
-    """What a sampler requests of a dataset.
+    """What a sampler requests from a dataset.
 
     Attributes:
         item: index of the clip.
-        seed: of all random numbers that the clip is made with.
+        seed: seed of all random numbers used to make the clip.
     """
 
     item: int
@@ -36,25 +36,25 @@ class ClipKey(NamedTuple):
 
 
 def derive_seed(*numbers: int) -> int:
-    """A seed of 63 bits that depends on every one of the non-negative ``numbers`` and on their order."""
+    """Derive a 63-bit seed from non-negative numbers; it depends on each of them and on their order."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class ClipSampler(DistributedSampler[ClipKey]):
-    """The order of a training's clips, from any batch on.
+    """The order of the training clips, starting from any batch.
 
-    Each epoch runs through all items in another order, drawn from the seed; each process takes its share. Iteration
-    begins at batch ``begun()``, counted over all epochs, and gives as many batches as an epoch has: a training that is
-    resumed goes on with the clips that it would have had.
+    Each epoch visits all items in a different order, derived from the seed; each process takes its share. Iteration
+    starts at batch ``begun()``, counted over all epochs, and yields one epoch's worth of batches. A resumed training
+    run therefore sees the same clips as one that was never interrupted.
 
     It is a DistributedSampler so that Lightning does not replace it.
 
     Args:
         items: number of items in an epoch.
-        batch_size: items of a batch of one process. An incomplete last batch of an epoch is left out.
-        seed: of the order and of every item's random numbers.
-        begun: returns the number of batches that the training has begun.
-        rank: of this process.
+        batch_size: number of items in a batch of one process. An incomplete last batch of an epoch is dropped.
+        seed: seed of the order and of every item's random numbers.
+        begun: returns the number of batches that training has started.
+        rank: rank of this process.
         world_size: number of processes.
     """
 
@@ -66,7 +66,7 @@ class ClipSampler(DistributedSampler[ClipKey]):
         self.batches = items // (batch_size * world_size)
 
     def __len__(self) -> int:
-        """Number of this process's items in a whole epoch."""
+        """Number of items per epoch for this process."""
         return self.batches * self.batch_size
 
     def __iter__(self) -> Iterator[ClipKey]:
@@ -80,14 +80,14 @@ class ClipSampler(DistributedSampler[ClipKey]):
 
 
 class SeededClips(Dataset[Clip]):
-    """Clips that depend only on their key, whichever process makes them.
+    """Clips that depend only on their key, no matter which process makes them.
 
     Args:
-        clips: a dataset with a length whose random numbers are torch's.
-        skip_unreadable: replace a clip with an image that cannot be read by another one, drawn at random.
+        clips: a dataset with a length that uses torch's random number generator.
+        skip_unreadable: replace a clip that has an unreadable image by another one, chosen at random.
 
     Attributes:
-        replaced: number of replaced clips in all worker processes.
+        replaced: number of replaced clips, over all worker processes.
     """
 
     def __init__(self, clips: Dataset[Clip], skip_unreadable: bool = False) -> None:
@@ -98,10 +98,10 @@ class SeededClips(Dataset[Clip]):
         return len(cast("Sized", self.clips))
 
     def __getitem__(self, key: ClipKey | int) -> Clip:
-        """Make a clip; an index alone, as with Lightning's ``overfit_batches``, always gives the same one.
+        """Make a clip. A plain index, as Lightning's ``overfit_batches`` passes it, always gives the same clip.
 
         Raises:
-            ImageError: an image cannot be read and is not to be skipped, or too many cannot.
+            ImageError: an image cannot be read and must not be skipped, or too many in a row cannot be read.
         """
         if isinstance(key, int):
             key = ClipKey(key, derive_seed(key))
@@ -112,7 +112,7 @@ class SeededClips(Dataset[Clip]):
                 try:
                     return self.clips[item]
                 except ImageError as error:
-                    wrong_size = isinstance(error, ImageSizeError)  # a fault of the annotations, not of one file
+                    wrong_size = isinstance(error, ImageSizeError)  # an error in the annotations, not in one file
                     if not self.skip_unreadable or wrong_size or attempt == MAX_REPLACEMENTS - 1:
                         raise
                     warnings.warn(f"{error}; another clip takes its place", stacklevel=2)
@@ -123,6 +123,6 @@ class SeededClips(Dataset[Clip]):
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """Make a worker process ignore signals to its process group: the trainer finishes its step first."""
+    """Make a worker process ignore SIGTERM and SIGINT, so that the trainer can finish its step first."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -23,31 +23,31 @@ from instanceformer.video.frames import BrokenVideo, Frame, TimedFrame, find_ima
 from instanceformer.video.reading import open_video
 
 NO_CHUNK = VideoChunk(torch.empty(1, 0, 3, 0, 0), video_id=-1, start=0, length=0, size=(0, 0))
-"""Yielded by a rank without videos: Lightning runs no hooks of a loop without batches, and other ranks would wait."""
+"""Yielded by a rank without videos: without batches, Lightning would skip its hooks, and other ranks would hang."""
 
 
 class StreamingVideos(IterableDataset[VideoChunk]):
-    """One rank's videos, one after the other, each as consecutive chunks of frames from its first to its last.
+    """One rank's videos, one after another, each as consecutive chunks of frames.
 
-    Every video goes to one rank, whole. Within a rank the worker processes take the chunks in turn: a DataLoader
-    collects from its workers in turn too, so that chunks arrive in order and a video is finished before the next
-    begins, however many workers there are. Use it with ``DataLoader(..., batch_size=None)``.
+    Each video is assigned to a single rank. Within a rank, the worker processes take the chunks in turn. A DataLoader
+    also collects from its workers in turn, so the chunks arrive in order, and one video ends before the next begins,
+    regardless of the number of workers. Use it with ``DataLoader(..., batch_size=None)``.
 
     A rank that gets no video yields one empty chunk, NO_CHUNK.
 
     Args:
         dataset: the videos; their instances are not used.
         images: folder that the videos' file names are relative to.
-        chunk_frames: frames of a chunk; the last chunk of a video may have fewer.
-        size: shorter side of the frames in pixels after resizing.
-        max_size: greatest length of the longer side in pixels.
+        chunk_frames: number of frames in a chunk; the last chunk of a video may have fewer.
+        size: length of the frames' shorter side after resizing, in pixels.
+        max_size: maximum length of the longer side in pixels.
         skip: ids of videos to leave out.
-        rank: this process's number; None: that of torch.distributed, or 0 if it is not in use.
-        world_size: number of processes that share the videos; None likewise.
+        rank: rank of this process; None: from torch.distributed, or 0 if it is not initialized.
+        world_size: number of processes that share the videos; None: from torch.distributed, or 1.
 
     Raises:
-        ValueError: chunk_frames is out of its range; on iteration, a frame is missing, unreadable or not of its video's
-            size.
+        ValueError: ``chunk_frames`` is out of range; or, during iteration, a frame is missing, unreadable, or not the
+            size of its video.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class StreamingVideos(IterableDataset[VideoChunk]):
         self.chunks = [(video, start) for video in self.videos for start in range(0, video.length, chunk_frames)]
 
     def __len__(self) -> int:
-        """Number of this rank's chunks."""
+        """Number of chunks this rank yields, NO_CHUNK included."""
         return max(1, len(self.chunks))
 
     def __iter__(self) -> Iterator[VideoChunk]:
@@ -93,12 +93,12 @@ class StreamingVideos(IterableDataset[VideoChunk]):
 
 
 def share_of_rank(lengths: Sequence[int], rank: int | None = None, world_size: int | None = None) -> list[int]:
-    """Indices of one rank's share of videos, about as many frames as every other's.
+    """Indices of one rank's share of the videos; all ranks get about the same number of frames.
 
     Args:
         lengths: number of frames of each video.
-        rank: this process's number; None: that of torch.distributed, or 0 if it is not in use.
-        world_size: number of processes; None likewise.
+        rank: rank of this process; None: from torch.distributed, or 0 if it is not initialized.
+        world_size: number of processes; None: from torch.distributed, or 1.
     """
     distributed = dist.is_available() and dist.is_initialized()
     if rank is None:
@@ -109,10 +109,10 @@ def share_of_rank(lengths: Sequence[int], rank: int | None = None, world_size: i
 
 
 def balance(loads: Sequence[int], shares: int) -> list[list[int]]:
-    """Divide items among shares evenly by load: the largest first, each to the share that has the least.
+    """Distribute items so that loads are even: largest first, each to the share with the smallest total so far.
 
     Returns:
-        For each share the indices of its items in ascending order. Every index is in exactly one share.
+        For each share, the indices of its items in ascending order. Every index is in exactly one share.
     """
     totals = [0] * shares
     members: list[list[int]] = [[] for _ in range(shares)]
@@ -134,10 +134,10 @@ class RawVideo:
     """A video without annotations.
 
     Attributes:
-        id: counted from 1, in natural order of names.
-        name: of its file or folder.
-        path: of its file or folder.
-        length: number of frames that the file declares or that is likely; None if unknown.
+        id: number in natural order of the names, starting at 1.
+        name: name of the file or folder.
+        path: path of the file or folder.
+        length: number of frames, as declared by the file or estimated; None if unknown.
     """
 
     id: int
@@ -147,15 +147,15 @@ class RawVideo:
 
 
 def find_videos(path: Path) -> list[RawVideo]:
-    """The videos at a path: itself, or the files and folders in it.
+    """Find the videos at a path: the path itself, or the files and folders in it.
 
     Args:
-        path: a video file; a folder of images, which is one video; or a folder of video files and folders of images,
-            where other entries are ignored.
+        path: a video file; a folder of images, which is one video; or a folder of video files and image folders, in
+            which other entries are ignored.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: a file is no video, or a folder holds none, or images beside videos.
+        ValueError: a file is not a video, a folder contains no video, or it contains both images and videos.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such video file or folder")
@@ -185,21 +185,21 @@ def _is_video(path: Path) -> bool:
 
 
 class RawStream(IterableDataset[VideoChunk]):
-    """One rank's videos, one after the other, each as consecutive chunks of frames from its first to its last.
+    """One rank's videos without annotations, one after another, each as consecutive chunks of frames.
 
-    Every video goes to one rank, whole. The first worker process reads it, since a film is decoded sequentially; other
-    workers are idle. Use it with ``DataLoader(..., batch_size=None)``.
+    Each video is assigned to a single rank. The first worker process reads all of them, since video is decoded
+    sequentially; the other workers are idle. Use it with ``DataLoader(..., batch_size=None)``.
 
-    The length of a video is known at its end: its last chunk has it, and the others have a length beyond their frames.
-    A video that breaks off ends with the part that could be read, with a warning. A rank that gets no video yields
-    NO_CHUNK.
+    The length of a video is known only at its end: only the last chunk has the true ``length``; in the others it is
+    one more than the frames so far, so that ``is_last`` is false. If a video breaks off, the part that could be read
+    counts as the whole video, with a warning. A rank that gets no video yields NO_CHUNK.
 
     Args:
-        videos: see ``find_videos``.
+        videos: the videos; see ``find_videos``.
         chunk_frames, size, max_size, skip, rank, world_size: as in ``StreamingVideos``.
 
     Raises:
-        ValueError: chunk_frames is out of its range; on iteration, a video cannot be read.
+        ValueError: ``chunk_frames`` is out of range; or, during iteration, a video cannot be read.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class RawStream(IterableDataset[VideoChunk]):
             start, images = start + len(images), following
 
     def _take(self, frames: Iterator[TimedFrame]) -> list[Frame]:
-        """The frames of the next chunk; none after the end."""
+        """The frames of the next chunk; empty at the end of the video."""
         images: list[Frame] = []
         try:
             images.extend(frame.image for frame in islice(frames, self.chunk_frames))

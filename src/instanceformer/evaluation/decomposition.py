@@ -1,7 +1,7 @@
-"""Where identity and AP are lost: what became of every instance, and the AP if identity, classes or masks were perfect.
+"""Error analysis: what became of every instance, and what the AP would be if identity, classes or masks were perfect.
 
-The second is as TIDE has it for boxes in images (Bolya et al., "TIDE: A General Toolbox for Identifying Object
-Detection Errors", ECCV 2020).
+The latter follows TIDE, which does it for boxes in images (Bolya et al., "TIDE: A General Toolbox for Identifying
+Object Detection Errors", ECCV 2020).
 """
 
 from __future__ import annotations
@@ -25,25 +25,27 @@ from instanceformer.evaluation.precision_recall import ComparedTrack
 
 STATES = ("right", "captured", "lost", "not_found", "wrong_class")
 AGES = {"0-3": 0, "4-7": 4, "8-15": 8, "16+": 16}
-"""Names of the ages of a track, and how many frames after it found its instance each begins."""
+"""Age groups of a track, each with its minimum age: the number of frames since the track found its instance."""
 GROUPS = 1 + len(LEVELS) + len(AGES)
-"""Rows of counts: all, then by level of occlusion, then by age."""
+"""Number of rows of counts: one for all pairs, then one per occlusion level, then one per age group."""
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Fractions of the pairs of an instance and a frame in which it is visible; they sum to 1, or are -1 of no pairs.
+    """Fractions of (instance, frame) pairs in each of ``STATES``; only frames in which the instance is visible count.
 
-    An instance is found in the first frame in which a track that has found no other covers it, with a mask IoU above
-    0.5; several are matched one to one for the highest sum. From then on this track is the instance's.
+    The fractions sum to 1, or are all -1 if there are no pairs. A track covers an instance if their mask IoU in the
+    frame is above 0.5. An instance is found in the first frame in which a track that has not found another instance
+    covers it; if there are several possibilities, tracks and instances are matched one to one for the highest total
+    IoU. From then on, this is the instance's track.
 
     Attributes:
-        right: its track covers it, IoU above 0.5, and has its class.
-        captured: its track does not cover it, but another instance.
+        right: its track covers it and has its class.
+        captured: its track covers another instance instead.
         lost: its track covers no instance, or has no mask.
         not_found: no track has found it so far.
-        wrong_class: its track covers it and has another class.
-        pairs: how many there are.
+        wrong_class: its track covers it but has another class.
+        pairs: number of pairs.
     """
 
     right: float
@@ -55,21 +57,21 @@ class Decomposition:
 
     @classmethod
     def of(cls, counts: IntArray) -> Decomposition:
-        """From the (5,) counts of ``STATES``."""
+        """Compute the fractions from (5,) counts of ``STATES``."""
         total = int(counts.sum())
         fractions = (counts / total).tolist() if total else [-1.0] * len(STATES)
         return cls(**dict(zip(STATES, fractions, strict=True)), pairs=total)
 
 
 def count_states(video: FrameComparison, tracks: int) -> IntArray:
-    """(GROUPS, 5) counts of ``STATES`` in a video, by its first ``tracks`` predicted tracks; crowds are left out.
+    """(GROUPS, 5) counts of ``STATES`` in a video, using its first ``tracks`` predicted tracks; crowds are left out.
 
-    A pair without a label of occlusion is in no level; one whose instance is not found yet has no age.
+    A pair without an occlusion label is in no level; a pair whose instance has not been found yet is in no age group.
     """
     true = np.flatnonzero(~video.is_crowd)
     ious = video.ious[:, :tracks][:, :, true]
     owners, first_frames = _find_owners(ious)
-    # (T, G, G): IoU of the track of one instance with another
+    # (T, G, G): IoU of each instance's track with each instance
     owned = ious[:, owners] if tracks else np.zeros((video.num_frames, len(true), len(true)))
     covers_its = owned.diagonal(axis1=1, axis2=2) > 0.5
     covers_any = (owned > 0.5).any(axis=2)
@@ -89,7 +91,7 @@ def count_states(video: FrameComparison, tracks: int) -> IntArray:
 
 
 def _find_owners(ious: FloatArray) -> tuple[IntArray, IntArray]:
-    """From (T, D, G) IoUs, the track that finds each instance, and in which frame; track 0 in frame T if none does."""
+    """Find each instance's track and the frame where it is found from (T, D, G) IoUs; track 0 and frame T if never."""
     frames, tracks, instances = ious.shape
     owners, first_frames = np.zeros(instances, dtype=np.int64), np.full(instances, frames)
     free = np.ones(tracks, dtype=np.bool_)
@@ -107,11 +109,12 @@ Tracks = Sequence[ComposedTrack]
 
 
 def link(video: FrameComparison, tracks: Tracks) -> Tracks:
-    """Perfect identity: an instance's track has, in each frame, the predicted mask that covers it best.
+    """Perfect identity: make one track per instance from the predicted mask with the highest IoU in each frame.
 
-    It needs an IoU above 0.3. Masks of any score are taken, so that this is the most that linking could reach. Its
-    class is the one with the highest sum of scores over the tracks that were used, its score their mean, each as often
-    as it was used. Tracks that were not used at all stay.
+    The IoU must be above 0.3, else the track has no mask in the frame. Masks of any score are used, which makes this an
+    upper bound on what better linking can reach. The class is the one with the highest sum of scores over the tracks
+    that the masks come from, and the score is the mean of their scores; a track counts once for each frame it
+    contributes. Tracks that contribute to no instance are kept.
     """
     if not tracks:
         return tracks
@@ -132,9 +135,9 @@ def link(video: FrameComparison, tracks: Tracks) -> Tracks:
 
 
 def classify(video: FrameComparison, tracks: Tracks) -> Tracks:
-    """Perfect classes: a sequence of masks has the class of the instance with which its IoU over all frames is highest.
+    """Perfect classes: give each sequence of masks the class of the instance with the highest IoU over all frames.
 
-    It counts once, with its best score. What overlaps with no instance keeps its class.
+    Each sequence counts once, with its best score. A sequence that overlaps no instance keeps its class.
     """
     best: dict[bytes, ComposedTrack] = {}
     for track in sorted(tracks, key=lambda track: -track.score):
@@ -148,7 +151,7 @@ def classify(video: FrameComparison, tracks: Tracks) -> Tracks:
 
 
 def sharpen(video: FrameComparison, tracks: Tracks) -> Tracks:
-    """Perfect masks: one that covers an instance, with an IoU above 0.5, is replaced by the instance's."""
+    """Perfect masks: replace each mask that has an IoU above 0.5 with an instance by the instance's mask."""
     if not len(video.true_classes):
         return tracks
     ious = np.where(video.is_crowd, 0.0, video.ious)  # (T, M, G)
@@ -163,11 +166,11 @@ PERFECTIONS: dict[str, tuple[Callable[[FrameComparison, Tracks], Tracks], ...]] 
     "AP_masks": (sharpen,),
     "AP_all": (link, classify, sharpen),
 }
-"""What is made perfect for each AP, one after the other."""
+"""For each AP, what is made perfect, in this order."""
 
 
 def compare_perfect(video: FrameComparison) -> dict[str, list[ComparedTrack]]:
-    """The tracks that each AP of ``PERFECTIONS`` is measured with, by its name."""
+    """The compared tracks for each AP in ``PERFECTIONS``, by its name."""
     compared = {}
     for name, fixes in PERFECTIONS.items():
         tracks: Tracks = video.tracks
@@ -178,7 +181,7 @@ def compare_perfect(video: FrameComparison) -> dict[str, list[ComparedTrack]]:
 
 
 def compare_composed(video: FrameComparison, tracks: Tracks) -> list[ComparedTrack]:
-    """Composed tracks beside the true ones of their classes, as ``compare_tracks`` has those of a file."""
+    """Compare composed tracks with the true tracks of their classes, as ``compare_tracks`` does for those of a file."""
     areas, ious = _measure(video, tracks)
     return [
         ComparedTrack(
@@ -189,7 +192,7 @@ def compare_composed(video: FrameComparison, tracks: Tracks) -> list[ComparedTra
 
 
 def _measure(video: FrameComparison, tracks: Tracks) -> tuple[IntArray, FloatArray]:
-    """(K, T) areas of K tracks in pixels, and (K, G) IoUs with the instances over all frames."""
+    """(K, T) areas of K tracks in pixels, and their (K, G) IoUs with the instances over all frames."""
     masks = np.array([track.masks for track in tracks], dtype=np.int64).reshape(len(tracks), video.num_frames)
     frames = np.arange(video.num_frames)
     areas = video.areas[frames, masks]

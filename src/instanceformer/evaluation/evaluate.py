@@ -1,4 +1,4 @@
-"""A result file compared with its ground truth, without torch, so that it starts quickly."""
+"""Compares a result file with its ground truth, without importing torch, so that it starts quickly."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def evaluate_files(
     """Evaluate a result file against an annotation file.
 
     Args:
-        ground_truth: annotations in YouTube-VIS format.
-        results: a result file; it is read and compared track by track, so that only its text is in memory.
-        long_frames: videos with more frames than this are long.
-        long_videos: ids of the long videos, instead.
+        ground_truth: annotation file in YouTube-VIS format.
+        results: result file; it is parsed and compared video by video, so that memory holds little beyond its text.
+        long_frames: videos with more frames than this count as long.
+        long_videos: ids of the videos that count as long; an alternative to ``long_frames``.
         identity: whether to measure identity as well, which compares every frame.
 
     Raises:
-        FileNotFoundError: if either file does not exist.
-        ValueError: if either file is not what it should be or they do not fit together; the message names the file.
+        FileNotFoundError: either file does not exist.
+        ValueError: a file is malformed, the files do not match, or both ``long_frames`` and ``long_videos`` are given.
     """
-    expect_file(Path(results), "a results file")  # rather now than when the ground truth has been read
+    expect_file(Path(results), "a results file")  # fail before reading the ground truth
     truth = read_ground_truth(ground_truth)
     compared: dict[int, list[ComparedTrack]] = defaultdict(list)
     identities: dict[int, VideoIdentity] = {}
-    scattered: dict[int, list[Track]] = {}  # of videos whose tracks are not one after the other
+    scattered: dict[int, list[Track]] = {}  # tracks of videos whose entries are not consecutive in the file
     entries = ((f"{results}: entry {index}", track) for index, track in enumerate(iterate_results(results)))
     for video_id, group in groupby(entries, key=lambda entry: entry[1].video_id):
         tracks = list(group)
@@ -71,13 +71,16 @@ def compare_tracks(
     """Compare tracks of one video with the ground truth.
 
     Args:
-        ground_truth: which has the video.
-        video_id: its id.
-        tracks: each after what error messages call it.
+        ground_truth: ground truth that includes the video.
+        video_id: the video's id.
+        tracks: (name, track) pairs; the name is used in error messages.
+
+    Returns:
+        The compared tracks, in the given order.
 
     Raises:
-        ValueError: the ground truth has no such video or category, or a track is of another video, differs from the
-            video in its number of frames or mask size, or has a damaged mask.
+        ValueError: the video or a category is not in the ground truth, or a track belongs to another video, has a
+            different number of frames or mask size, or has a damaged mask.
     """
     tracks = list(tracks)
     if video_id not in ground_truth.videos:
@@ -114,10 +117,10 @@ def compare_tracks(
 
 
 def _counts(tracks: Sequence[tuple[str, Track]], video: Video) -> list[Masks]:
-    """The compressed counts of named tracks as they stand, unchecked.
+    """The compressed counts of named tracks as they are in the file; only mask sizes are checked.
 
     Raises:
-        ValueError: a mask is of another size than the video.
+        ValueError: a mask does not have the size of the video.
     """
     size = [video.height, video.width]
     if any(rle is not None and rle["size"] != size for _, track in tracks for rle in track.segmentations):
@@ -126,10 +129,10 @@ def _counts(tracks: Sequence[tuple[str, Track]], video: Video) -> list[Masks]:
 
 
 def _compress(tracks: Sequence[tuple[str, Track]], video: Video) -> list[Masks]:
-    """The compressed counts of named tracks, without empty masks.
+    """The compressed counts of named tracks, checked, with None in place of empty masks.
 
     Raises:
-        ValueError: a mask is damaged or of another size than the video; the message says where.
+        ValueError: a mask is damaged or does not have the size of the video; the message says where.
     """
     compressed: list[Masks] = []
     for name, track in tracks:

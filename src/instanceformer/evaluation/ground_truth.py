@@ -18,10 +18,10 @@ class TrueTrack:
     """One annotated instance.
 
     Attributes:
-        segmentations: for each frame the compressed counts of its mask; None where it is not visible.
-        is_crowd: whether it is a group annotated as one.
-        area: the mean over the frames where it is not zero, in pixels, which decides the size range.
-        occlusion: the degree, see ``occlusion_degree``.
+        segmentations: compressed counts of the mask in each frame; None where the instance is not visible.
+        is_crowd: whether this is a group of objects annotated as one.
+        area: mean area in pixels over the frames where it is not zero; decides the size range.
+        occlusion: degree of occlusion in [0, 0.75]; see ``occlusion_degree``.
     """
 
     segmentations: tuple[bytes | None, ...]
@@ -35,9 +35,9 @@ class GroundTruth:
     """What predictions are compared with.
 
     Attributes:
-        videos: by id.
-        category_ids: of all categories that the file declares.
-        tracks: by (video id, category id), in the order of the file.
+        videos: the videos, by id.
+        category_ids: ids of all categories declared in the file.
+        tracks: the true tracks, by (video id, category id), in file order.
         has_occlusion: whether any track has a degree of occlusion, as in OVIS.
     """
 
@@ -47,10 +47,10 @@ class GroundTruth:
     has_occlusion: bool
 
     def long_videos(self, frames: int | None, ids: Collection[int] | None) -> frozenset[int] | None:
-        """Ids of the long videos: those with more than ``frames`` frames, or the given ones; None if both are None.
+        """Ids of the long videos: those with more than ``frames`` frames, or ``ids``; None if both are None.
 
         Raises:
-            ValueError: both are given, or an id is of no video.
+            ValueError: both are given, ``frames`` is negative, or an id belongs to no video.
         """
         if frames is None:
             if ids is not None and (unknown := sorted(set(ids) - self.videos.keys())):
@@ -64,15 +64,19 @@ class GroundTruth:
 
 
 def read_ground_truth(source: str | Path | Mapping[str, Any] | VideoDataset, name: str = "ground truth") -> GroundTruth:
-    """Read an annotation file, or take its parsed content, as JSON has it or as ``read_annotations`` returns it.
+    """Read ground truth from an annotation file, its parsed JSON, or a dataset from ``read_annotations``.
 
-    The file's ``areas`` are used as they stand, and those of the masks where it has none. But where more than nine in
-    ten annotations have the areas of their boxes, and some of these differ from those of the masks, as in OVIS, those
-    of the masks are used throughout, and a warning says so.
+    The file's ``areas`` are used as they are; annotations without any get mask areas. The exception is a file in which
+    more than nine in ten annotations with areas have those of their boxes, and some of these differ from the mask
+    areas, as in OVIS. Then mask areas are used throughout, with a warning.
+
+    Args:
+        source: path of the file, its parsed JSON, or a dataset.
+        name: name for messages, unless ``source`` is a path.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not in a known format, has no annotations or an unknown level of occlusion.
+        ValueError: the file is malformed, has no annotations, or has an unknown occlusion level.
     """
     if isinstance(source, VideoDataset):
         dataset = source
@@ -108,17 +112,17 @@ def read_ground_truth(source: str | Path | Mapping[str, Any] | VideoDataset, nam
 
 
 def occlusion_degree(labels: Sequence[str | None]) -> float | None:
-    """How much a track is occluded, by OVIS's evaluator: the mean level of the more occluded half of its frames.
+    """How much a track is occluded, as in OVIS's evaluator: the mean level over the more occluded half of its frames.
 
     Args:
-        labels: of the frames; None where there is none. The levels are 0 for ``no_occlusion``, 0.25 for
-            ``slight_occlusion`` and 0.75 for ``severe_occlusion``.
+        labels: label of each frame, or None. The levels are 0 for ``no_occlusion``, 0.25 for ``slight_occlusion`` and
+            0.75 for ``severe_occlusion``.
 
     Returns:
-        The mean over half of the labels, rounded up, that have the highest levels; None without labels.
+        The mean of the highest half of the levels, with the size of the half rounded up; None if there are no labels.
 
     Raises:
-        ValueError: a label is none of these.
+        ValueError: a label is unknown.
     """
     for label in labels:
         if label is not None and label not in OCCLUSION_LEVELS:
@@ -129,7 +133,7 @@ def occlusion_degree(labels: Sequence[str | None]) -> float | None:
 
 
 def _has_box_areas(dataset: VideoDataset) -> bool:
-    """Whether the areas of a file are those of its boxes, but for a few, and some are not those of the masks."""
+    """Whether nearly all areas in a file are box areas, and some of these differ from the mask areas."""
     measured = [(video, instance) for video in dataset.videos for instance in video.instances if instance.areas]
     of_boxes = [(video, instance) for video, instance in measured if instance.has_box_areas]
     return len(of_boxes) > 0.9 * len(measured) and any(

@@ -1,9 +1,9 @@
-"""How well identities are kept: HOTA, IDF1, switches, what became of instances, and the AP if a part were perfect.
+"""How well identities are kept: HOTA, IDF1, switches, and the error analysis of ``decomposition``.
 
 Luiten et al., "HOTA: A Higher Order Metric for Evaluating Multi-Object Tracking", IJCV 2021; Ristani et al.,
 "Performance Measures and a Data Set for Multi-Target, Multi-Camera Tracking", 2016 (IDF1); Bernardin and Stiefelhagen,
-"Evaluating Multiple Object Tracking Performance: The CLEAR MOT Metrics", 2008 (switches). What these leave open is as
-in TrackEval, with which the tests compare.
+"Evaluating Multiple Object Tracking Performance: The CLEAR MOT Metrics", 2008 (switches). Details that these leave
+open are as in TrackEval, which the tests compare with.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ ALPHAS = np.arange(0.05, 0.99, 0.05)
 """The 19 localization thresholds of HOTA."""
 _EPSILON = np.finfo(np.float64).eps
 SCORES = np.arange(1, 19) / 20
-"""The scores 0.05, 0.10, ..., 0.90 that are tried as the lowest of a track that counts."""
+"""The score thresholds 0.05, 0.10, ..., 0.90; at each, only tracks with at least this score count."""
 
 
 @dataclass(frozen=True)
 class IdentityMetrics:
-    """Identity over all videos; -1 where undefined, without a visible instance.
+    """Identity metrics over all videos; -1 where undefined because no instance is visible.
 
-    Each sequence of masks counts once, under its best class, if its score is high enough: at least the one of
-    ``SCORES`` that gives the best HOTA; of equal ones the lowest. HOTA, IDF1 and switches compare tracks of one class,
-    and their counts are summed over videos and classes, which TrackEval calls averaging over detections. A mask that
-    covers a crowd of its class, with an IoU of at least 0.5, and no instance of it does not count.
+    Each sequence of masks counts once, under its best class, and only if its score reaches a threshold: the one in
+    ``SCORES`` with the best HOTA (the lowest such, if several tie). HOTA, IDF1 and switches compare tracks within a
+    class; their counts are summed over videos and classes, which TrackEval calls averaging over detections. A mask that
+    covers a crowd of its class with an IoU of at least 0.5, but no instance of its class, does not count.
 
     Attributes:
-        hota: the mean over IoUs of 0.05 to 0.95 of sqrt(DetA AssA), in [0, 1], as the next four.
-        det_a: detection accuracy, the Jaccard index of detections, its mean over the same IoUs.
-        ass_a: association accuracy: the Jaccard index of the tracks of a matched pair, its mean over pairs and IoUs.
-        idf1: of the best one-to-one assignment of tracks to instances, at an IoU of 0.5.
-        hota_score: the lowest score of a track that counts.
-        idsw: identity switches, at an IoU of 0.5.
-        perfect: by name the AP, of all tracks, if a part were perfect, see ``decomposition``: ``AP_identity``
-            (``link``), ``AP_classes`` (``classify``), ``AP_masks`` (``sharpen``), and ``AP_all``, one after the other,
-            which leaves instances that no mask covers, tracks of nothing and duplicates, and the order of the scores.
-        overall: what became of the instances, by the tracks that count.
-        by_occlusion: the same by the label of the frame; levels without any are left out.
-        by_age: the same by frames since the instance was found, of those that were.
+        hota: mean of sqrt(DetA AssA) over IoU thresholds from 0.05 to 0.95. This and the next four are in [0, 1].
+        det_a: detection accuracy: Jaccard index of the detections, averaged over the same thresholds.
+        ass_a: association accuracy: Jaccard index of the tracks of a matched pair, averaged over pairs and thresholds.
+        idf1: F1 score of the best one-to-one assignment of tracks to instances, at an IoU of 0.5.
+        hota_score: the score threshold.
+        idsw: number of identity switches, at an IoU of 0.5.
+        perfect: AP of all tracks if one part were perfect, by name: ``AP_identity`` (``decomposition.link``),
+            ``AP_classes`` (``classify``), ``AP_masks`` (``sharpen``), and ``AP_all``, all three in turn. What AP_all
+            still lacks is due to instances that no mask covers, false tracks, duplicates and the ranking by score.
+        overall: what became of the instances, according to the tracks that count.
+        by_occlusion: the same by the instance's occlusion label in the frame; levels that do not occur are left out.
+        by_age: the same by the number of frames since the instance was found; only instances that were found.
     """
 
     hota: float
@@ -74,14 +74,14 @@ class IdentityMetrics:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """All metrics over all pairs, by the names under which they are shown and logged."""
+        """All scalar metrics, by the names under which they are shown and logged."""
         tracking = {"HOTA": self.hota, "DetA": self.det_a, "AssA": self.ass_a, "IDF1": self.idf1, "IDSW": self.idsw}
         states = {name: getattr(self.overall, name) for name in STATES}
         return {**tracking, "HOTA_score": self.hota_score, **states, **self.perfect}
 
     @property
     def groups(self) -> dict[str, Decomposition]:
-        """All decompositions by name."""
+        """All decompositions, by name."""
         ages = {f"age {name}": group for name, group in self.by_age.items()}
         return {"all": self.overall, **self.by_occlusion, **ages}
 
@@ -95,9 +95,9 @@ class TrackSequence:
     """G true and D predicted tracks of one class in the T frames of a video.
 
     Attributes:
-        similarity: (T, G, D) IoU of their masks, 0 where either has none.
-        true_present: (T, G) where the true tracks have a mask.
-        present: (T, D) where the predicted ones have one.
+        similarity: (T, G, D) mask IoU in [0, 1]; 0 where either track has no mask.
+        true_present: (T, G) bool, where the true tracks have a mask.
+        present: (T, D) bool, where the predicted tracks have a mask.
     """
 
     similarity: FloatArray
@@ -106,16 +106,16 @@ class TrackSequence:
 
     @property
     def lengths(self) -> tuple[FloatArray, FloatArray]:
-        """(G, 1) and (D,): in how many frames each track has a mask."""
+        """Number of frames in which each track has a mask: (G, 1) for true and (D,) for predicted tracks."""
         return self.true_present.sum(axis=0)[:, None].astype(np.float64), self.present.sum(axis=0).astype(np.float64)
 
 
 def hota_counts(sequence: TrackSequence) -> FloatArray:
-    """Detections and associations at each of ``ALPHAS``.
+    """Count detections and associations at each threshold in ``ALPHAS``.
 
     Returns:
-        (4, 19): true positives, false negatives, false positives, and the sum over the true positives c of A(c), the
-        Jaccard index of the matches of c's two tracks (equations 3 and 15 of the paper).
+        (4, 19): true positives, false negatives, false positives, and the sum of A(c) over the true positives c, where
+        A(c) is the Jaccard index of the matches of c's two tracks (HOTA paper, equations 3 and 15).
     """
     similarity, (true_lengths, lengths) = sequence.similarity, sequence.lengths
     unions = similarity.sum(axis=1, keepdims=True) + similarity.sum(axis=2, keepdims=True) - similarity
@@ -131,7 +131,7 @@ def hota_counts(sequence: TrackSequence) -> FloatArray:
 
 
 def hota(counts: FloatArray) -> tuple[float, float, float]:
-    """HOTA, DetA and AssA, means over ``ALPHAS``, of the (4, 19) counts, which may be sums over sequences."""
+    """HOTA, DetA and AssA, averaged over ``ALPHAS``, from (4, 19) counts, which may be summed over sequences."""
     right, missed, wrong, association = counts
     detection = right / np.maximum(1, right + missed + wrong)
     association = association / np.maximum(1, right)
@@ -139,7 +139,7 @@ def hota(counts: FloatArray) -> tuple[float, float, float]:
 
 
 def identity_counts(sequence: TrackSequence) -> tuple[int, int, int]:
-    """IDTP, IDFN and IDFP: the frames of the best assignment of predicted to true tracks over the whole sequence."""
+    """IDTP, IDFN and IDFP, in frames, for the best one-to-one assignment of tracks over the whole sequence."""
     true_lengths, lengths = sequence.lengths
     matches = (sequence.similarity >= 0.5).sum(axis=0)
     right = int(matches[linear_sum_assignment(matches, maximize=True)].sum())
@@ -147,13 +147,13 @@ def identity_counts(sequence: TrackSequence) -> tuple[int, int, int]:
 
 
 def count_switches(sequence: TrackSequence) -> int:
-    """Identity switches: how often a true track is matched to another predicted one than when it was matched last.
+    """Count how often a true track is matched to a different predicted track than the last time it was matched.
 
-    Frames are matched one after the other, with an IoU of at least 0.5; pairs that the last frame matched stay matched.
+    Frames are matched in order, at an IoU of at least 0.5; pairs matched in the previous frame take precedence.
     """
     switches = 0
     last, previous = (np.full(sequence.similarity.shape[1], -1) for _ in range(2))
-    both = sequence.true_present.any(axis=1) & sequence.present.any(axis=1)  # other frames change nothing
+    both = sequence.true_present.any(axis=1) & sequence.present.any(axis=1)  # frames without both change nothing
     for similarity in sequence.similarity[both]:
         scores = 1000.0 * (np.arange(similarity.shape[1]) == previous[:, None]) + similarity
         scores[similarity < 0.5 - _EPSILON] = 0
@@ -168,13 +168,15 @@ def count_switches(sequence: TrackSequence) -> int:
 
 @dataclass(frozen=True, eq=False)
 class VideoIdentity:
-    """What the metrics need of a video: counts, first by ``SCORES``, which are summed over videos, and tracks.
+    """What the metrics need from a video: counts, to be summed over videos, and tracks.
+
+    The first dimension of the counts is the score threshold, one of ``SCORES``.
 
     Attributes:
-        hota: (18, 4, 19), see ``hota_counts``.
+        hota: (18, 4, 19); see ``hota_counts``.
         identity: (18, 4) IDTP, IDFN, IDFP, switches.
-        states: (18, GROUPS, 5), see ``count_states``.
-        perfect: the tracks of each AP of ``PERFECTIONS``, by its name.
+        states: (18, GROUPS, 5); see ``count_states``.
+        perfect: the compared tracks for each AP in ``PERFECTIONS``, by its name.
     """
 
     hota: FloatArray
@@ -184,7 +186,7 @@ class VideoIdentity:
 
     @classmethod
     def empty(cls) -> VideoIdentity:
-        """Of no video."""
+        """Zero counts and no tracks."""
         return cls(
             np.zeros((len(SCORES), 4, len(ALPHAS))),
             np.zeros((len(SCORES), 4), dtype=np.int64),
@@ -194,7 +196,7 @@ class VideoIdentity:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> VideoIdentity:
-        """From its attributes by name, arrays and tracks as lists, as JSON has them: the same to the last bit."""
+        """Restore from the attributes as stored in JSON (arrays and tracks as lists); identical to the last bit."""
         return cls(
             np.array(content["hota"], dtype=np.float64),
             np.array(content["identity"], dtype=np.int64),
@@ -204,7 +206,7 @@ class VideoIdentity:
 
 
 def compare_identity(video: Video, tracks: Sequence[Track]) -> VideoIdentity:
-    """Compare all tracks of a video, which ``compare_tracks`` has accepted, with its instances.
+    """Compare all tracks of a video with its instances; ``compare_tracks`` must have accepted the tracks.
 
     Raises:
         ValueError: a mask is damaged.
@@ -225,13 +227,13 @@ def compare_identity(video: Video, tracks: Sequence[Track]) -> VideoIdentity:
 
 
 def _how_many(scores: FloatArray) -> IntArray:
-    """(18,) how many of the scores count where each of ``SCORES`` is the lowest that does."""
+    """(18,) how many of the scores reach each threshold in ``SCORES``."""
     counts: IntArray = (scores >= SCORES[:, None]).sum(axis=1)
     return counts
 
 
 def _of_class(video: FrameComparison, category_id: int) -> tuple[TrackSequence, FloatArray]:
-    """The tracks of a class and their scores, without masks that cover a crowd and no instance."""
+    """The tracks of a class and their scores, without masks that cover a crowd but no instance."""
     tracks = np.flatnonzero(video.classes == category_id)
     is_instance, is_crowd = ((video.true_classes == category_id) & crowd for crowd in (~video.is_crowd, video.is_crowd))
     ious = video.ious[:, tracks]
@@ -250,16 +252,16 @@ def _of_class(video: FrameComparison, category_id: int) -> tuple[TrackSequence, 
 def summarize_identity(
     ground_truth: GroundTruth, compared: Mapping[int, VideoIdentity], video_ids: Collection[int]
 ) -> IdentityMetrics:
-    """Put videos together; those that were not compared have no tracks.
+    """Compute the metrics over several videos.
 
     Args:
-        ground_truth: what they were compared with.
-        compared: by video id.
-        video_ids: of the videos that count.
+        ground_truth: what the videos were compared with.
+        compared: the results of ``compare_identity`` by video id; videos that are missing here have no tracks.
+        video_ids: ids of the videos to include.
     """
     videos = {
         id_: compared[id_] if id_ in compared else compare_identity(ground_truth.videos[id_], [])
-        for id_ in sorted(video_ids)  # in one order, so that the sums are the same to the last bit
+        for id_ in sorted(video_ids)  # in a fixed order, so that sums are reproducible bit by bit
     }
     total = VideoIdentity.empty()
     for video in videos.values():

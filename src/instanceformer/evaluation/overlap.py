@@ -1,4 +1,4 @@
-"""How predicted tracks overlap with true ones: over all frames of a video, and frame by frame."""
+"""Overlap of predicted and true tracks, over all frames of a video and frame by frame."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Masks = Sequence[bytes | None]
-"""The compressed counts of a track's mask in each frame; None where it has none."""
+"""The compressed counts of a track's mask in each frame, or None."""
 
 FRAMES = 32
-"""Frames of a video that are compared at once, which bounds the memory that a long video takes."""
+"""Number of frames compared at once, which bounds memory for long videos."""
 LEVELS = tuple(OCCLUSION_LEVELS)
-"""Names of the levels of occlusion, ascending; elsewhere their indices here."""
+"""Names of the occlusion levels, ascending. Arrays hold indices into this tuple."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrackRuns:
-    """A track as runs over F frames, which are read one after the other, each column by column.
+    """A track as n runs of pixels, read frame by frame over F frames, and each frame column by column.
 
     Attributes:
-        bounds: (2n,) the pixels before the beginning and before the end of each of its n runs, ascending; whole
-            numbers, float64 as interpolation wants them.
-        areas: (F,) its pixels in each frame.
-        columns: (F, 2) the first and the last column that it touches in each frame, the last before the first where
-            it touches none.
+        bounds: (2n,) float64, start and end (exclusive) of each run as pixel indices, ascending; whole numbers, but
+            float64 because interpolation needs it.
+        areas: (F,) int64, area in pixels in each frame.
+        columns: (F, 2) int64, first and last column that the track touches in each frame; if it touches none, the last
+            is less than the first.
     """
 
     bounds: FloatArray
@@ -43,7 +43,7 @@ class TrackRuns:
 
     @cached_property
     def filled(self) -> FloatArray:
-        """(2n,) how many of the track's own pixels come before each bound."""
+        """(2n,) float64, how many of the track's own pixels come before each bound."""
         filled = np.zeros_like(self.bounds)
         np.cumsum(self.bounds[1::2] - self.bounds[::2], out=filled[1::2])
         filled[2::2] = filled[1:-1:2]
@@ -56,15 +56,15 @@ def track_ious(
     """Compare D predicted tracks of a video with G true ones, over all frames.
 
     Args:
-        predicted: D tracks of as many frames.
-        truth: G tracks likewise.
+        predicted: D tracks.
+        truth: G tracks with the same number of frames.
         size: (height, width) of the video in pixels.
-        comparable: (D, G) which pairs are to be compared.
+        comparable: (D, G) bool, which pairs to compare.
 
     Returns:
-        (D, frames) areas of the predicted masks in pixels, and (D, G) IoUs: the sum over frames of the intersections
-        divided by that of the unions (Yang et al., "Video Instance Segmentation", ICCV 2019, section 3); 0 for two
-        tracks without pixels and for pairs that are not compared.
+        (D, frames) areas of the predicted masks in pixels, and (D, G) IoUs: the sum of the intersections over all
+        frames divided by the sum of the unions (Yang et al., "Video Instance Segmentation", ICCV 2019, section 3). The
+        IoU is 0 if both tracks are empty, and for pairs that are not compared.
 
     Raises:
         ValueError: a mask is damaged.
@@ -91,13 +91,13 @@ def track_ious(
 
 
 def _intersection(track: TrackRuns, other: TrackRuns) -> float:
-    """The other's pixels before each bound of the track: exact, as between bounds the slope is 0 or 1."""
+    """Pixels that two tracks share. Interpolation is exact, since between bounds the slope is 0 or 1."""
     before = np.interp(track.bounds, other.bounds, other.filled)
     return float((before[1::2] - before[::2]).sum())
 
 
 def decode_tracks(tracks: Sequence[Masks], size: tuple[int, int]) -> list[TrackRuns]:
-    """Decode the compressed counts of the masks of a video's tracks, many at once.
+    """Decode the masks of a video's tracks from compressed counts, many at once.
 
     Raises:
         ValueError: a mask is damaged.
@@ -129,10 +129,10 @@ def _decode_batch(tracks: Sequence[Masks], size: tuple[int, int]) -> list[TrackR
     areas[present] = runs.areas
     zeros, ones = runs.lengths
     bounds = np.empty((len(ones), 2))
-    ends = (zeros + ones).cumsum()  # with the masks one after the other, as if all were frames of one track
+    ends = (zeros + ones).cumsum()  # as if all masks were successive frames of one track
     begins = np.append(runs.first, len(ones))
     first, last = begins[:-1], begins[1:] - 1
-    last_ones = last - (ones[last] == 0)  # a mask that ends with zeros has an empty run after them
+    last_ones = last - (ones[last] == 0)  # a mask that ends with zeros has an empty run of ones
     shown = np.stack([ends[first] - ones[first], ends[np.maximum(first, last_ones)] - 1], axis=1)
     columns[present] = (shown - pixels * np.arange(len(masks))[:, None]) // height
     ends += (pixels * (present.nonzero()[1] - np.arange(len(masks)))).repeat(last + 1 - first)
@@ -142,19 +142,19 @@ def _decode_batch(tracks: Sequence[Masks], size: tuple[int, int]) -> list[TrackR
 
 
 def mean_visible(areas: Iterable[float]) -> float:
-    """The mean of a track's areas where they are not zero; 0 where all are."""
+    """The mean of a track's nonzero areas; 0 if there are none."""
     visible = [float(area) for area in areas if area]
     return sum(visible) / len(visible) if visible else 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class ComposedTrack:
-    """A track made of masks of its video, predicted or true ones.
+    """A track composed of the video's predicted or true masks.
 
     Attributes:
-        category_id: its class.
-        score: of the class.
-        masks: (T,) for each frame, which of the video's M sequences of masks it takes its mask from.
+        category_id: category id of the track.
+        score: score of the track.
+        masks: (T,) int64, for each frame, which of the video's M mask sequences the mask is taken from.
     """
 
     category_id: int
@@ -164,20 +164,21 @@ class ComposedTrack:
 
 @dataclass(frozen=True, eq=False)
 class FrameComparison:
-    """The D predicted and G true sequences of masks of a video, and their overlaps in each of its T frames.
+    """The D predicted and G true mask sequences of a video, and their overlaps in each of its T frames.
 
-    A result file has a track for every class that a query may have, with the same masks. Here each sequence of masks is
-    there once, under its best class. Predicted, true and one empty sequence, in this order, are M = D + G + 1.
+    A result file may have several tracks with the same masks, one for each likely class of a query. Here each distinct
+    mask sequence occurs once, under its best class. There are M = D + G + 1 sequences, in this order: predicted, true,
+    and an empty one.
 
     Attributes:
-        tracks: those of the file, in its order; each is one of the predicted sequences in all frames.
-        scores: (D,) the best score of each predicted sequence, descending.
-        classes: (D,) category ids that have the best scores.
-        true_classes: (G,) category ids of the instances, crowds included, in the order of the file.
-        is_crowd: (G,) whether an instance is a crowd: a group annotated as one.
-        occlusion: (T, G) indices into ``LEVELS``; -1 without a label.
-        areas: (T, M) in pixels; 0 where there is no mask.
-        intersections: (T, M, G) of all sequences with the true ones, in pixels.
+        tracks: the tracks of the result file, in file order; each uses a single predicted sequence in all frames.
+        scores: (D,) float64, best score of each predicted sequence, descending.
+        classes: (D,) int64, category id with that score.
+        true_classes: (G,) int64, category ids of the instances, including crowds, in file order.
+        is_crowd: (G,) bool, whether the instance is a crowd: a group annotated as one.
+        occlusion: (T, G) int64, indices into ``LEVELS``; -1 if there is no label.
+        areas: (T, M) int64, in pixels; 0 where there is no mask.
+        intersections: (T, M, G) int64, of all sequences with the true ones, in pixels.
     """
 
     tracks: list[ComposedTrack]
@@ -191,22 +192,22 @@ class FrameComparison:
 
     @property
     def num_frames(self) -> int:
-        """T."""
+        """Number of frames, T."""
         return len(self.areas)
 
     @property
     def num_predicted(self) -> int:
-        """D, also the index of the first true sequence of masks."""
+        """Number of predicted mask sequences, D; also the index of the first true one."""
         return len(self.scores)
 
     @cached_property
     def true_areas(self) -> IntArray:
-        """(T, G) in pixels."""
+        """(T, G) int64, areas of the true masks in pixels."""
         return self.areas[:, self.num_predicted : -1]
 
     @cached_property
     def ious(self) -> FloatArray:
-        """(T, M, G) in [0, 1]; 0 where either has no mask."""
+        """(T, M, G) float64, mask IoUs in [0, 1]; 0 where either has no mask."""
         unions = self.areas[:, :, None] + self.true_areas[:, None] - self.intersections
         ious: FloatArray = self.intersections / np.maximum(unions, 1)
         return ious
@@ -216,8 +217,8 @@ def compare_frames(video: Video, tracks: Sequence[Track]) -> FrameComparison:
     """Compare all tracks of a video with all its instances in every frame.
 
     Args:
-        video: with its instances.
-        tracks: of as many frames and of masks of the same size as the video.
+        video: the video and its instances.
+        tracks: predicted tracks with the same number of frames and the same mask size as the video.
 
     Raises:
         ValueError: a mask is damaged.
@@ -249,17 +250,17 @@ def compare_frames(video: Video, tracks: Sequence[Track]) -> FrameComparison:
 
 
 def _overlaps(masks: Sequence[Masks], truth: Sequence[Masks], size: tuple[int, int]) -> tuple[IntArray, IntArray]:
-    """(T, M) areas of M sequences of compressed masks, and (T, M, G) intersections with the G true ones."""
-    from pycocotools import mask as coco_mask  # here, so that a training starts without it
+    """(T, M) areas of M compressed mask sequences, and (T, M, G) intersections with the G true ones, in pixels."""
+    from pycocotools import mask as coco_mask  # imported here so that training does not load it
 
     frames = list(zip(*masks, strict=True))
     present = np.array([[mask is not None for mask in frame] for frame in frames]).reshape(len(frames), len(masks))
     areas = np.zeros(present.shape, dtype=np.int64)
     areas[present] = mask_areas([mask for frame in frames for mask in frame if mask is not None], size[0] * size[1])
-    if areas.min(initial=0) < 0:  # pycocotools' iou would not return from these
+    if areas.min(initial=0) < 0:  # these would make pycocotools' iou hang
         raise ValueError(f"found damaged masks, expected run lengths that fill masks of {size[0]}x{size[1]} pixels")
     intersections = np.zeros((*areas.shape, len(truth)), dtype=np.int64)
-    first = len(masks) - 1 - len(truth)  # of the true ones
+    first = len(masks) - 1 - len(truth)  # index of the first true sequence
     for t, frame in enumerate(frames):
         rows = np.flatnonzero(areas[t])
         columns = rows[rows >= first]
@@ -267,5 +268,5 @@ def _overlaps(masks: Sequence[Masks], truth: Sequence[Masks], size: tuple[int, i
             coded = {row: {"size": list(size), "counts": frame[row]} for row in rows}
             ious = coco_mask.iou([*coded.values()], [coded[column] for column in columns], [False] * len(columns))
             sums = areas[t, rows, None] + areas[t, columns]
-            intersections[t, rows[:, None], columns - first] = np.rint(ious / (1 + ious) * sums)  # whole, so exact
+            intersections[t, rows[:, None], columns - first] = np.rint(ious / (1 + ious) * sums)  # integers, so exact
     return areas, intersections

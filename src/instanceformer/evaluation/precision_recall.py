@@ -1,7 +1,7 @@
-"""From compared tracks to precision, recall and the official metrics, by COCO's rules.
+"""Computes precision, recall and the official metrics from compared tracks, by COCO's rules.
 
-Matching and accumulation follow pycocotools' COCOeval (``evaluateImg`` and ``accumulate``), worked out for all
-thresholds and selections of the ground truth at once and only where there is something to compare.
+Matching and accumulation follow pycocotools' COCOeval (``evaluateImg`` and ``accumulate``), but handle all thresholds
+and all selections of the ground truth at once, and skip whatever has nothing to compare.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 MAX_TRACKS = 100
-"""Most predicted tracks of a video and category that count."""
+"""Maximum number of predicted tracks that count per video and category."""
 
-# The S selections of the ground truth, in this order; both ends of a range belong to it.
+# The S selections of the ground truth, in this order. Ranges include both ends.
 AREA_RANGES = ((0, 1e10), (0, 128**2), (128**2, 256**2), (256**2, 1e10))  # all, small, medium, large
 OCCLUSION_RANGES = ((0, 0.25), (0.25, 0.5), (0.5, 1))  # slight, moderate, heavy
 
@@ -35,10 +35,10 @@ class ComparedTrack(NamedTuple):
     """A predicted track and its IoUs with the true ones of its video and category.
 
     Attributes:
-        category_id: of the track.
-        score: of the track.
-        area: the mean over the frames where it has pixels, which decides its size range.
-        ious: with each true track, in the order of the ground truth.
+        category_id: category id of the track.
+        score: score of the track.
+        area: mean area in pixels over the frames where it is not zero; decides the size range.
+        ious: IoU with each true track, in the order of the ground truth.
     """
 
     category_id: int
@@ -52,9 +52,9 @@ class Match:
     """How the D predicted tracks of one video and category were matched, in each of S selections.
 
     Attributes:
-        scores: (D,) descending.
-        num_true: (S,) how many true tracks count.
-        outcomes: (S, 10, D) wrong, right or ignored, at each of ``IOU_THRESHOLDS``.
+        scores: (D,) scores of the predicted tracks, descending.
+        num_true: (S,) number of true tracks that count.
+        outcomes: (S, 10, D) wrong (0), right (1) or ignored (2), at each of ``IOU_THRESHOLDS``.
     """
 
     scores: FloatArray
@@ -67,8 +67,8 @@ class Curves:
     """Precision and recall of one category in one selection.
 
     Attributes:
-        precision: (10, 101) the best precision at each of ``RECALLS`` or more, for each of ``IOU_THRESHOLDS``.
-        recall: (10,) of all predicted tracks.
+        precision: (10, 101) for each of ``IOU_THRESHOLDS`` and ``RECALLS``, the best precision at that recall or more.
+        recall: (10,) recall with all predicted tracks, for each of ``IOU_THRESHOLDS``.
     """
 
     precision: FloatArray
@@ -77,9 +77,13 @@ class Curves:
 
 @dataclass(frozen=True)
 class _Metric:
-    """What a metric is the mean of: precision or recall, in a selection, at one threshold (its index) or all of them.
+    """Defines a metric as a mean of precision or recall.
 
-    ``max_tracks`` is how many tracks of a video and category count.
+    Attributes:
+        selection: index of the selection of the ground truth.
+        threshold: index of the IoU threshold; None averages over all.
+        max_tracks: maximum number of tracks that count per video and category.
+        is_recall: whether to average recall instead of precision.
     """
 
     selection: int = 0
@@ -88,7 +92,7 @@ class _Metric:
     is_recall: bool = False
 
     def of(self, curves: Curves | None) -> float:
-        """The metric of one category."""
+        """The metric for one category; -1 without ground truth."""
         if curves is None:
             return -1.0
         values = curves.recall if self.is_recall else curves.precision
@@ -116,18 +120,18 @@ NAMES = tuple(_OFFICIAL)
 
 @dataclass(frozen=True)
 class VideoEvaluation:
-    """The official metrics as fractions; -1 where undefined (no ground truth of that size, category, ...).
+    """The official metrics as fractions in [0, 1]; -1 where undefined (no ground truth of that size, category, ...).
 
     Attributes:
-        summary: by name: AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl; means over the categories that have
-            ground truth.
-        extras: further ones: APso, APmo and APho, of what is slightly, moderately and heavily occluded, where the
-            ground truth has such labels; AP_L, AP50_L, AP75_L, AR1_L and AR10_L, of the long videos alone, if these
-            were given.
-        per_category: the official twelve for every category of the ground-truth file, by category id.
-        precision: by id of the categories that have ground truth, (10, 101): the precision at the IoU thresholds 0.50,
-            0.55, ..., 0.95 and the recalls 0, 0.01, ..., 1.
-        identity: if it was measured.
+        summary: the twelve official metrics by name, averaged over the categories that have ground truth: AP AP50 AP75
+            APs APm APl AR1 AR10 AR100 ARs ARm ARl.
+        extras: additional metrics by name: APso, APmo and APho, for slightly, moderately and heavily occluded tracks,
+            if the ground truth has occlusion labels; AP_L, AP50_L, AP75_L, AR1_L and AR10_L, for the long videos only,
+            if these were specified.
+        per_category: the twelve official metrics for every category in the ground-truth file, by category id.
+        precision: for each category that has ground truth, by id: (10, 101) precision at the IoU thresholds 0.50, 0.55,
+            ..., 0.95 and the recalls 0, 0.01, ..., 1.
+        identity: identity metrics, or None if they were not measured.
     """
 
     summary: dict[str, float]
@@ -148,15 +152,15 @@ def summarize(
     video_ids: Collection[int],
     long_videos: Collection[int] | None = None,
 ) -> VideoEvaluation:
-    """Match the tracks and measure precision and recall.
+    """Match the tracks and compute the metrics.
 
     Args:
         ground_truth: what the tracks were compared with.
         compared: the tracks by video id; equal scores rank in the order given.
-        video_ids: of the videos that count.
-        long_videos: ids of those that count as long; None without metrics of these.
+        video_ids: ids of the videos to include.
+        long_videos: ids of the long videos; None: no metrics for long videos.
     """
-    by_category: dict[int, dict[int, list[ComparedTrack]]] = {}  # of the categories that have ground truth, by video
+    by_category: dict[int, dict[int, list[ComparedTrack]]] = {}  # categories with ground truth, then by video
     for video_id, category_id in ground_truth.tracks:
         if video_id in video_ids:
             by_category.setdefault(category_id, {})[video_id] = []
@@ -182,7 +186,7 @@ def summarize(
         curves = accumulate(every)
         if curves is not None:
             precision[category_id] = curves.precision
-    undefined = dict.fromkeys(NAMES, -1.0)  # one for all categories without ground truth, of which there may be many
+    undefined = dict.fromkeys(NAMES, -1.0)  # shared by all categories without ground truth, which can be many
     return VideoEvaluation(
         summary=_average(per_category.values(), NAMES),
         extras=_average(extras, [*occlusion, *long]),
@@ -194,15 +198,15 @@ def summarize(
 def match(tracks: Iterable[ComparedTrack], truth: Sequence[TrueTrack], has_occlusion: bool) -> Match:
     """Match the tracks of one category in one video.
 
-    By descending score, each predicted track takes the free true track with the highest IoU at or above the threshold:
-    one that counts rather than one that is ignored; of equal IoUs the later. In a selection, true tracks outside of its
-    range and crowds are ignored, as is what matches them; a predicted track that matches nothing is ignored if its area
-    is out of range. Any number of predicted tracks may match a crowd.
+    In order of descending score, each predicted track takes the unmatched true track with the highest IoU at or above
+    the threshold. True tracks that count take precedence over ignored ones; of equal IoUs, the last wins. Within a
+    selection, crowds and true tracks outside its range are ignored, and so is any predicted track matched to them. An
+    unmatched predicted track is ignored if its area is out of range. A crowd can match any number of predicted tracks.
 
     Args:
-        tracks: predicted ones; equal scores rank in the order given.
-        truth: G true ones.
-        has_occlusion: whether there are selections by degree of occlusion beside those by area.
+        tracks: predicted tracks; equal scores rank in the order given.
+        truth: G true tracks.
+        has_occlusion: whether to add selections by degree of occlusion to those by area.
     """
     tracks = sorted(tracks, key=lambda track: -track.score)[:MAX_TRACKS]
     ious = np.array([track.ious for track in tracks], dtype=np.float64).reshape(len(tracks), len(truth))
@@ -215,7 +219,7 @@ def match(tracks: Iterable[ComparedTrack], truth: Sequence[TrueTrack], has_occlu
     outcomes = np.empty((len(ignored), len(IOU_THRESHOLDS), len(tracks)), dtype=np.int8)
     outcomes[:] = np.where(outside, _IGNORED, _WRONG)[:, None]
     is_ignored = np.stack(ignored) | is_crowd  # (S, G)
-    ranks = ious.argsort(axis=1, kind="stable").argsort(axis=1)  # of equal IoUs the later has the higher rank
+    ranks = ious.argsort(axis=1, kind="stable").argsort(axis=1)  # of equal IoUs, the last ranks highest
     preference = np.where(is_ignored, 0, len(truth))
     free = np.ones((*outcomes.shape[:2], len(truth)), dtype=np.bool_)
     for d in np.flatnonzero((ious >= IOU_THRESHOLDS[0]).any(axis=1)):
@@ -233,12 +237,12 @@ def accumulate(matches: Sequence[Match], selection: int = 0, max_tracks: int = M
     """Precision and recall of one category over videos.
 
     Args:
-        matches: in the order in which equal scores of different videos rank.
-        selection: of the ground truth, in [0, S).
-        max_tracks: most predicted tracks of a video.
+        matches: one per video; equal scores in different videos rank in this order.
+        selection: index of the selection of the ground truth, in [0, S).
+        max_tracks: maximum number of predicted tracks that count per video.
 
     Returns:
-        None where no true track counts.
+        The curves; None if no true track counts.
     """
     num_true = sum(int(matched.num_true[selection]) for matched in matches)
     if not num_true:
@@ -249,25 +253,25 @@ def accumulate(matches: Sequence[Match], selection: int = 0, max_tracks: int = M
     recall = right / num_true
     precision = right / np.maximum(right + wrong, 1)
     precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    precision = np.pad(precision, ((0, 0), (0, 1)))  # 0 at a recall that is never reached
+    precision = np.pad(precision, ((0, 0), (0, 1)))  # 0 at recalls that are never reached
     indices = np.stack([np.searchsorted(row, RECALLS) for row in recall])
     return Curves(np.take_along_axis(precision, indices, axis=1), recall.max(axis=1, initial=0.0))
 
 
 def _is_outside(values: Sequence[float | None], low: float, high: float) -> BoolArray:
-    """Whether each value is missing or out of the range."""
-    numbers = np.array(values, dtype=np.float64)  # None becomes nan
+    """Whether each value is missing or out of range."""
+    numbers = np.array(values, dtype=np.float64)  # None becomes NaN
     return ~((numbers >= low) & (numbers <= high))
 
 
 def _measure(matches: Sequence[Match], metrics: Mapping[str, _Metric]) -> dict[str, float]:
-    """The metrics of one category."""
+    """Compute the metrics for one category."""
     keys = {(metric.selection, metric.max_tracks) for metric in metrics.values()}
     curves = {key: accumulate(matches, *key) for key in keys}
     return {name: metric.of(curves[metric.selection, metric.max_tracks]) for name, metric in metrics.items()}
 
 
 def _average(categories: Collection[Mapping[str, float]], names: Iterable[str]) -> dict[str, float]:
-    """The means over the categories where a metric is defined."""
+    """Average each metric over the categories where it is defined; -1 if there are none."""
     defined = {name: [metrics[name] for metrics in categories if metrics[name] >= 0] for name in names}
     return {name: sum(values) / len(values) if values else -1.0 for name, values in defined.items()}

@@ -1,4 +1,4 @@
-"""From a stream of frames to the tracks of a video: the paper's inference protocol (A.2)."""
+"""The paper's inference protocol (A.2): from a stream of frames to the tracks of a video."""
 
 from __future__ import annotations
 
@@ -22,22 +22,26 @@ ScoreRule = Literal["mean", "best_quarter"]
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """How the tracks of a video are chosen, and scored.
+    """How the tracks of a video are selected and scored.
 
     Attributes:
-        candidates: which (query, class) pairs become tracks. ``first_frames``, the paper: the most confident pairs of
-            the first frames, and nothing that enters later. ``any_frame``: the pairs with the best score at the end,
-            among the ``max_tracks`` queries that were the most confident in any frame. A query that never holds an
-            instance (``TrackState.held``) makes no track; the track and the mean over frames of another begin where it
-            first does, its masks where it is among those queries.
-        candidate_frames: how many frames count as the first ones.
-        max_tracks: most tracks of a video.
-        score: ``mean``, the paper: a track is a (query, class) pair, and its score the mean of the class's probability
-            over all frames. ``best_quarter``, an option of the authors' release: a track is a query, and its highest
-            probabilities count, of any frame and class, a quarter as many as there are frames, and at least one; its
-            class is the most frequent among them, its score the mean of those that are the class's. An instance that is
-            seldom visible, or recognized only where it is seen well, is not held down by its other frames. ``test``
-            reports AP under both.
+        candidates: which (query, class) pairs become tracks. ``first_frames``, as in the paper: the most confident
+            pairs in the first frames; nothing that enters later is reported. ``any_frame``: among the ``max_tracks``
+            queries with the highest confidence in any frame, the pairs with the best score at the end of the video.
+            Queries that never hold an instance (``TrackState.held``) give no track. Tracks, and the mean over frames,
+            start at the frame in which the query first holds an instance. A track has masks only in frames at which its
+            query is among the ``max_tracks`` most confident so far.
+        candidate_frames: number of first frames.
+        max_tracks: maximum number of tracks in a video.
+        score: how tracks are scored. ``mean``, as in the paper: a track is a (query, class) pair, and its score is the
+            class's mean probability over all frames. ``best_quarter``, an option of the authors' release: a track is a
+            query, and only its highest probabilities over all frames and classes count, a quarter as many as there are
+            frames, but at least one. Its class is the most frequent one among them, and its score is the mean of those
+            that belong to that class. This way, frames in which an instance is hidden or hard to recognize do not lower
+            its score. ``test`` reports AP for both.
+
+    Raises:
+        ValueError: an option is out of range.
     """
 
     candidates: CandidateRule = "first_frames"
@@ -56,20 +60,20 @@ class InferenceOptions:
 
     @property
     def other_score(self) -> ScoreRule:
-        """The one that is not ``score``."""
+        """The score rule that is not ``score``."""
         return "best_quarter" if self.score == "mean" else "mean"
 
 
 class VideoInference:
-    """One video on its way through the network.
+    """Runs the network over one video and collects its tracks. The state starts empty: use a new object per video.
 
-    Memory grows with the video's length by the compressed masks, and by the best quarter of probabilities: 12 bytes for
-    every query and four frames.
+    Memory grows with the length of the video because of the compressed masks and the best quarter of the probabilities;
+    the latter take 12 bytes per query for every four frames.
 
     Args:
-        network: in evaluation mode.
-        options: the protocol.
-        size: (height, width) in pixels of the masks to be made.
+        network: the network, in evaluation mode.
+        options: how tracks are selected and scored.
+        size: (height, width) in pixels of the masks to produce.
     """
 
     def __init__(self, network: InstanceFormer, options: InferenceOptions, size: tuple[int, int]) -> None:
@@ -80,21 +84,21 @@ class VideoInference:
         self._any_frame = options.candidates == "any_frame"
         device = self.state.queries.device
         queries = network.num_queries
-        self._hidden: list[Tensor] = []  # (N,) of each frame
-        self._counted = torch.zeros(queries, device=device)  # frames: all, or under any_frame those since it is held
-        self._total = torch.zeros(queries, network.num_classes, device=device)  # of the probabilities in these
-        self._highest = torch.zeros(queries, 0, device=device)  # of them, a quarter as many as the video has frames
+        self._hidden: list[Tensor] = []  # (N,) bool for each frame
+        self._counted = torch.zeros(queries, device=device)  # frames; under any_frame, those since it is held
+        self._total = torch.zeros(queries, network.num_classes, device=device)  # sum of probabilities in these frames
+        self._highest = torch.zeros(queries, 0, device=device)  # probabilities, for a quarter of the frames
         self._highest_labels = torch.zeros(queries, 0, dtype=torch.int64, device=device)
-        self._best = torch.zeros(queries, device=device)  # confidence so far
+        self._best = torch.zeros(queries, device=device)  # highest confidence so far
         self._first_pairs: list[tuple[int, int]] = []
         self._waiting: list[tuple[FrameFeatures, FramePrediction, tuple[int, int]]] = []
 
     @torch.no_grad()
     def add(self, chunk: VideoChunk) -> None:
-        """Take in the next frames.
+        """Process the next frames.
 
         Raises:
-            ValueError: frames are missing between the last chunk and this one.
+            ValueError: the chunk does not continue where the previous one ended.
         """
         if chunk.start != self.frames:
             raise ValueError(
@@ -119,8 +123,8 @@ class VideoInference:
 
         Args:
             video_id: the video's id in its annotation file.
-            category_ids: id of every class.
-            score: in place of that of the options.
+            category_ids: category id of each class.
+            score: score rule to use instead of that in the options.
         """
         by_mean = (score or self.options.score) == "mean"
         begins = (self.frames - self._counted).long().tolist()
@@ -140,7 +144,7 @@ class VideoInference:
         return sorted(tracks, key=lambda track: -track.score)
 
     def _by_mean(self) -> list[tuple[int, int, float]]:
-        """Queries, classes and scores of tracks that are (query, class) pairs."""
+        """Query, class and score of each track under ``mean``, where tracks are (query, class) pairs."""
         scores = (self._total / self._counted[:, None]).cpu()
         pairs = self._first_pairs
         if self._any_frame:
@@ -150,7 +154,7 @@ class VideoInference:
         return [(query, label, float(scores[query, label])) for query, label in pairs]
 
     def _by_best_quarter(self) -> list[tuple[int, int, float]]:
-        """Queries, classes and scores of tracks that are queries, each with one class."""
+        """Query, class and score of each track under ``best_quarter``, where tracks are queries."""
         highest, labels = self._highest.cpu(), self._highest_labels.cpu()
         counts = (self._counted.long() // 4).clamp(min=1).tolist()
         tracks = []
@@ -161,24 +165,24 @@ class VideoInference:
         return tracks
 
     def _track_queries(self) -> list[int]:
-        """Queries that make a track: of those with masks, under ``any_frame``, the ones that hold an instance."""
+        """Queries that give a track: those with masks and, under ``any_frame``, only those that hold an instance."""
         held = self.state.held[0].tolist()
         return [query for query in self._masked_queries() if held[query] or not self._any_frame]
 
     def _masked_queries(self) -> list[int]:
-        """Queries whose masks are made, as far as is known by now."""
+        """Queries that get masks, as far as known now."""
         if not self._any_frame:
             return sorted({query for query, _ in self._first_pairs})
         count = min(self.options.max_tracks, len(self._best))
         return sorted(self._best.topk(count).indices.tolist())
 
     def _count(self, probabilities: Tensor, entering: Tensor, quarter: int) -> None:
-        """Add the probabilities of a frame; under ``any_frame`` the count of an entering query starts with it.
+        """Add the probabilities of a frame; under ``any_frame``, counting starts over for entering queries.
 
         Args:
-            probabilities: (N, K) of the frame, in [0, 1].
+            probabilities: (N, K) class probabilities in the frame, in [0, 1].
             entering: (N,) bool, queries that hold an instance from this frame on.
-            quarter: of the frames of the video.
+            quarter: a quarter of the number of frames in the video, at least 1.
         """
         if self._any_frame:
             self._total.masked_fill_(entering[:, None], 0.0)
@@ -193,7 +197,7 @@ class VideoInference:
         self._best = torch.maximum(self._best, probabilities.amax(dim=-1))
 
     def _segment_waiting(self) -> None:
-        """Make the masks of the frames that had to wait until it was known of which queries."""
+        """Produce the masks of frames that had to wait until the queries to segment were known."""
         queries = self._masked_queries()
         for features, prediction, size in self._waiting:
             indices = torch.tensor([queries], device=features.tokens.device)
@@ -204,12 +208,12 @@ class VideoInference:
 
 
 def resize_masks(logits: Tensor, size: tuple[int, int], original: tuple[int, int]) -> Tensor:
-    """Bring mask logits to the size of the video.
+    """Resize mask logits to the size of the video.
 
     Args:
-        logits: (n, h, w), one for every 4x4 pixels of the network's input.
-        size: (height, width) of that input.
-        original: (height, width) of the video.
+        logits: (n, h, w), one logit per 4x4 pixels of the network's input.
+        size: (height, width) of the network's input in pixels.
+        original: (height, width) of the video in pixels.
 
     Returns:
         (n, *original) logits.
@@ -220,6 +224,6 @@ def resize_masks(logits: Tensor, size: tuple[int, int], original: tuple[int, int
 
 
 def _best_pairs(scores: Tensor, count: int) -> list[tuple[int, int]]:
-    """The (query, class) pairs of the highest of (N, K) scores."""
+    """The (query, class) pairs with the ``count`` highest of (N, K) scores, best first."""
     best = scores.flatten().topk(min(count, scores.numel())).indices.tolist()
     return [divmod(index, scores.shape[1]) for index in best]

@@ -1,4 +1,4 @@
-"""An evaluation as files: numbers, tables and precision-recall curves."""
+"""Writes an evaluation to files: numbers, tables and plots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from instanceformer.evaluation.decomposition import STATES, Decomposition
 from instanceformer.evaluation.identity import IdentityMetrics
 from instanceformer.evaluation.precision_recall import IOU_THRESHOLDS, NAMES, RECALLS, VideoEvaluation
 
-_MOST_BARS = 80  # that are legible in one picture
+_MOST_BARS = 80  # still legible in one plot
 _STATE_COLORS = (
     ("#009E73", "white"),
     ("#D55E00", "white"),
@@ -26,24 +26,24 @@ _STATE_COLORS = (
     ("#D9D9D9", "black"),
     ("#56B4E9", "black"),
 )
-"""Of the bars of each of ``STATES``, and of the text on them."""
+"""Colors of the bars, and of the text on them, for each of ``STATES``."""
 
 
 def write_report(evaluation: VideoEvaluation, folder: str | Path, names: Mapping[int, str]) -> list[Path]:
-    """Write an evaluation as files for programs, spreadsheets and people.
+    """Write an evaluation to files for programs, spreadsheets and people.
 
     Args:
-        evaluation: of a result file.
-        folder: is made if it does not exist; files of the same names are replaced.
-        names: of the categories, by id.
+        evaluation: the evaluation of a result file.
+        folder: folder to write to, created if necessary; existing files with the same names are replaced.
+        names: category names by id.
 
     Returns:
-        The files: ``metrics.json``, the object that ``instanceformer evaluate --json`` prints; ``per_category.csv``, a
-        row for each category that has ground truth; ``precision_recall.csv``, a row for each category and IoU
-        threshold, with the precision at recalls of 0 to 1; ``precision_recall.png``, the curves' means over the
-        categories, and AP by category, of the lowest where there are many. Where identity was measured also
-        ``identity.csv``, what became of the instances, a row for each level of occlusion and age, and ``identity.png``,
-        the same as stacked bars.
+        Paths of the files written: ``metrics.json``, the object that ``instanceformer evaluate --json`` prints;
+        ``per_category.csv``, a row for each category that has ground truth; ``precision_recall.csv``, a row for each
+        category and IoU threshold with the precision at recalls from 0 to 1; ``precision_recall.png``, the curves
+        averaged over the categories, and the AP of each category, or of the lowest if there are many. If identity was
+        measured, also ``identity.csv``, what became of the instances, with a row for each occlusion level and age, and
+        ``identity.png``, the same as stacked bars.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,9 +84,9 @@ def _write_table(path: Path, header: Iterable[object], rows: Iterable[Iterable[o
 
 
 def plot(evaluation: VideoEvaluation, names: Mapping[int, str]) -> Figure:
-    """Mean precision-recall curves, one for each IoU threshold, beside the AP of the categories that have ground truth.
+    """Plot mean precision-recall curves, one per IoU threshold, next to the AP of each category with ground truth.
 
-    The colors, of the map cividis, are told apart by the color-blind too; each curve also bears its threshold.
+    The colors, from the cividis map, are suitable for color-blind readers; the legend gives each curve's threshold.
     """
     ids = list(evaluation.precision)
     shown = sorted(ids, key=lambda id_: evaluation.per_category[id_]["AP"])[:_MOST_BARS]
@@ -113,9 +113,9 @@ def plot(evaluation: VideoEvaluation, names: Mapping[int, str]) -> Figure:
 
 
 def plot_identity(identity: IdentityMetrics) -> Figure:
-    """What became of the instances, by level of occlusion and by age of the track, as stacked bars.
+    """Plot what became of the instances, by occlusion level and by age of the track, as stacked bars.
 
-    The colors are Okabe and Ito's, which the color-blind tell apart.
+    The colors are from the Okabe-Ito palette, which is suitable for color-blind readers.
     """
     occlusion = {"all": identity.overall} | identity.by_occlusion
     ages = {name: group for name, group in identity.by_age.items() if group.pairs}
@@ -137,7 +137,7 @@ def plot_identity(identity: IdentityMetrics) -> Figure:
 
 
 def _stack(axes: Axes, groups: Mapping[str, Decomposition]) -> None:
-    """A bar for each group; parts that are large enough bear their fraction."""
+    """Draw a stacked bar for each group; segments that are large enough are labeled with their fraction."""
     ticks = [f"{name}\n{group.pairs:,}" for name, group in groups.items()]
     below = np.zeros(len(groups))
     for state, (color, text) in zip(STATES, _STATE_COLORS, strict=True):

@@ -1,4 +1,4 @@
-"""Predicted tracks, the challenge's result file, ``results.json``, and the parts of one that a run is still writing."""
+"""Predicted tracks, the challenge's result file ``results.json``, and its parts while a run is in progress."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ from instanceformer.data.formats.run_lengths import compress_masks, show
 from instanceformer.files import replacing
 
 RECORD = "run.json"
-"""In the folder of a run's parts, what the run depends on."""
+"""File in the folder of a run's parts that records what the run depends on."""
 
 
 class RLE(TypedDict):
-    """A mask as COCO's compressed run lengths (column-major).
+    """A mask as compressed, column-major run lengths in COCO's format.
 
     Attributes:
         size: [height, width] in pixels.
-        counts: the compressed run lengths, as text.
+        counts: compressed run lengths, as text.
     """
 
     size: list[int]
     counts: str
 
 
-@dataclass  # not frozen: Lightning's predict copies what it collects field by field
+@dataclass  # not frozen because Lightning's predict copies results field by field
 class Track:
     """One predicted instance of one video.
 
     Attributes:
         video_id: the video's id in its annotation file.
         category_id: the category's id in the annotation file (not the network's class index).
-        score: confidence; any finite number, of which only the order counts.
-        segmentations: one mask per frame of the video, at the video's original size; None where the instance is absent.
+        score: confidence; any finite number, since only the ranking matters.
+        segmentations: a mask for each frame of the video, at the video's original size, or None where the instance is
+            not visible.
 
     Raises:
-        ValueError: if the score is not finite.
+        ValueError: the score is not finite.
     """
 
     video_id: int
@@ -62,7 +63,7 @@ class Track:
 
     @property
     def counts(self) -> tuple[bytes | None, ...]:
-        """The compressed run lengths of each frame's mask, as pycocotools takes them; None where there is none."""
+        """The compressed run lengths of the mask in each frame, in the form pycocotools expects, or None."""
         return tuple(rle and rle["counts"].encode() for rle in self.segmentations)
 
 
@@ -77,7 +78,7 @@ def encode_mask(mask: npt.NDArray[np.bool_]) -> RLE | None:
 
 
 def decode_mask(rle: RLE) -> npt.NDArray[np.bool_]:
-    """The (H, W) bool mask of a compressed one."""
+    """Decompress a mask to (H, W) bool."""
     from pycocotools import mask as coco_mask
 
     return cast("npt.NDArray[np.bool_]", coco_mask.decode(rle).astype(bool))
@@ -86,10 +87,10 @@ def decode_mask(rle: RLE) -> npt.NDArray[np.bool_]:
 def write_results(path: str | Path, tracks: Iterable[Track]) -> int:
     """Write the challenge's result file: a list of {video_id, category_id, score, segmentations}.
 
-    The file appears under its name only when it is complete.
+    The file appears under its name only once it is complete.
 
     Returns:
-        Number of tracks.
+        The number of tracks.
     """
     count = 0
     with replacing(Path(path)) as temporary, temporary.open("w") as file:
@@ -102,36 +103,36 @@ def write_results(path: str | Path, tracks: Iterable[Track]) -> int:
 
 
 def zip_results(path: Path) -> Path:
-    """Pack a result file as the challenge servers take it: alone in a zip, as ``results.json``.
+    """Zip a result file as the challenge servers expect it: as ``results.json``, the only file in the archive.
 
-    Equal files give equal zips.
+    Identical files give identical archives.
 
     Returns:
-        Path of the zip, beside the file.
+        Path of the archive, which is next to the result file.
     """
-    entry = ZipInfo("results.json")  # its date is a constant
+    entry = ZipInfo("results.json")  # has a constant date
     entry.compress_type = ZIP_DEFLATED
     entry.external_attr = 0o644 << 16
-    entry.file_size = path.stat().st_size  # beyond 2 GiB the format is another
+    entry.file_size = path.stat().st_size  # files over 2 GiB need a different format
     with ZipFile(path.with_suffix(".zip"), "w") as archive, archive.open(entry, "w") as packed, path.open("rb") as file:
         shutil.copyfileobj(file, packed)
     return path.with_suffix(".zip")
 
 
 def read_results(path: str | Path) -> list[Track]:
-    """Read a result file, keeping its order (equal scores are ranked by it).
+    """Read and check a result file, keeping its order, by which equal scores are ranked.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a result file, or if a mask is damaged or differs in size from the first of its track;
-            the message names the file, the entry and the field.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is malformed, or a mask is damaged or differs in size from the first one of its track; the
+            message names the file, the entry and the field.
     """
     tracks = []
     for index, track in enumerate(iterate_results(path)):
         first = next((rle for rle in track.segmentations if rle is not None), None)
         try:
             if first is not None:
-                compress_masks(track.segmentations, *first["size"])  # refuses damaged counts and a change of size
+                compress_masks(track.segmentations, *first["size"])  # rejects damaged counts and changes of size
         except ValueError as error:
             raise ValueError(f"{path}: entry {index}: {error}") from error
         tracks.append(track)
@@ -139,11 +140,12 @@ def read_results(path: str | Path) -> list[Track]:
 
 
 def iterate_results(path: str | Path) -> Iterator[Track]:
-    """Read a result file track by track, so that only its text is in memory; masks are not decoded.
+    """Read a result file track by track, so that only its text is held in memory. Masks are not decoded or checked.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: at the entry that is no track; the message names the file, the entry and the field.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a JSON list, or an entry is not a track (raised on reaching it); the message names
+            the file, the entry and the field.
     """
     for index, entry in enumerate(_iterate_entries(path)):
         try:
@@ -156,7 +158,7 @@ def iterate_results(path: str | Path) -> Iterator[Track]:
 
 
 def _iterate_entries(path: str | Path) -> Iterator[Any]:
-    """The entries of the list in a JSON file."""
+    """Yield the entries of the list in a JSON file."""
     expected = "expected a list of predicted tracks"
     expect_file(Path(path), "a results file, a JSON list of predicted tracks")
     try:
@@ -174,7 +176,7 @@ def _iterate_entries(path: str | Path) -> Iterator[Any]:
 
 
 def _iterate_list(text: str, begin: int) -> Iterator[Any]:
-    """Parse the JSON list from position ``begin`` to the end of a text, entry by entry."""
+    """Parse, entry by entry, the JSON list that starts at position ``begin`` and must end with the text."""
     decoder = json.JSONDecoder()
     at = _skip_blanks(text, begin + 1)
     more = not text.startswith("]", at)
@@ -228,7 +230,7 @@ def _id(entry: dict[str, Any], field: str) -> int:
 
 
 def _is_compressed(segmentation: Any) -> bool:
-    """Whether it is ``{"size": [int, int], "counts": str}``."""
+    """Whether a segmentation has the form ``{"size": [int, int], "counts": str}``."""
     if type(segmentation) is not dict or type(segmentation.get("counts")) is not str:
         return False
     size = segmentation.get("size")
@@ -236,15 +238,16 @@ def _is_compressed(segmentation: Any) -> bool:
 
 
 class ResultParts:
-    """The results of a run that may be killed: a file for each finished video, merged into one when all are there.
+    """Results of a run that may be interrupted: one file per finished video, merged once all videos are finished.
 
-    The files of a run are in a folder in ``results.parts``, beside the result file, which a digest of ``run`` names, so
-    that no run takes over or removes the parts of a different one. Processes that share the file system may share it.
+    The files are in a subfolder of ``results.parts``, next to the result file. The subfolder's name is a digest of
+    ``run``, so that no run takes over or removes the parts of a different one. Several processes may share it if they
+    share the file system.
 
     Args:
-        path: of the result file, which ends in ``.json``.
-        run: by name all that the tracks depend on.
-        video_ids: of the videos whose results are expected.
+        path: path of the result file; ends in ``.json``.
+        run: everything the tracks depend on, by name.
+        video_ids: ids of the videos whose results are expected.
     """
 
     def __init__(self, path: Path, run: Mapping[str, object], video_ids: Iterable[int]) -> None:
@@ -254,14 +257,16 @@ class ResultParts:
         self.path, self.folder = path, path.with_suffix(".parts") / digest
 
     def finished(self) -> frozenset[int]:
-        """Ids of the videos whose parts are there."""
+        """Ids of the videos that already have results."""
         return frozenset(int(part.stem.removeprefix("video_")) for part in self.folder.glob("video_*.json"))
 
     def start(self) -> str:
-        """Make the folder, or clear it of what a killed run left unfinished; by one process before any writes.
+        """Create the folder, or remove incomplete files that an interrupted run left in it.
+
+        Exactly one process must call this, before any process writes.
 
         Returns:
-            Lines about the parts that are there, of this and of other runs; empty without any.
+            Lines of text about existing parts of this run and about other runs; empty if there are none.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in (*self.folder.glob(".*.tmp"), self.folder / self.path.name, self._archive(self.folder)):
@@ -278,7 +283,7 @@ class ResultParts:
         return "\n".join(lines)
 
     def write(self, video_id: int, tracks: Iterable[Track], others: Iterable[Track] = ()) -> None:
-        """Keep all tracks of a video, so that it is finished; ``others`` are kept with them and not merged."""
+        """Store all tracks of a video, which is then finished. ``others`` are stored with them but never merged."""
         write_results(self._part(video_id, "others"), others)
         write_results(self._part(video_id), tracks)
 
@@ -287,17 +292,17 @@ class ResultParts:
         return list(iterate_results(self._part(video_id)))
 
     def read_others(self, video_id: int) -> list[Track]:
-        """What was kept with the tracks of a finished video."""
+        """The ``others`` stored with the tracks of a finished video."""
         return list(iterate_results(self._part(video_id, "others")))
 
     def merge(self) -> str:
-        """Write the result file and its zip, by ascending video id, and remove the folder.
+        """Write the result file, ordered by video id, and its zip archive, and remove the folder.
 
         Returns:
-            How much was written, in words.
+            A message that says what was written.
 
         Raises:
-            RuntimeError: the part of a video is missing; nothing is written or removed.
+            RuntimeError: the results of a video are missing; nothing is written or removed.
         """
         missing = sorted(self.video_ids - self.finished())
         if missing:
@@ -312,7 +317,7 @@ class ResultParts:
         merged.replace(self.path)
         archive.replace(self._archive(self.path.parent))
         shutil.rmtree(self.folder)
-        with suppress(OSError):  # another run's parts may be there
+        with suppress(OSError):  # not empty if another run has parts there
             self.folder.parent.rmdir()
         return f"{count} tracks of {len(self.video_ids)} videos written to {self.path} and {archive.name}"
 
@@ -323,7 +328,7 @@ class ResultParts:
         return folder / self.path.with_suffix(".zip").name
 
     def _unlike(self, record: Path) -> list[str]:
-        """Names of what differs between this run and another's record."""
+        """Names of the entries in which this run and another run's record differ."""
         try:
             theirs = json.loads(record.read_text())
             return sorted(name for name in self.run if self.run[name] != theirs.get(name))

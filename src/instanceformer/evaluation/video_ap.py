@@ -1,4 +1,4 @@
-"""Average precision and recall of video instance segmentation, as the official YouTube-VIS evaluator defines them."""
+"""Average precision and recall for video instance segmentation, as defined by the official YouTube-VIS evaluator."""
 
 from __future__ import annotations
 
@@ -21,42 +21,43 @@ from instanceformer.evaluation.results import Track
 
 
 class VideoAveragePrecision(Metric):
-    """AP and AR over videos, equal to the official YouTube-VIS evaluator (``ytvoseval``) on the same files.
+    """AP and AR over videos; gives the same numbers as the official YouTube-VIS evaluator (``ytvoseval``).
 
-    The IoU of two tracks of one category is the sum over frames of their intersections divided by the sum over frames
-    of their unions (Yang et al., "Video Instance Segmentation", ICCV 2019, section 3). Matching and accumulation are
-    COCO's, over tracks in place of boxes.
+    The IoU of two tracks of the same category is the sum of their intersections over all frames divided by the sum of
+    their unions (Yang et al., "Video Instance Segmentation", ICCV 2019, section 3). Matching and accumulation follow
+    COCO, with tracks in place of boxes.
 
-    Where the official evaluator leaves things open:
-        - Ground-truth ids are not used, so that 0 is an id like any other.
-        - A missing ``iscrowd`` is 0. Of ``areas`` see ``read_ground_truth``.
-        - A video updated more than once (as a distributed sampler pads) counts once, as it first came: by rank, then by
-          order of update. All tracks of a video belong into one update.
-        - No predictions at all, of a video or of all, means that everything was missed.
-        - At most 100 tracks of a video and category count, the most confident.
+    Details that the official evaluator leaves open:
+        - Ground-truth ids are not used in matching, so 0 is a valid id.
+        - A missing ``iscrowd`` means 0. For ``areas``, see ``read_ground_truth``.
+        - All tracks of a video must be passed in a single update. If a video is updated more than once, as with the
+          padding of a distributed sampler, only the first update counts, ordered by rank and then by time.
+        - If a video has no predictions, all its instances were missed; the same goes for all videos.
+        - Per video and category, only the 100 most confident tracks count.
 
-    Beside the official numbers:
-        - By occlusion, as the evaluator of OVIS has it (Qi et al., "Occluded Video Instance Segmentation: Dataset and
-          ICCV 2021 Challenge"): true tracks whose degree, see ``occlusion_degree``, is outside of the range count as
-          those of another size do; predicted tracks have no degree, and all that match nothing count. The ranges are
-          slight, 0 to 0.25; moderate, 0.25 to 0.5; heavy, 0.5 and more; both ends included. A track without labels is
-          in none.
-        - The long videos of YouTube-VIS 22 as a separate dataset. Its organizers list them in an annotation file;
-          for other datasets there is a number of frames.
+    In addition to the official numbers:
+        - AP by occlusion, as in OVIS's evaluator (Qi et al., "Occluded Video Instance Segmentation: Dataset and ICCV
+          2021 Challenge"). True tracks whose degree (``occlusion_degree``) is outside the range are ignored, like true
+          tracks outside a size range. Predicted tracks have no degree, so all unmatched ones count as wrong. The ranges
+          are slight, 0 to 0.25; moderate, 0.25 to 0.5; and heavy, 0.5 to 1, including both ends. A track without labels
+          is in none of them.
+        - Metrics for long videos, evaluated as a dataset of their own, as in YouTube-VIS 2022. Its organizers list the
+          long videos in an annotation file; for other datasets, a number of frames defines them.
 
     Args:
-        ground_truth: path of an annotation file in YouTube-VIS format, its parsed content, or what
-            ``read_ground_truth`` made of either, which several metrics can share.
-        only_updated: evaluate only the videos that were given to ``update``. By default all videos of the ground truth
-            count, those never updated as having no predictions.
-        long_frames: videos with more frames than this are long.
-        long_videos: ids of the long videos, instead.
-        identity: measure identity as well, see ``IdentityMetrics``, which compares every frame.
+        ground_truth: path of an annotation file in YouTube-VIS format, its parsed JSON, or the result of
+            ``read_ground_truth``, which several metrics can share.
+        only_updated: evaluate only videos passed to ``update``. By default all videos in the ground truth count, and
+            those never updated have no predictions.
+        long_frames: videos with more frames than this count as long.
+        long_videos: ids of the videos that count as long; an alternative to ``long_frames``.
+        identity: measure identity as well (see ``IdentityMetrics``), which compares every frame.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the ground truth has no annotations, refers to videos or categories it does not list, or has
-            tracks that do not fit their video or damaged masks.
+        FileNotFoundError: there is no such file.
+        ValueError: the ground truth has no annotations, has damaged masks, refers to videos or categories that it does
+            not list, or has tracks that do not match their video; or both of ``long_frames`` and ``long_videos`` are
+            given.
     """
 
     is_differentiable = False
@@ -79,20 +80,20 @@ class VideoAveragePrecision(Metric):
             ground_truth = read_ground_truth(ground_truth)
         self._ground_truth = ground_truth
         self._long_videos = self._ground_truth.long_videos(long_frames, long_videos)
-        # One JSON line per video, as bytes, with all that matching needs of its tracks: small enough for ranks to
-        # exchange.
+        # One line of JSON per video, as bytes, with everything that matching needs to know about its tracks. It is
+        # small enough to exchange between ranks.
         self.add_state("videos", default=[], dist_reduce_fx="cat")
 
     def update(self, video_id: int, tracks: Sequence[Track]) -> None:
-        """Add all predicted tracks of one video, none being a valid number.
+        """Add all predicted tracks of a video; there may be none.
 
         Args:
             video_id: the video's id in the ground truth.
             tracks: its tracks; equal scores rank in the order given.
 
         Raises:
-            ValueError: if the ground truth has no such video or category, or if a track is of another video, differs
-                from the video in its number of frames or mask size, or has a damaged mask.
+            ValueError: the video or a category is not in the ground truth, or a track belongs to another video, has a
+                different number of frames or mask size, or has a damaged mask.
         """
         named = ((f"track {index} of video {video_id}", track) for index, track in enumerate(tracks))
         compared = compare_tracks(self._ground_truth, video_id, named)
@@ -111,12 +112,12 @@ class VideoAveragePrecision(Metric):
         distributed_available: Callable[..., bool] | None = None,
     ) -> None:
         """Gather the videos of all ranks; see ``torchmetrics.Metric.sync``."""
-        if isinstance(self.videos, list) and not self.videos:  # torchmetrics would send floats for a rank without any
+        if isinstance(self.videos, list) and not self.videos:  # torchmetrics would send floats from an empty rank
             self.videos = [torch.empty(0, dtype=torch.uint8, device=self.device)]
         super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
 
     def compute(self) -> dict[str, Tensor]:
-        """The summary, the extras and the numbers of identity of ``evaluate``, as float64 scalars."""
+        """The summary, extras and identity metrics from ``evaluate``, by name, as float64 scalars."""
         evaluation = self._evaluate()
         numbers = evaluation.summary | evaluation.extras
         if evaluation.identity is not None:
@@ -124,7 +125,7 @@ class VideoAveragePrecision(Metric):
         return {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in numbers.items()}
 
     def evaluate(self) -> VideoEvaluation:
-        """The numbers over all updates of all ranks, with those of each category."""
+        """Evaluate all updates from all ranks, including metrics per category."""
         with self.sync_context(
             dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
         ):

@@ -1,4 +1,4 @@
-"""Videos labeled frame by frame in COCO's JSON: CocoVID files and the exports of labeling tools."""
+"""Videos labeled frame by frame in COCO-style JSON: CocoVID files and exports of labeling tools."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from instanceformer.files import natural_order
 
 
 def import_cocovid(source: Path, *, merge_parts: bool = False) -> VideoDataset:
-    """Read a COCO file whose images are frames of videos and whose annotations name the instance that they show.
+    """Read a COCO file whose images are video frames and whose annotations carry the id of the instance they show.
 
-    Videos are the file's ``videos``, to which its images belong by ``video_id`` in order of ``frame_id``. In a file
-    without ``videos`` they are the folders of the images' file names, numbered from 1, in order of the numbers in
-    these names. Sizes are those of the images, or of their video where they have none.
+    If the file has ``videos``, an image belongs to the video with its ``video_id``, and frames are ordered by
+    ``frame_id``. Otherwise each folder in the images' file names is a video; videos are numbered from 1, and frames are
+    in natural order of their names. An image without a size has the size of its video.
 
-    The annotations of one video with the same ``instance_id``, ``track_id`` or ``attributes.track_id`` (CVAT) are one
-    instance with this id, see ``with_unique_ids`` where videos share ids. Masks are polygons or run lengths, compressed
-    or not. An instance is not visible in frames without an annotation of it or with one that has no pixel; one that is
-    never visible is left out. ``iscrowd`` is read except where the identity is ``attributes.track_id``: CVAT sets it on
+    Annotations in a video that share an ``instance_id``, ``track_id`` or ``attributes.track_id`` (CVAT) form one
+    instance with that id; if ids recur in other videos, see ``with_unique_ids``. Masks are polygons or run lengths,
+    compressed or not. An instance is not visible in frames where it has no annotation or an empty mask; instances that
+    are never visible are left out. ``iscrowd`` is ignored if the id is ``attributes.track_id``, because CVAT sets it on
     everything drawn with a brush.
 
     Args:
         source: the JSON file.
-        merge_parts: where an instance has several annotations in a frame, as parts of one object have in the exports
-            of some tools, take the union of their masks.
+        merge_parts: if an instance has several annotations in a frame, as some tools export for the parts of an object,
+            use the union of their masks.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not in the format; an annotation has no identity, or a box only; an instance changes
-            its category, or is in a frame twice and its parts are not to be merged; the sizes of a video's images
-            differ; a video has no image; in a file without ``videos`` two images have one name. The message says where,
-            what was expected and what was found.
+        ValueError: the file is malformed; an annotation has no instance id, or only a box; an instance changes its
+            category, or occurs twice in a frame without ``merge_parts``; the images of a video differ in size; a video
+            has no images; or, in a file without ``videos``, two images have the same name. The message says where, what
+            was expected and what was found.
     """
     records = _CocoVid(str(source), merge_parts)
     with records.tolerate():
@@ -54,7 +54,7 @@ class _Image:
     id: int
     file_name: str
     size: tuple[int, int]
-    position: int | tuple[Any, ...]  # in its video: anything that sorts
+    position: int | tuple[Any, ...]  # in its video; anything sortable
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class _CocoVid(Records):
         return VideoDataset(categories, with_unique_ids([_video(v, images[v], tracks[v]) for v in images]))
 
     def images_of_videos(self, root: object) -> Iterator[tuple[int, list[_Image]]]:
-        """Each video's id and images in order, by the file's own ``videos``."""
+        """Yield the id and the ordered images of each of the file's ``videos``."""
         videos = {self.new_id(record, location): record for location, record in self.objects(root, "videos")}
         images: dict[int, list[_Image]] = {id_: [] for id_ in videos}
         for location, record in self.objects(root, "images"):
@@ -116,7 +116,7 @@ class _CocoVid(Records):
             yield id_, self.in_order(frames)
 
     def images_of_folders(self, root: object) -> Iterator[tuple[int, list[_Image]]]:
-        """Each video's number and images in order, a folder a video."""
+        """Yield the number and the ordered images of each video, with one video per folder."""
         folders: dict[str, list[_Image]] = {}
         names: dict[str, str] = {}
         for location, record in self.objects(root, "images"):
@@ -137,7 +137,7 @@ class _CocoVid(Records):
             yield number, self.in_order(folders[folder])
 
     def warn_of_shared_names(self, videos: dict[int, list[_Image]]) -> None:
-        """Warn of images that would be read from one file; that is right only for clips that share frames."""
+        """Warn about images that share a file name, which is right only for clips that share frames."""
         counts = Counter(image.file_name for images in videos.values() for image in images)
         shared = [name for name, count in counts.items() if count > 1]
         if shared:
@@ -154,7 +154,7 @@ class _CocoVid(Records):
         return _Image(location, self.new_id(record, location), self.text(record, "file_name", location), size, position)
 
     def in_order(self, images: list[_Image]) -> list[_Image]:
-        """One video's images in order; fails where two have the same position or their sizes differ."""
+        """Sort the images of a video; fails if two have the same position or if sizes differ."""
         images = sorted(images, key=lambda image: image.position)
         for before, image in pairwise(images):
             if image.position == before.position:
@@ -168,7 +168,7 @@ class _CocoVid(Records):
         return images
 
     def identity(self, record: dict[str, Any], location: str) -> tuple[int, bool]:
-        """Which instance of its video an annotation shows, and whether that is a crowd."""
+        """The id of the instance that an annotation shows, and whether it is a crowd."""
         attributes = record.get("attributes")
         if isinstance(attributes, dict) and "track_id" in attributes:
             owner, key, location = attributes, "track_id", f"{location}.attributes"
@@ -185,7 +185,7 @@ class _CocoVid(Records):
         return identity, is_crowd
 
     def mask_of_size(self, record: dict[str, Any], size: tuple[int, int], location: str) -> bytes | None:
-        """The compressed mask of an annotation; None if it has no pixel."""
+        """The compressed mask of an annotation; None if it is empty."""
         segmentation, box = record.get("segmentation"), record.get("bbox")
         if not segmentation and isinstance(box, list) and any(box[2:]):
             self.fail(f"{location}.segmentation", "polygons or run lengths", f"{show(segmentation)}, but a box")

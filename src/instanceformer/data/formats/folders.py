@@ -1,4 +1,4 @@
-"""Videos as folders of frames and label images: what the importers of such folders share."""
+"""What the importers of folders of frames and label images share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from instanceformer.files import natural_order
 from instanceformer.orientation import upright, upright_size
 
 MAX_SHOWN = 10
-"""Most videos that a message names."""
+"""Maximum number of items listed in a message."""
 _FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -30,10 +30,10 @@ class Frames:
     """The frames of one video.
 
     Attributes:
-        names: in order, without suffix; a frame's label has the same.
-        file_names: relative to the folder of all videos' images.
-        height: of every frame, in pixels.
-        width: of every frame, in pixels.
+        names: file names without suffix, in order; a frame's label image has the same name.
+        file_names: paths relative to the image folder of all videos, in the same order.
+        height: frame height in pixels.
+        width: frame width in pixels.
     """
 
     names: tuple[str, ...]
@@ -45,9 +45,9 @@ class Frames:
         return len(self.names)
 
     def labeled(self, names: Collection[str]) -> Frames:
-        """The frames of these names, with a warning if others are left out.
+        """The frames with these names, with a warning if others are left out.
 
-        What those show is unknown: many datasets label every fifth frame of a video.
+        What unlabeled frames show is unknown: many datasets label only every fifth frame of a video.
         """
         kept = [index for index, name in enumerate(self.names) if name in names]
         if len(kept) == len(self):
@@ -60,15 +60,15 @@ class Frames:
 
 
 def subfolders(folder: Path, meaning: str) -> list[Path]:
-    """The folders in a folder, in natural order, without hidden ones.
+    """The subfolders of a folder, in natural order, without hidden ones.
 
     Args:
-        folder: to look in.
-        meaning: what each of them holds, for messages.
+        folder: the folder to look in.
+        meaning: what each subfolder stands for, for messages.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it has no folder in it.
+        ValueError: it has no subfolders.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected one with a folder for each {meaning}")
@@ -82,12 +82,13 @@ def find_frames(images: Path, video: str) -> Frames:
     """Find the frames of a video, in natural order of their names.
 
     Args:
-        images: folder of all videos' images.
-        video: name of the video's folder in it.
+        images: image folder of all videos.
+        video: name of the video's subfolder.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: there is no image in it, one cannot be read, or their sizes differ.
+        ValueError: it has no images, an image cannot be read, two have the same name but for the suffix, or sizes
+            differ.
     """
     files = _files(images / video, _FRAME_SUFFIXES)
     first = next(iter(files.values()))
@@ -99,11 +100,11 @@ def find_frames(images: Path, video: str) -> Frames:
 
 
 def find_labels(folder: Path, frames: Frames) -> dict[str, Path]:
-    """Find the label images of a video: by name of the frame the PNG of the same name.
+    """Find the label images of a video: PNG paths by frame name.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: there is no PNG in it, or one for which there is no frame.
+        ValueError: it has no PNGs, or one that matches no frame.
     """
     files = _files(folder, (".png",))
     for name in files.keys() - set(frames.names):
@@ -116,15 +117,15 @@ def read_labels(path: Path, frames: Frames, modes: Sequence[str]) -> NDArray[Any
     """Read a label image.
 
     Args:
-        path: of a PNG.
-        frames: whose size it must have.
-        modes: the kinds of image that are allowed, as Pillow names them.
+        path: a PNG file.
+        frames: the frames of the video, whose size the image must have.
+        modes: allowed Pillow modes.
 
     Returns:
-        (height, width) integers or booleans, palette indices where there is a palette; (height, width, 3) of RGB.
+        (height, width) integers or booleans (palette indices if there is a palette), or (height, width, 3) for RGB.
 
     Raises:
-        ValueError: it cannot be read, or is of another kind or size.
+        ValueError: it cannot be read, or has another mode or size.
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
@@ -144,7 +145,7 @@ def read_labels(path: Path, frames: Frames, modes: Sequence[str]) -> NDArray[Any
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """The folder's files with these suffixes by name without suffix, in natural order, without hidden ones."""
+    """Files with these suffixes, by name without suffix, in natural order, without hidden ones."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected the {' or '.join(suffixes)} files of a video")
     paths = [path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")]
@@ -159,7 +160,7 @@ def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Height and width of an image once it is upright, from its header."""
+    """Height and width of an image after applying its EXIF orientation, from its header."""
     try:
         with Image.open(path) as image:
             return upright_size(image)
@@ -172,19 +173,20 @@ def _show(size: tuple[int, ...]) -> str:
 
 
 class InstanceNames:
-    """The categories of numbered or colored instances, for formats that have none.
+    """The categories of numbered or colored instances, for formats that do not store categories.
 
     Args:
-        path: of a JSON object ``{video: {instance: name}}``, as DAVIS has it in ``davis_semantics.json``, such as
-            ``{"street": {"1": "car", "2": "person"}}``; an instance is its number, or its color as ``#ff0000``. The
-            names in alphabetical order are the categories 1, 2, ... None: "object" is the only category.
+        path: JSON file with an object ``{video: {instance: name}}``, like DAVIS's ``davis_semantics.json``, for example
+            ``{"street": {"1": "car", "2": "person"}}``. An instance is given by its number, or by its color as in
+            ``#ff0000``. The distinct names, in alphabetical order, become categories 1, 2, ... None: "object" is the
+            only category.
         source: folder of the videos' labels.
-        other_videos: allow names of videos that are not there: the splits of a dataset get the same categories by
-            having the same names.
+        other_videos: allow names for videos that are not in ``source``, so that all splits of a dataset can use one
+            file and thus have the same categories.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else, or names of a video that is not there; the message says where.
+        ValueError: the file is malformed, or names a video that is not in ``source``; the message says where.
     """
 
     def __init__(self, path: Path | None, source: Path, other_videos: bool = False) -> None:
@@ -202,7 +204,7 @@ class InstanceNames:
             )
 
     def category_id(self, video: str, instance: str) -> int:
-        """Category of an instance; 0 if the file does not name it, which ``check`` reports."""
+        """Category id of an instance; 0 if the file does not name it, which ``check`` reports later."""
         self._asked.setdefault(video, set()).add(instance)
         if self._path is None:
             return self.categories[0].id
@@ -210,7 +212,7 @@ class InstanceNames:
         return 0 if name is None else self._ids[name]
 
     def check(self) -> None:
-        """Compare the names with all instances of ``category_id``; names without an instance are a warning.
+        """Compare the names with all instances passed to ``category_id``; warn about names without an instance.
 
         Raises:
             ValueError: instances have no name; the message lists them.
@@ -228,7 +230,7 @@ class InstanceNames:
 
 
 def _differences(videos: dict[str, set[str]], others: dict[str, dict[str, str]] | dict[str, set[str]]) -> list[str]:
-    """Phrases that name the instances of each video that the others lack."""
+    """For each video, a phrase listing the instances that ``others`` lacks."""
     return [
         f"instance {', '.join(lacking)} of video {video}"
         for video, instances in videos.items()

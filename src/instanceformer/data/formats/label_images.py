@@ -1,4 +1,4 @@
-"""Videos labeled by images: numbers of instances (DAVIS, YouTube-VOS, MOTS) or one binary mask each (SA-V, SAM 2)."""
+"""Videos labeled by images: instance numbers (DAVIS, YouTube-VOS, MOTS) or binary masks per instance (SA-V, SAM 2)."""
 
 from __future__ import annotations
 
@@ -32,37 +32,37 @@ _REMEDY = (
     "in Pillow by mask.point(lambda value: 255 * (value > 127)), and import them as binary masks"
 )
 MAX_DIGITS = 18
-"""Most digits of an instance's number, so that it fits into 64 bits."""
+"""Maximum number of digits of an instance number, so that it fits into 64 bits."""
 MAX_COLORS = 254
-"""Most colors of a video that are taken for instances."""
+"""Maximum number of colors in a video that are taken for instances."""
 MAX_RIMS = 8
-"""Fewest labels without an inside that, if they are most of an image's labels, are taken for the shades of an edge."""
+"""Minimum number of rims in an image (see ``find_rims``) that, if most of its labels are rims, count as edge shades."""
 MAX_INSIDE = 0.1
-"""Greatest fraction of a rim's pixels that have its label on all sides; in a square of 4 x 4 pixels it is a quarter."""
+"""A rim has less than this fraction of its pixels surrounded by its own label; in a 4x4 square it is a quarter."""
 MIN_TOUCHING = 0.5
-"""Least fraction of a rim's pixels beside which there is another label that is not background."""
+"""A rim has more than this fraction of its pixels next to another label that is not background."""
 
 
 def import_davis(source: Path, images: Path, names: Path | None = None, *, other_videos: bool = False) -> VideoDataset:
-    """Read the labels of DAVIS 2017 and of datasets in its layout, such as YouTube-VOS.
+    """Read the labels of DAVIS 2017 and of datasets with the same layout, such as YouTube-VOS.
 
-    ``source/<video>/<frame>.png`` is an 8-bit image, with or without a palette, whose values are the numbers of
-    instances, the same all through a video; 0 is background, 255 is ignored (it becomes background). Or it is an RGB
-    image whose colors, except black, are the instances, numbered in each video in order of appearance. Frames are the
-    images of ``images/<video>`` that have a label image, in order of the numbers in their names. Ids of instances are
-    their numbers, see ``with_unique_ids`` where videos share them.
+    ``source/<video>/<frame>.png`` is an 8-bit image, with or without a palette, whose values are instance numbers, the
+    same throughout a video; 0 is background, and 255 is ignored (treated as background). Alternatively it is an RGB
+    image in which each color except black is an instance, numbered per video in order of appearance. Frames are the
+    images in ``images/<video>`` that have a label image, in natural order of their names. Instance ids are these
+    numbers; if they recur in other videos, see ``with_unique_ids``.
 
     Args:
         source: folder of the videos' label images, such as ``DAVIS/Annotations/480p``.
         images: folder of the videos' frames, such as ``DAVIS/JPEGImages/480p``.
-        names: JSON file of the instances' categories, see ``InstanceNames``.
-        other_videos: allow it to name videos that are not there.
+        names: JSON file with the categories of the instances; see ``InstanceNames``.
+        other_videos: allow ``names`` to include videos that are not in ``source``.
 
     Raises:
         FileNotFoundError: a folder or file is missing.
-        ValueError: an image cannot be read, is of another kind, or of another size than the rest of its video; a label
-            has no frame; an instance has no name; a video has 255 as its only label, as the binary masks of DAVIS 2016;
-            the labels are shades of edges, as anti-aliasing and blur make them.
+        ValueError: an image cannot be read, has an unsupported mode, or differs in size from its video; a label has no
+            frame; an instance has no name; 255 is the only label in a video, as in the binary masks of DAVIS 2016; or
+            the labels look like the edge shades that anti-aliasing and blur produce.
     """
     categories = InstanceNames(names, source, other_videos)
     videos = []
@@ -90,9 +90,9 @@ def import_davis(source: Path, images: Path, names: Path | None = None, *, other
 def import_mots(source: Path, images: Path) -> VideoDataset:
     """Read the labels of KITTI MOTS and MOTSChallenge.
 
-    ``source/<video>/<frame>.png`` is a 16-bit gray image of class * 1000 + instance, class 1 a car and 2 a pedestrian;
-    0 is background. 10000, a region to ignore whatever is in it, becomes one crowd in each category, with the id
-    10000 + category. Frames and ids are as in ``import_davis``: the id of car 7 is 1007.
+    ``source/<video>/<frame>.png`` is a 16-bit grayscale image of class * 1000 + instance, where class 1 is a car and 2
+    a pedestrian; 0 is background. The value 10000 marks regions to ignore; they become one crowd in each category, with
+    the id 10000 + category. Frames and ids are as in ``import_davis``: car 7 has the id 1007.
 
     Args:
         source: folder of the videos' label images, such as ``instances``.
@@ -100,8 +100,8 @@ def import_mots(source: Path, images: Path) -> VideoDataset:
 
     Raises:
         FileNotFoundError: a folder is missing.
-        ValueError: an image cannot be read, is of another kind, or of another size than the rest of its video; a label
-            has no frame, or is of no class; the labels are shades of edges.
+        ValueError: an image cannot be read, has an unsupported mode, or differs in size from its video; a label has no
+            frame or no known class; or the labels look like edge shades.
     """
     known = {category.id for category in MOTS_CATEGORIES}
     videos = []
@@ -122,9 +122,13 @@ def import_mots(source: Path, images: Path) -> VideoDataset:
 
 @dataclass(frozen=True)
 class _LabelVideo:
-    """A video: the folder of its label images, the compressed mask or None of each label in every frame, and its color.
+    """A video and its labels.
 
-    Labels that are numbers have no colors.
+    Attributes:
+        labels: folder of the label images.
+        frames: the labeled frames.
+        masks: for each label, its compressed mask or None in every frame.
+        colors: for each label, its color such as ``#ff0000``; empty if labels are numbers.
     """
 
     labels: Path
@@ -169,23 +173,23 @@ def _video(number: int, frames: Frames, instances: tuple[Instance, ...]) -> Vide
 def import_binary_masks(
     source: Path, images: Path, names: Path | None = None, *, other_videos: bool = False
 ) -> VideoDataset:
-    """Read binary masks, one PNG for each instance and frame, in the layout of SA-V and of SAM 2's own output.
+    """Read binary masks, one PNG per instance and frame, in the layout of SA-V and of SAM 2's own output.
 
-    ``source/<video>/<instance>/<frame>.png`` is an image of zeros and one other value, ``<instance>`` a number. Masks
-    may overlap. Frames are the images of ``images/<video>`` for which any instance has a mask, in order of the numbers
-    in their names; an instance that has none there, or an empty one, is not visible; one that never is is left out. Ids
-    of instances are their numbers, see ``with_unique_ids`` where videos share them.
+    ``source/<video>/<instance>/<frame>.png`` has zeros and one other value; ``<instance>`` is a number. Masks may
+    overlap. Frames are the images in ``images/<video>`` for which any instance has a mask, in natural order of their
+    names. An instance without a mask in a frame, or with an empty one, is not visible there; instances that are never
+    visible are left out. Instance ids are these numbers; if they recur in other videos, see ``with_unique_ids``.
 
     Args:
         source: folder of the videos' masks.
         images: folder of the videos' frames.
-        names: JSON file of the instances' categories, see ``InstanceNames``.
-        other_videos: allow it to name videos that are not there.
+        names: JSON file with the categories of the instances; see ``InstanceNames``.
+        other_videos: allow ``names`` to include videos that are not in ``source``.
 
     Raises:
         FileNotFoundError: a folder or file is missing.
-        ValueError: a mask cannot be read, is not binary, of another size than its video or without a frame; a folder is
-            not named by a number, or two by the same; an instance has no name.
+        ValueError: a mask cannot be read, is not binary, differs in size from its video, or has no frame; an instance
+            folder's name is not a number, or two stand for the same number; or an instance has no name.
     """
     categories = InstanceNames(names, source, other_videos)
     videos = []
@@ -211,7 +215,7 @@ def import_binary_masks(
 
 
 def _masks(files: dict[str, Path], frames: Frames) -> tuple[bytes | None, ...]:
-    """For each frame the compressed mask, or None."""
+    """The compressed mask in each frame, or None."""
     masks: list[bytes | None] = []
     for name in frames.names:
         if name not in files:
@@ -231,15 +235,15 @@ def _masks(files: dict[str, Path], frames: Frames) -> tuple[bytes | None, ...]:
 
 
 class Colors:
-    """Numbers the colors of a video's label images in order of first appearance, in one image by ascending value."""
+    """Numbers the colors in a video's label images by first appearance; within an image, by ascending value."""
 
     def __init__(self) -> None:
         self.names: dict[int, str] = {}
-        """By number the color, such as ``#ff0000``."""
+        """The color, such as ``#ff0000``, of each number."""
         self._numbers = {0: 0}
 
     def number(self, image: NDArray[np.uint8], path: Path) -> NDArray[np.int64]:
-        """Turn (height, width, 3) colors into (height, width) numbers of instances; black is background, 0.
+        """Convert (height, width, 3) colors to (height, width) instance numbers; black is background, 0.
 
         Raises:
             ValueError: the video has too many colors.
@@ -260,14 +264,17 @@ class Colors:
 
 
 def find_rims(labels: NDArray[Any]) -> list[int]:
-    """The labels that have hardly an inside and lie along others, as the shades of a blurred edge do.
+    """Find rims: labels that have almost no interior and lie along other labels, like the shades of a blurred edge.
 
-    Small and thin objects have no inside either, but more of background than of others beside them.
+    Small and thin objects have no interior either, but they border on background more than on other labels.
 
     Args:
-        labels: (height, width) integers, zero for background.
+        labels: (height, width) non-negative integers, 0 for background.
+
+    Returns:
+        The rims, ascending.
     """
-    around = np.pad(labels, 1, mode="edge")  # as if objects continued beyond the frame
+    around = np.pad(labels, 1, mode="edge")  # treat objects as continuing beyond the frame
     sides = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
     is_inside, touches = labels > 0, np.zeros(labels.shape, dtype=np.bool_)
     for side in sides:
@@ -282,5 +289,5 @@ def find_rims(labels: NDArray[Any]) -> list[int]:
 
 
 def are_shades(rims: int, labels: int) -> bool:
-    """Whether that many rims among that many labels of an image are shades of an edge and no objects."""
+    """Whether this many rims among this many labels in an image must be edge shades rather than objects."""
     return rims >= MAX_RIMS and 2 * rims > labels

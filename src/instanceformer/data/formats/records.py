@@ -1,4 +1,4 @@
-"""Reading and checking the fields of annotation files: JSON lists of objects."""
+"""Reading and checking the fields of annotation files, which are JSON lists of objects."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from instanceformer.data.annotations import Category, Video
 from instanceformer.data.formats.run_lengths import MaskError, MaskSizeError, show, without_fragments
 
 MAX_PIXELS = 2**29 - 1
-"""Most pixels of a frame: a run of a mask must fit into pycocotools' compressed counts."""
+"""Maximum number of pixels in a frame; a mask's longest run must fit into pycocotools' compressed counts."""
 
 BATCH = 64
-"""Annotations whose masks are decoded at once."""
+"""Number of annotations whose masks are decoded together."""
 
 ID_BITS = 63
-"""Bits of an id without its sign: ids become integers of NumPy, and parts of file names."""
+"""Maximum bits of an id, without the sign: ids become NumPy integers and parts of file names."""
 
 ProblemKind = Literal[
     "malformed",
@@ -36,10 +36,10 @@ ProblemKind = Literal[
 
 @dataclass(frozen=True)
 class Problem:
-    """A fault of one object of an annotation file, which is then left out.
+    """A problem with one object in an annotation file. The object is left out, or only its stray polygons are.
 
     Attributes:
-        kind: category of the fault.
+        kind: kind of problem.
         location: JSON path, such as ``annotations[3].segmentations[1].counts``.
         message: what was expected and what was found.
     """
@@ -53,7 +53,7 @@ class Problem:
 
 
 class AnnotationError(ValueError):
-    """A problem with one object, which ``Records.tolerate`` raises or collects."""
+    """A problem with one object; ``Records.tolerate`` collects it or raises it as a ValueError."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(str(problem))
@@ -61,10 +61,14 @@ class AnnotationError(ValueError):
 
 
 def expect_file(path: Path, what: str) -> None:
-    """Refuse a path without a file.
+    """Check that a path is a file.
+
+    Args:
+        path: the path.
+        what: what was expected there, for the message.
 
     Raises:
-        FileNotFoundError: there is none; the message names the path, and what was expected.
+        FileNotFoundError: there is no such file, or it is a folder.
     """
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
@@ -72,17 +76,17 @@ def expect_file(path: Path, what: str) -> None:
 
 
 def load_json(path: Path) -> object:
-    """The content of a JSON file.
+    """Parse a JSON file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON; the message names the file.
+        ValueError: it is not valid JSON; the message names the file.
     """
     expect_file(path, "a JSON file")
     try:
         data = path.read_bytes()
         text = data.decode(json.detect_encoding(data), "surrogatepass")
-        del data  # of the hundreds of megabytes of a large file, one copy is enough
+        del data  # hundreds of megabytes for a large file; one copy is enough
         content: object = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); is the file complete?") from error
@@ -90,23 +94,25 @@ def load_json(path: Path) -> object:
 
 
 class Records:
-    """Reads and checks the fields of one file's objects; ``location`` is an object's JSON path, such as ``videos[3]``.
+    """Reads and checks the fields of a file's objects. ``location`` is an object's JSON path, such as ``videos[3]``.
 
-    Polygons of fewer than three points are left out of masks that have others; ``warn_of_fragments`` reports them.
+    Methods that read a field raise AnnotationError if it is missing or invalid; call them within ``tolerate``. Polygons
+    with fewer than three points are removed from masks that have others; ``warn_of_fragments`` reports them.
 
     Args:
-        name: of the file, for messages.
-        problems: takes the problems of single objects, which are then left out; None: the first is raised.
+        name: name of the file, for messages.
+        problems: list that collects the problems of single objects, which are then left out; None: the first problem is
+            raised.
     """
 
     def __init__(self, name: str, problems: list[Problem] | None = None) -> None:
         self.name, self.problems = name, problems
-        self._ids: dict[str, dict[int, str]] = {}  # by list of the file the location of each id
-        self._fragments: list[str] = []  # locations of masks with polygons that are left out
+        self._ids: dict[str, dict[int, str]] = {}  # location of each id, by list in the file
+        self._fragments: list[str] = []  # locations of masks from which polygons were removed
 
     @contextmanager
     def tolerate(self) -> Iterator[None]:
-        """Collect a problem of the object that is read inside, or raise it as a ValueError that names the file."""
+        """Collect a problem with the object read in this context, or raise it as a ValueError that names the file."""
         try:
             yield
         except AnnotationError as error:
@@ -115,12 +121,12 @@ class Records:
             self.problems.append(error.problem)
 
     def objects(self, root: object, key: str, optional: bool = False) -> list[tuple[str, dict[str, Any]]]:
-        """The objects of one of the file's lists, each with its location.
+        """The objects in one of the file's lists, each with its location.
 
         Args:
-            root: the file's content.
-            key: of the list.
-            optional: the list may be missing, null or empty.
+            root: content of the file.
+            key: key of the list.
+            optional: allow the list to be missing, null or empty.
 
         Raises:
             ValueError: there is no such list of objects; the message names the file.
@@ -146,7 +152,7 @@ class Records:
         return records
 
     def categories(self, root: object) -> tuple[Category, ...]:
-        """The categories in ascending order of id."""
+        """Read the categories, in ascending order of id."""
         categories = []
         for location, record in self.objects(root, "categories"):
             with self.tolerate():
@@ -155,7 +161,7 @@ class Records:
         return tuple(sorted(categories, key=lambda category: category.id))
 
     def new_id(self, record: dict[str, Any], location: str) -> int:
-        """The object's id, which no other object of its list has. Read it last: other objects may refer to it."""
+        """Read and register an object's id, unique in its list. Call it last, once the rest is known to be valid."""
         id_ = self.integer(record, "id", location)
         locations = self._ids.setdefault(location.partition("[")[0], {})
         if id_ in locations:
@@ -164,18 +170,18 @@ class Records:
         return id_
 
     def known_id(self, record: dict[str, Any], key: str, location: str, kind: str) -> int:
-        """An id that ``new_id`` has read before in the file's list ``kind``."""
+        """Read a reference to an object in the list ``kind``, whose id ``new_id`` has registered."""
         id_ = self.integer(record, key, location)
         if id_ not in self._ids.get(kind, {}):
             self.fail(f"{location}.{key}", f"the id of one of the file's {kind}", str(id_), "unknown id")
         return id_
 
     def location_of(self, kind: str, id_: int) -> str:
-        """Location of the object of the list ``kind`` that has this id."""
+        """Location of the object with this id in the list ``kind``."""
         return self._ids[kind][id_]
 
     def size(self, record: dict[str, Any], location: str) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Read height and width, in pixels."""
         height, width = self.integer(record, "height", location), self.integer(record, "width", location)
         if height <= 0 or width <= 0 or height * width > MAX_PIXELS:
             found = f"height {height} and width {width}"
@@ -183,21 +189,21 @@ class Records:
         return height, width
 
     def masks(self, track: list[bytes | None] | MaskError, location: str) -> tuple[bytes | None, ...]:
-        """The masks of a track, from the result of ``compress_tracks``."""
+        """The masks of a track, given its entry in the result of ``compress_tracks``; a MaskError becomes a problem."""
         if isinstance(track, MaskError):
             kind: ProblemKind = "mask of wrong size" if isinstance(track, MaskSizeError) else "damaged mask"
             raise AnnotationError(Problem(kind, f"{location}.{track.location}", track.message))
         return tuple(track)
 
     def whole(self, segmentation: object, location: str) -> object:
-        """A mask as the file has it, without polygons of fewer than three points."""
+        """A mask as it is in the file, without stray polygons of fewer than three points."""
         whole = without_fragments(segmentation)
         if whole is not segmentation:
             self._fragments.append(location)
         return whole
 
     def warn_of_fragments(self) -> None:
-        """Report the polygons that were left out, as problems or in one warning."""
+        """Report the polygons that were removed, as problems or in a single warning."""
         if self.problems is not None:
             message = "expected three points or more, found fewer; left out, the mask has other polygons"
             self.problems += [
@@ -211,38 +217,38 @@ class Records:
             )
 
     def segmentation(self, record: dict[str, Any], location: str) -> object:
-        """The mask of a COCO annotation, see ``whole``."""
+        """Read the mask of a COCO annotation; see ``whole``."""
         return self.whole(record.get("segmentation"), f"{location}.segmentation")
 
     def mask(self, track: list[bytes | None] | MaskError, location: str) -> bytes | None:
-        """That mask, from the result of ``compress_tracks``."""
+        """The mask of a COCO annotation, given its entry in the result of ``compress_tracks``."""
         if isinstance(track, MaskError):
             track.location = track.location.replace("segmentations[0]", "segmentation")
         return self.masks(track, location)[0]
 
     def integer(self, record: dict[str, Any], key: str, location: str) -> int:
-        """A whole number of at most 64 bits, which may be written as a float."""
+        """Read a whole number of at most 64 bits, which may be written as a float."""
         value = whole_number(record.get(key))
         if value is None:
             self.fail(f"{location}.{key}", "a whole number of at most 64 bits", show(record.get(key)))
         return value
 
     def text(self, record: dict[str, Any], key: str, location: str) -> str:
-        """A string."""
+        """Read a string."""
         value = record.get(key)
         if not isinstance(value, str):
             self.fail(f"{location}.{key}", "a string", show(value))
         return value
 
     def flag(self, record: dict[str, Any], key: str, location: str) -> bool:
-        """0 or 1, or a boolean; false if it is missing."""
+        """Read 0, 1 or a boolean; false if missing."""
         value = record.get(key, 0)
         if value not in (0, 1):
             self.fail(f"{location}.{key}", "0 or 1", show(value))
         return bool(value)
 
     def per_frame(self, record: dict[str, Any], key: str, location: str, length: int) -> list[Any] | None:
-        """A list with one entry for each of ``length`` frames; None if the field is missing."""
+        """Read a list with one entry for each of ``length`` frames; None if missing or null."""
         values = record.get(key)
         if values is None:
             return None
@@ -253,12 +259,12 @@ class Records:
         return values
 
     def fail(self, location: str, expected: str, found: str, kind: ProblemKind = "malformed") -> NoReturn:
-        """Report a problem."""
+        """Raise a problem as an AnnotationError."""
         raise AnnotationError(Problem(kind, location, f"expected {expected}, found {found}"))
 
 
 def whole_number(value: object) -> int | None:
-    """A JSON value as an integer; None if it is no whole number or needs more than 64 bits."""
+    """A JSON value as an integer; None if it is not a whole number or does not fit into 64 bits."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not -(2**ID_BITS) <= value < 2**ID_BITS:
@@ -270,18 +276,19 @@ def is_finite(value: object) -> TypeGuard[float]:
     """Whether a JSON value is a finite number."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer beyond what a float can be
+    except OverflowError:  # an integer too large for a float
         return False
 
 
 def with_unique_ids(videos: Sequence[Video]) -> tuple[Video, ...]:
-    """Make ids of instances unique in the dataset; many formats count them from the beginning in each video.
+    """Make instance ids unique within the dataset; in many formats, numbering starts over in each video.
 
-    Ids stay if no two videos share one. Otherwise the id of the video is put before each: with 12 the largest, instance
-    3 of video 7 becomes 703. If such ids would exceed ID_BITS, instances are numbered from 1.
+    If no two videos share an id, ids are kept. Otherwise each id is prefixed with the id of its video: if the largest
+    instance id is 12, instance 3 of video 7 becomes 703. If such ids would exceed ID_BITS, instances are numbered from
+    1 instead.
 
     Args:
-        videos: with ids of instances that are not negative and unique in their video.
+        videos: videos whose instance ids are non-negative and unique within the video.
     """
     ids = [instance.id for video in videos for instance in video.instances]
     if len(set(ids)) == len(ids):

@@ -1,6 +1,7 @@
-"""Masks as run lengths: every form in which COCO-style files hold them, brought to compressed counts and checked.
+"""Masks as run lengths: converts every form used in COCO-style files to compressed counts, and checks it.
 
-A mask is read column by column as runs of equal pixels, zeros first. The compressed counts are pycocotools' text.
+Run lengths describe a mask column by column as runs of equal pixels, starting with zeros. Compressed counts are the
+text format of pycocotools.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 BATCH = 2**18
-"""Characters of compressed counts that are decoded at once: enough that calls cost little."""
-_MAX_DIGITS = 6  # of a run: 30 bits with the sign, of the 32 that pycocotools has
+"""Characters of compressed counts to decode together; large enough to make call overhead negligible."""
+_MAX_DIGITS = 6  # per run: 30 bits including the sign, of pycocotools' 32
 
 
 class MaskError(ValueError):
-    """A mask that is of no known form or damaged.
+    """A mask is in no known form, or is damaged.
 
     Attributes:
-        location: JSON path in the track, ``segmentations[frame]`` or in it.
+        location: JSON path within the track: ``segmentations[frame]`` or below it.
         message: what was expected and what was found.
     """
 
@@ -34,25 +35,26 @@ class MaskError(ValueError):
 
 
 class MaskSizeError(MaskError):
-    """A mask of another size than its video's."""
+    """A mask does not have the size of its video."""
 
 
 def compress_masks(segmentations: Sequence[object], height: int, width: int) -> list[bytes | None]:
-    """Bring the masks of one track to compressed counts.
+    """Convert the masks of one track to compressed counts.
 
     Args:
-        segmentations: for each frame null, an empty list or object, a run-length mask ``{size, counts}`` whose counts
-            are compressed text or a list of run lengths, or a list of polygons (flat lists x, y, x, y, ... in pixels).
-        height: of the video, in pixels.
-        width: of the video, in pixels.
+        segmentations: one entry per frame: null; an empty list or object; a run-length mask ``{size, counts}`` whose
+            counts are compressed text or a list of run lengths; or a list of polygons (flat lists x, y, x, y, ... in
+            pixels).
+        height: height of the video in pixels.
+        width: width of the video in pixels.
 
     Returns:
-        For each frame the compressed counts; None where there is no mask, or one without counts or pixels.
+        The compressed counts of each frame; None if there is no mask or it is empty.
 
     Raises:
-        MaskSizeError: one is of another size.
-        MaskError: one is of no such form, or damaged: its runs do not fill height x width. The message begins with
-            ``segmentations[frame]``.
+        MaskSizeError: a mask does not have the size of the video.
+        MaskError: a mask is in none of these forms, or is damaged: its runs do not fill height x width. The message
+            starts with ``segmentations[frame]``.
     """
     (masks,) = compress_tracks([(segmentations, height, width)])
     if isinstance(masks, MaskError):
@@ -61,13 +63,16 @@ def compress_masks(segmentations: Sequence[object], height: int, width: int) -> 
 
 
 def compress_tracks(tracks: Sequence[tuple[Sequence[object], int, int]]) -> list[list[bytes | None] | MaskError]:
-    """``compress_masks`` of many tracks at once, which is faster; a damaged track's entry is the error.
+    """``compress_masks`` for many tracks together, which is faster.
 
     Args:
-        tracks: segmentations, height and width of each.
+        tracks: (segmentations, height, width) of each track.
+
+    Returns:
+        The masks of each track, or a MaskError in place of them if one is invalid.
     """
     compressed: list[list[bytes | None] | MaskError] = []
-    texts: list[tuple[int, int, bytes]] = []  # track, frame and counts of what the file has compressed
+    texts: list[tuple[int, int, bytes]] = []  # track, frame and counts of masks that come compressed
     for track, (segmentations, height, width) in enumerate(tracks):
         masks: list[bytes | None] = []
         compressed.append(masks)
@@ -97,9 +102,9 @@ def compress_tracks(tracks: Sequence[tuple[Sequence[object], int, int]]) -> list
 
 
 def mask_areas(masks: Sequence[bytes], pixels: int | npt.NDArray[np.int64]) -> list[int]:
-    """The area of each mask, given its compressed counts; -1 where they do not describe a mask of ``pixels`` pixels.
+    """The area in pixels of each mask of compressed counts; -1 if the counts do not fill exactly ``pixels`` pixels.
 
-    pycocotools does not notice runs that do not fill the mask: its decode returns arbitrary pixels, its iou hangs.
+    pycocotools does not check this: for such counts its ``decode`` returns arbitrary pixels and its ``iou`` hangs.
     """
     areas: list[int] = []
     all_pixels = np.broadcast_to(pixels, len(masks))
@@ -113,9 +118,9 @@ def mask_areas(masks: Sequence[bytes], pixels: int | npt.NDArray[np.int64]) -> l
 
 
 def without_fragments(segmentation: object) -> object:
-    """A list of polygons without those of fewer than three points, if there are others; all else as it is.
+    """Remove polygons of fewer than three points from a list that has others; return anything else unchanged.
 
-    Labeling tools leave points and lines behind where a polygon was split or moved. They have no pixels.
+    Labeling tools leave stray points and lines behind when a polygon is split or moved. They cover no pixels.
     """
     if not isinstance(segmentation, list):
         return segmentation
@@ -128,13 +133,13 @@ def _is_fragment(polygon: object) -> bool:
 
 
 def show(value: object) -> str:
-    """A JSON value for a message, in at most 60 characters."""
+    """Format a JSON value for a message, in at most 60 characters."""
     text = "nothing" if value is None else json.dumps(_beginning(value), default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _beginning(value: object, depth: int = 3) -> object:
-    """The first entries of lists and objects, and of those in them."""
+    """Truncate lists and objects to their first entries, recursively."""
     if isinstance(value, list):
         return [_beginning(entry, depth - 1) for entry in value[:30]] if depth else "..."
     if isinstance(value, dict):
@@ -143,7 +148,7 @@ def _beginning(value: object, depth: int = 3) -> object:
 
 
 def _compress(segmentation: object, height: int, width: int, location: str) -> bytes | str | None:
-    """Compressed counts of one mask, as a string where the file has them; None where there is no mask."""
+    """Compressed counts of one mask; an unchecked str if the file has them compressed, None if there is no mask."""
     if not segmentation and isinstance(segmentation, (list, dict, type(None))):
         return None
     if isinstance(segmentation, list):
@@ -168,8 +173,8 @@ def _compress(segmentation: object, height: int, width: int, location: str) -> b
 
 
 def _fill_polygons(polygons: list[Any], height: int, width: int, location: str) -> bytes | None:
-    """Compressed counts of the union of polygons; None where they have no pixel."""
-    margin = max(height, width)  # pycocotools walks along every edge, which takes forever if the edge is long enough
+    """Compressed counts of the union of polygons; None if they cover no pixels."""
+    margin = max(height, width)  # pycocotools walks along every edge, which takes forever if it is long
     for polygon in polygons:
         if (
             not isinstance(polygon, list)
@@ -184,15 +189,15 @@ def _fill_polygons(polygons: list[Any], height: int, width: int, location: str) 
 
 
 def compress_array(mask: npt.NDArray[np.bool_]) -> bytes | None:
-    """Compressed counts of a (height, width) mask; None if it is empty."""
+    """Compressed counts of a (height, width) bool mask; None if it is empty."""
     from pycocotools import mask as mask_utils
 
     return bytes(mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"]) if mask.any() else None
 
 
 def _counts(mask: dict[str, Any] | list[Any], height: int, width: int) -> bytes | None:
-    """Compressed counts of a list of run lengths or of polygons; None where it has no pixel."""
-    from pycocotools import mask as mask_utils  # here, so that what reads compressed counts only starts without it
+    """Compressed counts of an uncompressed run-length mask or a list of polygons; None if they cover no pixels."""
+    from pycocotools import mask as mask_utils  # here, so that reading compressed counts does not load it
 
     code = mask_utils.frPyObjects(mask, height, width)
     if isinstance(mask, list):
@@ -205,11 +210,11 @@ class Runs:
     """The runs of M masks, each read column by column.
 
     Attributes:
-        lengths: (2, P) int64, runs of zeros and the run of ones after each, mask after mask. A mask that ends with
-            zeros has an empty run of ones at its end.
-        first: (M,) index in ``lengths`` of each mask's first run.
-        areas: (M,) number of ones of each mask; -1 if the counts do not describe a mask of the given size, and then
-            its lengths mean nothing.
+        lengths: (2, P) int64, lengths of the runs of zeros (row 0), each with that of the following run of ones (row
+            1), for one mask after another. For a mask that ends with zeros, the last run of ones has length 0.
+        first: (M,) int64, index in ``lengths`` of each mask's first pair of runs.
+        areas: (M,) int64, area of each mask in pixels; -1 if the counts do not fill the given number of pixels, and
+            then the mask's lengths are meaningless.
     """
 
     lengths: npt.NDArray[np.int64]
@@ -220,30 +225,31 @@ class Runs:
 def decode_runs(masks: Sequence[bytes], pixels: int | npt.NDArray[np.int64]) -> Runs:
     """Decode and check compressed counts.
 
-    A run is written in 5-bit digits, the least first, each as the character 48 + digit, + 32 on all but the last; the
-    top bit of the last is the sign. From the fourth run on, it is the difference from the run two before.
+    Each run is written as 5-bit digits, least significant first. A digit is the character 48 + digit, plus 32 for all
+    but the last digit, whose top bit is the sign. From the fourth run on, the number is the difference from the run two
+    places earlier.
 
-    pycocotools neither checks counts nor returns runs. Compared with a loop over digits in Python, this takes 0.7 ms
-    instead of 13 for 300 masks of 360 x 640 pixels, and makes ``evaluate_files`` as a whole 7 times as fast
-    (0.19 s instead of 1.42 s for 60 videos of ``scripts/benchmark_evaluation.py``); in training clips it decodes masks
-    1.4 times as fast as pycocotools.
+    pycocotools neither checks counts nor returns runs. Compared with a Python loop over digits, this takes 0.7 ms
+    instead of 13 ms for 300 masks of 360 x 640 pixels, and makes ``evaluate_files`` as a whole 7 times as fast (0.19 s
+    instead of 1.42 s for the 60 videos of ``scripts/benchmark_evaluation.py``). In training clips it decodes masks 1.4
+    times as fast as pycocotools.
 
     Args:
-        masks: one or more.
-        pixels: height x width, which the runs of a mask must fill; of all masks, or (M,) of each.
+        masks: compressed counts of M masks; at least one.
+        pixels: height x width, which the runs of each mask must fill: one number for all masks, or (M,).
     """
     if b"" in masks:
-        masks = [counts or b"!" for counts in masks]  # without a character there is no run; "!" is no digit
-    text = np.frombuffer(b"".join(masks), dtype=np.uint8) - np.uint8(48)  # below 48 wraps around to no digit
+        masks = [counts or b"!" for counts in masks]  # each needs a character; "!" is not a digit
+    text = np.frombuffer(b"".join(masks), dtype=np.uint8) - np.uint8(48)  # below 48 wraps around to an invalid digit
     ends = np.array([*map(len, masks)]).cumsum()
     sound = text[ends - 1] < 32
     if text.max() > 63:
         sound &= np.maximum.reduceat(text, _begins(ends)) < 64
     continues = (text & 32).astype(np.bool_)
-    continues[ends - 1] = False  # the end of a mask ends its last run, so that damage does not spread to the next
-    values = (((text[~continues] & 31) ^ 16) - 16).view(np.int8)  # the last digit of each run with its sign
+    continues[ends - 1] = False  # end the last run here, so that damage does not spread to the next mask
+    values = (((text[~continues] & 31) ^ 16) - 16).view(np.int8)  # the last digit of each run, with its sign
 
-    lower = continues.nonzero()[0]  # indices of the other digits, which are few
+    lower = continues.nonzero()[0]  # positions of the other digits, which are few
     run_ends = ends - lower.searchsorted(ends)
     num_runs = np.diff(run_ends, prepend=0)
     has_odd = num_runs % 2 == 1
@@ -253,8 +259,8 @@ def decode_runs(masks: Sequence[bytes], pixels: int | npt.NDArray[np.int64]) -> 
     if len(lower):
         index = np.arange(len(lower))
         begins = np.diff(lower, prepend=-2) != 1
-        place = index - np.maximum.accumulate(np.where(begins, index, 0))  # of a digit in its run, from the least
-        run = lower - index  # each character before it that is no lower digit ends a run
+        place = index - np.maximum.accumulate(np.where(begins, index, 0))  # of a digit in its run, lowest first
+        run = lower - index  # each character before it that is not a lower digit ends a run
         mask = run_ends.searchsorted(run, side="right")
         sound[mask[place >= _MAX_DIGITS - 1]] = False
         row, is_ones = np.divmod(run + (2 * first - _begins(run_ends))[mask], 2)
@@ -263,9 +269,9 @@ def decode_runs(masks: Sequence[bytes], pixels: int | npt.NDArray[np.int64]) -> 
         lengths[is_ones[ends_run], row[ends_run]] <<= shift[ends_run] + 5
         np.add.at(lengths, (is_ones, row), (text[lower] & 31).astype(np.int64) << shift)
 
-    leading = lengths[0, first]  # the third run is no difference from the first
+    leading = lengths[0, first]  # the third run is not a difference from the first
     lengths[0, first] = 0
-    lengths[:, first[1:]] -= np.add.reduceat(lengths, first, axis=1)[:, :-1]  # so that the sums begin anew
+    lengths[:, first[1:]] -= np.add.reduceat(lengths, first, axis=1)[:, :-1]  # so that the sums restart with each mask
     lengths.cumsum(axis=1, out=lengths)
     lengths[0, first] = leading
     lengths[1, row_ends[has_odd] - 1] = 0
@@ -276,5 +282,5 @@ def decode_runs(masks: Sequence[bytes], pixels: int | npt.NDArray[np.int64]) -> 
 
 
 def _begins(ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """First index of each of consecutive parts, from their ends."""
+    """Start indices of consecutive parts, given their ends."""
     return np.concatenate(([0], ends[:-1]))

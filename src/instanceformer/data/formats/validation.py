@@ -1,4 +1,4 @@
-"""Checks of a whole dataset, to find before a long run what would stop it."""
+"""Checks of a whole dataset, to find problems before they stop a long run."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from instanceformer.data.images import ImageError, ImageSizeError, frame_path, r
 from instanceformer.orientation import image_orientation
 
 MAX_EXAMPLES = 5
-"""Most examples that a report lists for one kind of finding."""
+"""Maximum number of examples listed per kind of finding."""
 MAX_FILLED = 0.5
-"""Greatest part of its box that the mask of a thin edge may fill."""
+"""The mask of a thin edge fills less than this fraction of its box."""
 
 Severity = Literal["error", "warning"]
 
@@ -37,10 +37,10 @@ class Finding:
     """All findings of one kind.
 
     Attributes:
-        severity: an ``error`` makes a run fail or its numbers wrong; a ``warning`` need not.
+        severity: an ``error`` makes a run fail or its numbers wrong; a ``warning`` may be harmless.
         kind: what is wrong.
         count: number of occurrences.
-        examples: the first of them.
+        examples: the first few occurrences.
     """
 
     severity: Severity
@@ -54,18 +54,18 @@ class DatasetReport:
     """The contents of a dataset and what is wrong with it.
 
     Attributes:
-        annotations: the annotation file.
-        videos: number of sound videos; in a COCO file, images.
-        frames: number of their frames.
-        lengths: least, median and greatest number of frames of a video.
-        sizes: number of videos of each size, ``height x width`` in pixels.
-        instances: number of sound annotations, crowds included.
+        annotations: path of the annotation file.
+        videos: number of valid videos (for a COCO file, images).
+        frames: total number of frames in them.
+        lengths: minimum, median and maximum number of frames in a video.
+        sizes: number of videos of each size; the key is height and width in pixels, such as ``720x1280``.
+        instances: number of valid annotations, including crowds.
         crowds: number of crowds among them.
-        masks: number of masks of all instances.
-        categories: instances of each category, by name, with its id if others have the same name.
-        images_found: number of frames whose file exists; None if no folder of images was given.
-        images_read: number of decoded frames; None if decoding was not requested.
-        findings: errors first.
+        masks: total number of masks.
+        categories: number of instances by category name; the id is appended if several categories share the name.
+        images_found: number of frames whose file exists; None if no image folder was given.
+        images_read: number of frames that decoding was attempted for; None if it was not requested.
+        findings: everything found, errors first.
     """
 
     annotations: str
@@ -83,11 +83,11 @@ class DatasetReport:
 
     @property
     def is_sound(self) -> bool:
-        """Whether there is no error."""
+        """Whether there are no errors."""
         return all(finding.severity == "warning" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """As one JSON object."""
+        """The report as a JSON object."""
         return {**asdict(self), "is_sound": self.is_sound}
 
     def __str__(self) -> str:
@@ -132,16 +132,16 @@ def check_dataset(
     """Check a dataset for everything that would stop a run or make its numbers wrong.
 
     Args:
-        annotations: file in the format of YouTube-VIS or COCO.
+        annotations: annotation file in YouTube-VIS or COCO format.
         images: folder that its file names are relative to; None: images are not checked.
-        decode: decode every image, which finds damaged ones, those of another size and those that EXIF turns.
-        outside_images: file names and links may lead out of the folder.
-        entry: dataset of the catalog whose categories are expected.
-        split: split of that dataset whose numbers are expected.
+        decode: also decode every image, to find damaged images, wrong sizes and EXIF orientations.
+        outside_images: allow file names and links that lead out of the folder.
+        entry: catalog dataset whose categories are expected.
+        split: split of that dataset whose numbers of videos and annotations are expected.
 
     Raises:
-        FileNotFoundError: there is no such annotation file or folder.
-        ValueError: the file cannot be read at all, see ``read_annotations``.
+        FileNotFoundError: the annotation file or the folder does not exist.
+        ValueError: the file cannot be read at all; see ``read_annotations``.
     """
     if images is not None and not images.is_dir():
         raise FileNotFoundError(f"{images}: no such folder; expected the folder that file_names are relative to")
@@ -210,7 +210,7 @@ def _check_videos(dataset: VideoDataset, findings: _Findings, needs_files: bool)
 
 
 def _check_rims(video: Video, findings: _Findings) -> None:
-    """Check the frame with most instances for instances that are the shades of an edge."""
+    """Check the frame with the most instances for instances that are edge shades."""
     shown = [[each.segmentations[frame] for each in video.instances] for frame in range(video.length)]
     frame = max(range(video.length), key=lambda frame: sum(counts is not None for counts in shown[frame]))
     masks = [counts for counts in shown[frame] if counts is not None]
@@ -252,7 +252,7 @@ def _check_areas(dataset: VideoDataset, findings: _Findings) -> None:
 
 
 def _unequal_areas(video: Video, instance: Instance) -> Iterator[int]:
-    """Frames in which the file's area and that of the mask differ by a pixel or more."""
+    """Yield the frames in which the file's area and that of the mask differ by a pixel or more."""
     if instance.areas is None:
         return
     masks = [counts for counts in instance.segmentations if counts is not None]
@@ -284,7 +284,7 @@ def _check_catalog(
 def _check_images(
     dataset: VideoDataset, images: Path, decode: bool, outside: bool, findings: _Findings
 ) -> tuple[int, int | None]:
-    """Numbers of images that exist and, if ``decode``, that were read; problems go to ``findings``."""
+    """How many images exist and, if ``decode``, how many of those were decoded; adds problems to ``findings``."""
     frames = [(video, name) for video in dataset.videos for name in video.file_names]
     present = []
     for video, name in frames:
@@ -320,7 +320,7 @@ def _check_images(
 
 
 def _missing(video: Video, images: Path, name: str, outside: bool) -> tuple[str, str] | None:
-    """Kind and example of the problem of a frame without a file; None if there is one."""
+    """The kind of problem and an example if a frame has no usable file; None if it has one."""
     try:
         path = frame_path(images, name, outside)
         if stat.S_ISREG(path.stat().st_mode):

@@ -1,4 +1,4 @@
-"""Annotation files: YouTube-VIS and OVIS, read and written, and COCO, whose images are read as videos of one frame."""
+"""Annotation files: reads and writes YouTube-VIS (and OVIS); reads COCO, whose images become videos of one frame."""
 
 from __future__ import annotations
 
@@ -15,36 +15,38 @@ from instanceformer.files import replacing
 
 
 def read_annotations(path: Path | str, problems: list[Problem] | None = None) -> VideoDataset:
-    """Read an annotation file in the format of YouTube-VIS and OVIS, or of COCO; see ``parse_annotations``.
+    """Read an annotation file in YouTube-VIS (or OVIS) or COCO format; see ``parse_annotations``.
 
     Args:
-        path: of the JSON file.
-        problems: takes what is wrong with single objects, which are then left out; None: the first problem is raised.
+        path: the JSON file.
+        problems: list that collects the problems of single objects, which are then left out; None: the first problem is
+            raised.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not in the format; the message says where, what was expected and what was found.
+        ValueError: the file is malformed; the message says where, what was expected and what was found.
     """
     return parse_annotations(load_json(Path(path)), str(path), problems)
 
 
 def parse_annotations(content: object, name: str, problems: list[Problem] | None = None) -> VideoDataset:
-    """Turn the content of an annotation file into dataclasses.
+    """Convert the content of an annotation file to dataclasses.
 
-    A file with ``images`` and without ``videos`` is COCO's: each image is a video of one frame with the image's id.
+    A file with ``images`` but no ``videos`` is in COCO format; each image becomes a one-frame video with its id.
 
-    A video has as many frames as ``file_names``, or ``length`` where it has none; the ``length`` of an annotation is
-    ignored, since OVIS writes 1 on each. Where a segmentation is null, has no counts or no pixel, the instance is not
-    visible. Masks may be compressed or uncompressed run lengths or lists of polygons; sizes may be integral floats.
-    A missing ``iscrowd`` is 0; files for evaluation servers have no ``annotations``, and then there are no instances.
+    A video's number of frames is that of its ``file_names`` or, without these, its ``length``. The ``length`` of an
+    annotation is ignored, since OVIS always writes 1. An instance is not visible in frames where its segmentation is
+    null, has no counts, or is empty. Masks may be run lengths, compressed or not, or lists of polygons. Integers may be
+    written as floats. A missing ``iscrowd`` means 0. ``annotations`` may be missing, as in files for evaluation
+    servers; then no video has instances.
 
     Args:
         content: the parsed JSON.
-        name: of the file, for messages.
+        name: name of the file, for messages.
         problems: as in ``read_annotations``.
 
     Raises:
-        ValueError: as ``read_annotations``.
+        ValueError: the content is malformed; the message says where, what was expected and what was found.
     """
     is_coco = isinstance(content, dict) and "images" in content and "videos" not in content
     return (_Coco if is_coco else _YouTubeVis)(name, problems).dataset(content)
@@ -123,7 +125,7 @@ class _YouTubeVis(Records):
 
 
 def _is_area_of(area: float | None, box: object) -> bool:
-    """Whether an area is that of its box [x, y, width, height]; true if both are missing."""
+    """Whether an area equals that of the box [x, y, width, height], to half a pixel; true if both are missing."""
     match box:
         case None | []:
             return not area
@@ -156,22 +158,22 @@ class _Coco(_YouTubeVis):
 
 
 def track_fields(segmentations: Sequence[bytes | None], height: int, width: int) -> dict[str, list[Any]]:
-    """The fields of an annotation that list every frame; None in all three where the instance is not visible.
+    """The per-frame fields of an annotation; all three are None in frames where the instance is not visible.
 
     Args:
-        segmentations: for each frame the compressed counts of a mask with at least one pixel, or None.
-        height: of the video, in pixels.
-        width: of the video, in pixels.
+        segmentations: for each frame, the compressed counts of a non-empty mask, or None.
+        height: height of the video in pixels.
+        width: width of the video in pixels.
 
     Returns:
-        segmentations: ``{size: [height, width], counts: text}``; bboxes: [x, y, width, height] in pixels; areas: in
-        pixels, of the mask.
+        ``segmentations``: ``{size: [height, width], counts: text}``; ``bboxes``: [x, y, width, height] in pixels;
+        ``areas``: mask areas in pixels.
     """
-    from pycocotools import mask as mask_utils  # here, so that a training starts without it
+    from pycocotools import mask as mask_utils  # imported here so that training does not load it
 
     visible = {frame: counts for frame, counts in enumerate(segmentations) if counts is not None}
     codes: list[dict[str, Any]] = [{"size": [height, width], "counts": counts} for counts in visible.values()]
-    areas = mask_areas(list(visible.values()), height * width)  # under NumPy 2 pycocotools' area fails for 256 masks
+    areas = mask_areas(list(visible.values()), height * width)  # with NumPy 2, pycocotools' area fails for 256 masks
     fields: dict[str, list[Any]] = {key: [None] * len(segmentations) for key in ("segmentations", "bboxes", "areas")}
     for frame, code, box, area in zip(visible, codes, mask_utils.toBbox(codes), areas, strict=True):
         fields["segmentations"][frame] = {**code, "counts": code["counts"].decode("ascii")}
@@ -183,11 +185,11 @@ def track_fields(segmentations: Sequence[bytes | None], height: int, width: int)
 def write_youtube_vis(path: Path, dataset: VideoDataset) -> None:
     """Write an annotation file in YouTube-VIS format.
 
-    Areas and boxes are those of the masks. The file appears under its name only when it is complete.
+    Areas and boxes are computed from the masks. The file appears under its name only once it is complete.
 
     Args:
-        path: of the file; its folder is made if there is none.
-        dataset: what to write; its videos have file names.
+        path: file to write; its folder is created if necessary.
+        dataset: the dataset to write; its videos must have file names.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, temporary.open("w") as file:

@@ -1,4 +1,4 @@
-"""Synthetic videos in YouTube-VIS format: textured shapes that cross, hide one another, leave, enter and come back."""
+"""Synthetic videos in YouTube-VIS format: textured shapes that cross, hide one another, enter, leave and come back."""
 
 from instanceformer.data.synthetic.dataset import SplitStatistics, SyntheticSummary, synthesize
 from instanceformer.data.synthetic.options import DEFAULT_OPTIONS, SPLITS, Shape, SyntheticOptions

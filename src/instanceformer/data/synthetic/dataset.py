@@ -1,4 +1,4 @@
-"""A dataset of synthetic videos on disk, in YouTube-VIS format, and how hard it turned out."""
+"""Writes a dataset of synthetic videos in YouTube-VIS format and measures how hard it turned out."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def synthesize(
 ) -> SyntheticSummary:
     """Write a dataset of moving, occluding shapes in YouTube-VIS format.
 
-    The files are ``directory/{train,valid}.json`` and ``directory/JPEGImages/<video>/00000.jpg`` and on. Masks cover
-    what is visible; a frame in which nothing of an instance is visible is null, and an instance that is visible in no
-    frame is not annotated. Annotations carry OVIS's ``occlusion`` level of every frame, null like the mask. The JSON
-    files are written last, so a run that was cut short leaves none.
+    The files are ``directory/{train,valid}.json`` and ``directory/JPEGImages/<video>/00000.jpg`` and so on. Masks cover
+    only what is visible; they are null in frames where nothing of the instance is visible, and an instance that is
+    never visible is not annotated. Annotations also have OVIS's ``occlusion`` level for every frame, null where the
+    mask is. The JSON files are written last, so an interrupted run leaves none.
 
     Args:
-        directory: Where to write; made if it does not exist.
+        directory: Where to write; created if it does not exist.
         options: What the videos show and how hard they are.
-        overwrite: Replace a dataset that was made here before. Other files in the directory stay.
+        overwrite: Replace a dataset written here earlier. Other files in the directory are kept.
 
     Returns:
-        The difficulty of both splits, measured on what was drawn.
+        How hard both splits are, measured on the videos.
 
     Raises:
         FileExistsError: If ``directory`` is not empty and ``overwrite`` is false.
@@ -86,11 +86,11 @@ class SplitStatistics:
         videos: Number of videos.
         frames: Number of frames.
         instances: Number of annotated instances.
-        hidden: Fraction, of the frames that show an instance, in which one or more instances are more than half hidden:
-            the visible area is less than half of the area that the instance would have in the frame by itself.
+        hidden: Of the frames that show an instance, the fraction in which some instance is more than half hidden: its
+            visible area is less than half of what it would be if no other instance were in the frame.
         absent_at_start: Fraction of instances not visible in the first frame.
-        returning: Fraction of instances that are visible, then not, then visible again, hidden or out of view.
-        look_alikes: Fraction of instances with a look-alike among the instances of their video.
+        returning: Fraction of instances that become invisible, hidden or out of view, and visible again later.
+        look_alikes: Fraction of instances with a look-alike among the annotated instances of their video.
     """
 
     videos: int

@@ -19,34 +19,34 @@ class SyntheticOptions:
     """What the videos show and how hard they are.
 
     Attributes:
-        train_videos: Number of videos of the train split; more of them leave the earlier ones as they are.
-        valid_videos: Number of videos of the valid split, drawn from another random stream.
-        length: Frames of each video.
+        train_videos: Number of videos in the train split; raising it leaves the existing videos unchanged.
+        valid_videos: Number of videos in the valid split, which has a random stream of its own.
+        length: Number of frames in each video.
         height: Height of the frames in pixels; every length below scales with it.
         width: Width of the frames in pixels.
-        min_instances: Fewest instances of a video.
-        max_instances: Most instances of a video.
-        shapes: The classes in the order of their ids, out of circle, square, triangle, star, ring and cross.
+        min_instances: Minimum number of instances in a video.
+        max_instances: Maximum number of instances in a video.
+        shapes: The classes in order of their ids, chosen from circle, square, triangle, star, ring and cross.
         min_size: Smallest mean diameter of an instance, as a fraction of the height.
         max_size: Largest mean diameter of an instance, as a fraction of the height.
         speed: Typical peak speed of an instance, in heights per frame.
-        rotation: Fastest rotation of an instance, in degrees per frame.
-        scale_change: Largest change of an instance's size over the video, as a fraction of its mean size, in [0, 0.9].
-        brightness_change: Swing of the brightness of a whole video, as a fraction of its mean, in [0, 0.9].
-        texture: Contrast of the instances' textures: 0 paints them plain, 1 with two unlike colors.
-        background_texture: Contrast of the moving background: 0 is one plain color.
-        distractors: Unannotated, dull blobs that drift with the background, per video.
+        rotation: Maximum rotation of an instance, in degrees per frame.
+        scale_change: Maximum change of an instance's size over the video, as a fraction of its mean size, in [0, 0.9].
+        brightness_change: Amplitude of the brightness change of a whole video, as a fraction of its mean, in [0, 0.9].
+        texture: Contrast of the instances' textures: 0 is a plain color, 1 is two distinct colors.
+        background_texture: Contrast of the moving background: 0 is a plain color.
+        distractors: Number of dull, unannotated blobs per video, which drift with the background.
         background_speed: Speed of the background, in heights per frame.
-        occlusion: Fraction of instances, after a video's first, sent across the path of another; the rest keep clear.
-        look_alikes: Fraction of instances with the class and almost the looks of another one of the same video.
+        occlusion: Fraction of instances, not counting a video's first, that cross another's path; the rest keep clear.
+        look_alikes: Fraction of instances with the class and nearly the appearance of another in the same video.
         late_entry: Fraction of instances that are out of view at the start and enter during the first half.
         absence: Fraction of instances that leave the view and come back.
         leave: Fraction of instances that leave the view for good during the second half.
-        seed: Seed of everything random.
-        workers: Processes that render; the result does not depend on it.
+        seed: Random seed.
+        workers: Number of rendering processes; does not affect the result.
 
     Raises:
-        ValueError: If an option is out of its range or two options contradict each other.
+        ValueError: If an option is out of range or options contradict each other.
     """
 
     train_videos: int = 240
@@ -72,7 +72,7 @@ class SyntheticOptions:
     late_entry: float = 0.1
     absence: float = 0.08
     leave: float = 0.04
-    seed: int = 4  # of 0 to 5, the one whose valid split is nearest in difficulty to what many videos average
+    seed: int = 4  # among 0 to 5, the one whose valid split is closest to average difficulty
     workers: int = 2
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ class SyntheticOptions:
 
     @property
     def frame_times(self) -> NDArray[np.float64]:
-        """(length,) the numbers of a video's frames."""
+        """(length,) frame indices 0, 1, ..., as float64."""
         return np.arange(self.length, dtype=np.float64)
 
 

@@ -1,4 +1,4 @@
-"""Shapes with textures, and a background, painted into a frame."""
+"""Paints textured shapes and a background into a frame."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from instanceformer.data.synthetic.options import SyntheticOptions
 Array = NDArray[np.floating[Any]]
 
 
-REACH = 1.3  # no outline goes farther from its center, in radii
+REACH = 1.3  # no outline extends farther from its center, in radii
 
 
 def _polygon(corners: Array) -> Callable[[Array, Array], Array]:
-    """The signed distance function of a polygon with ``corners`` (n, 2), slightly rounded."""
+    """The signed distance function of a slightly rounded polygon with ``corners`` (n, 2)."""
     edges = []
     for (x, y), (next_x, next_y) in zip(corners.tolist(), np.roll(corners, -1, axis=0).tolist(), strict=True):
         edges.append((x, y, next_x - x, next_y - y))
@@ -31,7 +31,7 @@ def _polygon(corners: Array) -> Callable[[Array, Array], Array]:
             px, py = u - x, v - y
             along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
             squared = np.minimum(squared, (px - along * dx) ** 2 + (py - along * dy) ** 2)
-            crossed = ((py >= 0) != (py >= dy)) & ((px * dy < py * dx) == (dy > 0))  # by a ray towards +u
+            crossed = ((py >= 0) != (py >= dy)) & ((px * dy < py * dx) == (dy > 0))  # by a ray toward +u
             inside ^= crossed
         return np.asarray(np.where(inside, -1, 1) * np.sqrt(squared) - 0.06, dtype=u.dtype)
 
@@ -39,7 +39,7 @@ def _polygon(corners: Array) -> Callable[[Array, Array], Array]:
 
 
 def _corners(radii: list[float], count: int) -> Array:
-    """``count`` corners at equal angles whose distances from the center repeat ``radii``."""
+    """``count`` corners at equal angles; their distances from the center cycle through ``radii``."""
     angle = 2 * np.pi * np.arange(count) / count
     return np.asarray(np.resize(radii, count)[:, None] * np.stack([np.sin(angle), -np.cos(angle)], axis=1))
 
@@ -53,7 +53,7 @@ def _blob(u: Array, v: Array) -> Array:
     return np.asarray(np.hypot(u, v) - (0.8 + 0.2 * np.sin(2 * angle) + 0.12 * np.cos(3 * angle)))
 
 
-# Signed distance to the outline in radii; the areas are about those of the circle of radius 1.
+# Signed distance to the outline, in radii. All shapes have about the area of a circle of radius 1.
 OUTLINES: dict[str, Callable[[Array, Array], Array]] = {
     "circle": lambda u, v: np.hypot(u, v) - 1,
     "square": lambda u, v: _box(u, v, 0.88, 0.88),
@@ -70,30 +70,30 @@ BACKGROUND_OCTAVES = 4
 
 @dataclass(frozen=True)
 class Sprite:
-    """One thing to draw: outline, paint and, in each of T frames, center (T, 2) as (x, y), radius (T,), angle (T,)."""
+    """A thing to draw: its outline, its paint, and for T frames its centers, radii and angles."""
 
     shape: str
     pattern: str
     colors: Array  # (2, 3) float32, RGB in [0, 1]
     frequency: float  # of the pattern, in radians per radius
     phase: float
-    centers: Array
-    radii: Array
-    angles: Array
+    centers: Array  # (T, 2) as (x, y) in pixels
+    radii: Array  # (T,) in pixels
+    angles: Array  # (T,) in radians
 
 
 def rgb(hue: float, saturation: float, value: float) -> Array:
-    """RGB, (3,) float32 in [0, 1], of a hue in turns (any number) and a saturation and value in [0, 1]."""
+    """Convert HSV to (3,) float32 RGB in [0, 1]; hue is in turns (any number), saturation and value are in [0, 1]."""
     k = (np.array([5.0, 3.0, 1.0]) + 6 * hue) % 6
     return np.asarray(value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1), dtype=np.float32)
 
 
 def make_background(rng: Generator, options: SyntheticOptions) -> tuple[Callable[[int], Array], Array]:
-    """Make a background of smooth noise that moves steadily.
+    """Make a background of smooth noise that moves at constant velocity.
 
     Returns:
-        A function from the frame's number to its (3, H, W) float32 picture, RGB with 1 as full brightness, and the
-        view's shift (T, 2) in pixels as (x, y).
+        A function from the frame index to a (3, H, W) float32 RGB picture with 1 as full brightness, and the (T, 2)
+        shift of the view as (x, y) in pixels.
     """
     heading = rng.uniform(0, 2 * np.pi)
     pace = options.background_speed * options.height * rng.uniform(0.5, 1.5)
@@ -118,7 +118,7 @@ def make_background(rng: Generator, options: SyntheticOptions) -> tuple[Callable
 
 
 def _spline_weights(x: Array, count: int) -> Array:
-    """Weights (n, count) of the cubic B-splines at knots -1, 0, ... for the points ``x`` (n,), 0 <= x <= count - 3."""
+    """(n, count) weights of the cubic B-splines at knots -1, 0, ... for (n,) points with 0 <= x <= count - 3."""
     distance = np.abs(x[:, None] + 1 - np.arange(count)).astype(np.float32)
     outer, inner = np.maximum(2 - distance, 0), np.maximum(1 - distance, 0)
     return np.asarray((outer * outer * outer - 4 * inner * inner * inner) / 6)
@@ -128,13 +128,14 @@ def draw(canvas: Array, sprite: Sprite, t: int, texture: float) -> tuple[slice, 
     """Paint a sprite into ``canvas`` in place, with a soft shadow around it.
 
     Args:
-        canvas: (3, H, W) float32 picture, RGB with 1 as full brightness.
+        canvas: (3, H, W) float32 RGB picture with 1 as full brightness.
         sprite: What to paint.
-        t: Number of the frame.
-        texture: Contrast of the sprite's pattern in [0, 1].
+        t: Frame index.
+        texture: Contrast of the sprite's pattern, in [0, 1].
 
     Returns:
-        The rows and columns that it may touch, and which pixels of these it covers by half or more.
+        The rows and columns that the sprite may touch, and a bool array of the pixels in them that it covers by half or
+        more.
     """
     _, height, width = canvas.shape
     (cx, cy), radius, angle = sprite.centers[t], sprite.radii[t], sprite.angles[t]
@@ -160,11 +161,11 @@ def draw(canvas: Array, sprite: Sprite, t: int, texture: float) -> tuple[slice, 
 
 
 def _soft(wave: Array) -> Array:
-    """A wave in [-1, 1] to bands in [0, 1] with soft edges."""
+    """Turn a wave in [-1, 1] into bands in [0, 1] with soft edges."""
     return 0.5 + 0.5 * np.tanh(3 * wave)
 
 
-# Where a sprite wears its second color, in [0, 1], from coordinates in radians and a phase.
+# How much of its second color a sprite shows, in [0, 1], as a function of coordinates and a phase in radians.
 PATTERNS: dict[str, Callable[[Array, Array, float], Array]] = {
     "stripes": lambda u, v, phase: _soft(np.sin(u + phase) + 0 * v),
     "checks": lambda u, v, phase: _soft(np.sin(0.8 * u + phase) * np.sin(0.8 * v + phase)),

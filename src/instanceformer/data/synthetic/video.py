@@ -1,4 +1,4 @@
-"""One video: its instances and their paths, its frames, and the annotations of what is visible in them."""
+"""A synthetic video: instances and their paths, frames, and annotations of what is visible."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from instanceformer.data.synthetic.options import SPLITS, SyntheticOptions
 from instanceformer.data.synthetic.shapes import PATTERNS, REACH, Array, Sprite, draw, make_background, rgb
 
 JPEG_QUALITY = 92
-PATH_CANDIDATES = 12  # paths tried for an instance; the one that overlaps the others least is taken
+PATH_CANDIDATES = 12  # paths tried per instance; the one that overlaps others least is used
 
 
 @dataclass(frozen=True)
 class DrawnVideo:
-    """A video whose frames are written.
+    """A video whose frames have been written.
 
     Attributes:
-        entry: of the annotation file's videos, without id.
-        annotations: without ids.
+        entry: the video's entry in the annotation file, without id.
+        annotations: the annotations of its visible instances, without ids.
         look_alikes: whether each annotated instance has a look-alike.
-        shown: (T,) whether a frame shows an instance.
-        hidden: (T,) whether more than half of an instance is hidden in a frame.
+        shown: (T,) bool, whether a frame shows any instance.
+        hidden: (T,) bool, whether a frame has an instance that is more than half hidden.
     """
 
     entry: dict[str, Any]
@@ -40,13 +40,13 @@ class DrawnVideo:
 
 
 def make_video(directory: Path, options: SyntheticOptions, split: str, index: int) -> DrawnVideo:
-    """Draw one video and write its frames; it depends on nothing but the options, the split and the index.
+    """Draw one video and write its frames. The result depends only on the options, the split and the index.
 
     Args:
-        directory: The dataset's; the frames go to ``JPEGImages/<split>_<index>`` in it, which must not exist yet.
+        directory: The dataset's directory. Frames go to ``JPEGImages/<split>_<index>`` in it, which must not exist yet.
         options: What the videos show.
         split: Name of the split, train or valid.
-        index: Number of the video in its split.
+        index: Index of the video in its split.
     """
     rng = np.random.default_rng([options.seed, SPLITS.index(split), index])
     instances, groups = _make_instances(rng, options)
@@ -69,8 +69,8 @@ def make_video(directory: Path, options: SyntheticOptions, split: str, index: in
         canvas = backdrop(t)
         for blob in blobs:
             draw(canvas, blob, t, options.texture)
-        owner = np.full((options.width, options.height), -1, dtype=np.int16).T  # column by column, as run lengths go
-        alone = np.zeros(len(instances), dtype=np.int64)  # area in the frame if no other instance were there
+        owner = np.full((options.width, options.height), -1, dtype=np.int16).T  # column-major, like run lengths
+        alone = np.zeros(len(instances), dtype=np.int64)  # area in the frame without the other instances
         for k, sprite in enumerate(instances):  # from back to front
             rows, columns, inside = draw(canvas, sprite, t, options.texture)
             owner[rows, columns][inside] = k
@@ -100,17 +100,17 @@ def make_video(directory: Path, options: SyntheticOptions, split: str, index: in
 
 
 def _occlusion_level(visible: int, alone: int) -> str:
-    """OVIS's level of how much of an instance others hide; here, severe is more than half."""
+    """OVIS's level for how much of an instance others hide; here, severe means more than half."""
     if visible == alone:
         return "no_occlusion"
     return "severe_occlusion" if 2 * visible < alone else "slight_occlusion"
 
 
 def _make_instances(rng: Generator, options: SyntheticOptions) -> tuple[list[Sprite], list[int]]:
-    """The instances of a video from back to front, and for each the number of its look."""
+    """The instances of a video from back to front, and the number of each one's look."""
     count = int(rng.integers(options.min_instances, options.max_instances + 1))
     groups = _look_alike_groups(rng, count, options.look_alikes)
-    hues = (rng.uniform() + rng.permutation(count) / count) % 1  # spread, so that only look-alikes look alike
+    hues = (rng.uniform() + rng.permutation(count) / count) % 1  # evenly spread, so that only look-alikes look alike
     looks = [_look(rng, hue, options) for hue in hues]
     sizes = rng.uniform(options.min_size, options.max_size, count)[groups] * rng.uniform(0.92, 1.08, count)
     crossing = rng.permutation(count - 1) < int(options.occlusion * (count - 1) + rng.uniform())
@@ -140,16 +140,16 @@ def _make_instances(rng: Generator, options: SyntheticOptions) -> tuple[list[Spr
 
 
 def _look_alike_groups(rng: Generator, count: int, fraction: float) -> list[int]:
-    """A look's number for each instance; ``fraction`` of them on average share one in pairs (one triple if odd)."""
+    """The number of each instance's look; on average, ``fraction`` of them share looks in pairs (or one triple)."""
     members = int(fraction * count + rng.uniform())
-    if members == 1:  # nothing looks like itself
+    if members == 1:  # a look-alike needs a partner
         members = 2 * int(count > 1 and rng.uniform() < 0.5)
     pairs = members // 2
     return [min(k // 2, pairs - 1) if k < members else k for k in range(count)]
 
 
 def _look(rng: Generator, hue: float, options: SyntheticOptions) -> tuple[str, str, Array, float]:
-    """Shape, pattern, two colors and frequency of the pattern."""
+    """Draw a look: shape, pattern, two colors and the frequency of the pattern."""
     colors = np.stack(
         [
             rgb(hue, rng.uniform(0.65, 0.9), rng.uniform(0.8, 1)),
@@ -160,7 +160,7 @@ def _look(rng: Generator, hue: float, options: SyntheticOptions) -> tuple[str, s
 
 
 def _make_distractor(rng: Generator, options: SyntheticOptions, shift: Array) -> Sprite:
-    """A dull blob on the background, which moves by ``shift`` (T, 2)."""
+    """A dull blob that drifts with the background, whose view moves by ``shift`` (T, 2)."""
     middle = rng.integers(options.length)
     point = rng.uniform(0, [options.width, options.height])
     hue, still = rng.uniform(), np.ones(options.length)
@@ -179,23 +179,23 @@ def _make_distractor(rng: Generator, options: SyntheticOptions, shift: Array) ->
 def _choose_path(
     rng: Generator, options: SyntheticOptions, radius: float, placed: list[tuple[Array, float]], crossing: bool
 ) -> Array:
-    """Choose the path of an instance: as far from those that are placed as possible, or crossing one of them.
+    """Choose the path of an instance: as clear as possible of those already placed, or crossing one of them.
 
     Args:
-        rng: Source of everything random.
+        rng: Random number generator.
         options: What the videos show.
-        radius: Largest radius of the instance, in pixels.
-        placed: Centers (T, 2) and mean radius of each instance that has its path, in pixels.
-        crossing: Whether the path meets one of ``placed``, which then must not be empty.
+        radius: Maximum radius of the instance in pixels.
+        placed: (T, 2) centers and mean radius, in pixels, of each instance already placed.
+        crossing: Whether the path must meet one of ``placed``, which then must not be empty.
 
     Returns:
-        (T, 2) centers as (x, y) in pixels, outside the frame where the instance is out of view.
+        (T, 2) centers as (x, y) in pixels; outside the frame where the instance is out of view.
     """
     frame = np.array([options.width, options.height], dtype=np.float64)
     low, high = np.minimum(0.8 * radius, 0.5 * frame - 1), np.maximum(frame - 0.8 * radius, 0.5 * frame + 1)
     outside = None
     away = _time_away(rng, options)
-    if away is not None:  # stays near the side where it enters and leaves
+    if away is not None:  # stay near the side where it enters and leaves
         axis, far = int(rng.integers(2)), bool(rng.integers(2))
         third = (high[axis] - low[axis]) / 3
         low[axis], high[axis] = (high[axis] - third, high[axis]) if far else (low[axis], low[axis] + third)
@@ -219,7 +219,7 @@ def _choose_path(
 
 
 def _wander(rng: Generator, low: Array, high: Array, point: Array, time: float, options: SyntheticOptions) -> Array:
-    """A smooth path (T, 2) within ``low`` and ``high``, a sine in x and in y, that is at ``point`` at ``time``."""
+    """A smooth (T, 2) path between ``low`` and ``high``, a sine in x and in y, that is at ``point`` at ``time``."""
     heading = rng.uniform(0, 2 * np.pi)
     velocity = options.speed * options.height * rng.uniform(0.6, 1.4) * np.array([np.cos(heading), np.sin(heading)])
     reach = (high - low) / 2 * rng.uniform(0.6, 1, 2)
@@ -229,13 +229,13 @@ def _wander(rng: Generator, low: Array, high: Array, point: Array, time: float, 
 
 
 def _crowding(centers: Array, radius: float, placed: list[tuple[Array, float]]) -> float:
-    """How much a path overlaps those of ``placed``, summed over frames and instances."""
+    """How much a path overlaps those in ``placed``, summed over frames and instances."""
     gaps = [np.linalg.norm(centers - others, axis=1) / (radius + size) for others, size in placed]
     return float(sum(np.clip(1 - gap, 0, 1).sum() for gap in gaps))
 
 
 def _time_away(rng: Generator, options: SyntheticOptions) -> Array | None:
-    """How far an instance is on its way out of view, (T,) from 0 to 1; None if it stays."""
+    """How far out of view an instance has moved in each frame, (T,) from 0 to 1; None if it stays in view."""
     length, ramp, draw = options.length, options.length / 4, rng.uniform()
     times = options.frame_times
 
