@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["InstanceFormer", "VideoAveragePrecision", "VideoInstanceSegmenter"]
 try:
     __version__ = version("instanceformer")
-except PackageNotFoundError:  # the sources, on PYTHONPATH
+except PackageNotFoundError:  # run from the sources, on PYTHONPATH
     __version__ = "not installed"
 
 _MODULES = {
@@ -23,7 +23,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a public class when it is asked for: commands that need no network start without torch."""
+    """Import a public class when it is first used, so that commands that need no network start without torch."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""The command line. A command's module is imported when it is called: evaluating a file needs no torch."""
+"""The command line. A command's module is imported only when it is called: evaluating a file needs no torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMANDS = {
     ),
     "export": ("export", "make programs of a network for torch.export or ONNX"),
 }
-"""By name the module in ``instanceformer.commands`` and what it does."""
+"""For each command its module in ``instanceformer.commands`` and what it does."""
 
 HELP = "\n".join(
     (
@@ -45,10 +45,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run ``instanceformer ARGS``.
 
     Args:
-        args: without the program's name; None takes the process's own.
+        args: arguments without the program's name; None: those of the process.
 
     Raises:
-        SystemExit: what was given is wrong, in one line and code 1, or 2 of an option; 130 if interrupted, 141 if
+        SystemExit: with one line and code 1 if the input is wrong, code 2 if an option is; 130 if interrupted, 141 if
             the reader of the output has gone.
     """
     given = sys.argv[1:] if args is None else list(args)
@@ -59,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # `instanceformer check ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter flushes when it exits
         sys.exit(141)
 
 
@@ -81,13 +81,13 @@ def _run(given: list[str], debug: bool) -> None:
     begun.set(False)
     try:
         import_module(f"instanceformer.commands.{module}").run(given if module == "train" else rest)
-    except (KeyboardInterrupt, SystemExit) as stop:  # Lightning makes of the first the second
+    except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns the first into the second
         if debug or not (isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt)):
             raise
         print(f"instanceformer {name}: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        unread = isinstance(error, BrokenPipeError) and module != "train"  # the only pipe of these is their output
+        unread = isinstance(error, BrokenPipeError) and module != "train"  # their only pipe is their output
         if debug or unread or not of_the_users(error):
             raise
         hint = "\n(--debug shows where)" if begun.get() else ""

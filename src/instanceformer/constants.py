@@ -13,10 +13,10 @@ R = TypeVar("R")
 
 
 def constant(make: Callable[P, R]) -> Callable[P, R]:
-    """Keep the last few results of a pure function, so that they are not made, and copied to a GPU, for every frame.
+    """Cache the last few results of a pure function, so that they are not made, and copied to a GPU, for every frame.
 
-    The results take part in no gradient and must not be written to. While a program is compiled or exported, or runs on
-    fake tensors, they are made anew.
+    The results carry no gradient and must not be written to. While a program is compiled or exported, or runs on fake
+    tensors, they are made anew.
     """
     kept = cast("Callable[P, R]", lru_cache(maxsize=8)(torch.inference_mode(False)(torch.no_grad()(make))))
 

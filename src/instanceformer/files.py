@@ -1,4 +1,4 @@
-"""Files that are never seen half written nor written by two at once, and the order of their names."""
+"""Files that are never seen half written and never written by two processes at once; the order of file names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 FULL = 2**16
-"""Bytes of free space below which a disk counts as full when a write to it failed."""
+"""Bytes of free space below which a disk counts as full after a write to it has failed."""
 
 
 def natural_order(name: str) -> tuple[Any, ...]:
@@ -23,10 +23,10 @@ def natural_order(name: str) -> tuple[Any, ...]:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a path where no file can be made, before the work for it begins.
+    """Refuse a path where no file can be created, before the work for it begins.
 
     Raises:
-        OSError: why.
+        OSError: the file cannot be created.
     """
     _beside(path).touch()
     _beside(path).unlink()
@@ -38,17 +38,17 @@ def _beside(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which takes its place when the block ends well and is removed otherwise.
+    """A temporary path beside ``path``, which takes its place if the block succeeds and is removed otherwise.
 
     Raises:
-        OSError: it cannot be written; where the disk is full, the message says which, and what was there is unchanged.
+        OSError: the file cannot be written; an earlier one is unchanged. If a disk is full, the message says which.
     """
     temporary = _beside(path)
     try:
-        temporary.touch()  # where it cannot be made, rather now than when the work is done
+        temporary.touch()  # fail now rather than when the work is done
         yield temporary
         with temporary.open("r+b") as file:
-            os.fsync(file.fileno())  # so that the name never comes before the content, not even in a power failure
+            os.fsync(file.fileno())  # so that the name never appears before the content, even after a power failure
         temporary.replace(path)
     except Exception as error:
         if _is_full(path.absolute().parent, error):
@@ -62,18 +62,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _is_full(folder: Path, error: Exception) -> bool:
-    """Whether an error comes of a full disk; not every library keeps the number of it."""
+    """Whether an error comes from a full disk; not every library keeps the error number."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return shutil.disk_usage(folder).free < FULL
 
 
 def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove what ``replacing`` had begun in a folder when its process was killed; hold the folder's lock meanwhile.
+    """Remove the temporary files that killed processes left of ``replacing``; hold the files' lock meanwhile.
 
     Args:
-        folder: to look in, not in what is below it.
-        pattern: of the names that the files were to have, such as ``*.ckpt``.
+        folder: where to look, without its subfolders.
+        pattern: glob of the names that the files were meant to have, such as ``*.ckpt``.
     """
     for path in folder.glob(f".{pattern}.*.tmp"):
         path.unlink(missing_ok=True)
@@ -84,7 +84,7 @@ def locking(path: Path, patience: float = 0.0) -> Iterator[None]:
     """Keep other processes from writing to a path while the block runs; the lock ends with the process at the latest.
 
     Args:
-        path: of a file or folder, there or not, in a folder that exists. The lock is a hidden file beside it.
+        path: a file or folder, which need not exist, in a folder that does. The lock is a hidden file beside it.
         patience: seconds to wait for another process that holds the lock.
 
     Raises:
@@ -100,5 +100,5 @@ def locking(path: Path, patience: float = 0.0) -> Iterator[None]:
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held, so that it is not another's
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: later it could be another's
         lock.release()

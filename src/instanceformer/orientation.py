@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-_TURNS = {  # what makes an image of each EXIF orientation upright
+_TURNS = {  # by EXIF orientation, what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -33,7 +33,7 @@ def orientation(image: Image.Image) -> int:
 
     TIFF, which Pillow turns itself, is upright.
     """
-    data = image.info.get("exif")  # Pillow's getexif would decode a whole PNG, and read XMP, as no other reader does
+    data = image.info.get("exif")  # Pillow's getexif would decode a whole PNG, and read XMP, which no other reader does
     if not data:
         return 1
     exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""A checkpoint: a network's options and weights and what its classes are; written, and taken over into another one."""
+"""A checkpoint, that is a network's options, weights and classes: checked, written, reused in another network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METADATA = "instanceformer"
 """Key of the options and categories, as one JSON object, in the metadata of a safetensors file."""
 
 PREFIX = "network."
-"""What the LightningModule puts before the names of the network's weights."""
+"""Prefix of the network's weights in the LightningModule's state dict."""
 
 SHAPING = (
     "num_classes",
@@ -46,16 +46,19 @@ SHAPING = (
 """The options of InstanceFormer on which the names or shapes of its weights depend."""
 
 BEFORE = {"identity": "none"}
-"""Those of them that older checkpoints do not say, and what they were."""
+"""Those of them that older checkpoints lack, with the values that these imply."""
 
 
 @dataclass(frozen=True)
 class FrameSize:
-    """At which size a network sees frames, in pixels.
+    """The size in pixels at which a network sees frames.
 
     Attributes:
-        size: shorter side, ``data.eval_size`` of a training; less where the longer side would exceed ``max_size``.
-        max_size: most that the longer side may have, ``data.max_size`` of a training.
+        size: shorter side, a training's ``data.eval_size``; less where the longer side would exceed ``max_size``.
+        max_size: upper limit of the longer side, a training's ``data.max_size``.
+
+    Raises:
+        ValueError: one is not a whole number of at least 1, or ``size`` is above 2**14.
     """
 
     size: int
@@ -71,20 +74,20 @@ class FrameSize:
 
 
 PAPER_SIZE = FrameSize(360, 768)
-"""At which the paper evaluates."""
+"""The size at which the paper evaluates."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network that can be used: its architecture, its weights, what its classes mean and how it was evaluated.
+    """All that it takes to use a network: architecture, weights, what its classes mean and how it was evaluated.
 
     Attributes:
         options: arguments of InstanceFormer by name.
         weights: state dict of InstanceFormer.
         categories: id and name of every class, in the order of the class indices; empty if unknown.
-        frame_size: at which its training evaluated it; None if unknown.
-        inference: InferenceOptions by name, with which its training evaluated it; None if unknown.
-        name: for messages, such as the path of its file.
+        frame_size: the size at which its training evaluated it; None if unknown.
+        inference: the InferenceOptions, by name, with which its training evaluated it; None if unknown.
+        name: what messages call it, such as the path of its file.
 
     Raises:
         ValueError: there are categories, but not one for each class.
@@ -109,7 +112,7 @@ class Checkpoint:
             expected: state dict of the network.
 
         Raises:
-            ValueError: the first of what is wrong.
+            ValueError: the first thing that is wrong.
         """
         lacking = [name for name in expected if name not in self.weights]
         unknown = [name for name in self.weights if name not in expected]
@@ -126,14 +129,14 @@ class Checkpoint:
             check_finite(name, weight, self.name)
 
     def check_network(self, options: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
-        """Refuse weights that do not fit a network that was built from other options, and say from which.
+        """Refuse weights that do not fit a network built from other options, and say which options differ.
 
         Args:
             options: of the network.
             expected: its state dict.
 
         Raises:
-            ValueError: names or shapes are others; or as in ``check_weights``.
+            ValueError: names or shapes differ; or as in ``check_weights``.
         """
         shapes = {name: getattr(weight, "shape", None) for name, weight in self.weights.items()}
         made = {**BEFORE, **self.options}
@@ -150,7 +153,7 @@ class Checkpoint:
         self.check_weights(expected)
 
     def check_categories(self, categories: Sequence[Category]) -> None:
-        """Refuse data whose classes are others, and warn where the checkpoint does not say what its classes are.
+        """Refuse data with other classes, and warn if the checkpoint does not say what its classes are.
 
         Args:
             categories: of the data, in the order of the class indices.
@@ -185,7 +188,7 @@ class Checkpoint:
         return f"{_shown(self.options.get('num_classes'))} classes" + (f" ({names})" if names else "")
 
     def to_lightning(self) -> dict[str, Any]:
-        """All that ``read`` needs, and that ``validate``, ``test`` and ``predict`` need of a ``--ckpt_path``."""
+        """All that ``read`` needs, and that ``validate``, ``test`` and ``predict`` need from a ``--ckpt_path``."""
         return {
             "pytorch-lightning_version": version("lightning"),
             "state_dict": {f"{PREFIX}{name}": weight for name, weight in self.weights.items()},
@@ -193,25 +196,25 @@ class Checkpoint:
         }
 
     def description(self) -> dict[str, Any]:
-        """All but the weights, of plain values."""
+        """All but the weights, as plain values."""
         return describe(self.options, self.categories, self.frame_size, self.inference)
 
 
 def few(names: Sequence[str]) -> str:
-    """The first names, as messages show them."""
+    """The first few names, as messages show them."""
     return ", ".join([*(name[:60] for name in names[:5]), *(["..."] if len(names) > 5 else [])])
 
 
 def _shown(value: object) -> str:
-    """A value as the command line takes it, no longer than a line."""
+    """A value as the command line takes it, cut off after 60 characters."""
     return str(value).lower() if isinstance(value, bool) else str(value)[:60]
 
 
 def check_finite(name: str, weight: Tensor, owner: str) -> None:
-    """Refuse a weight that is no real number.
+    """Refuse a weight that is not a plain tensor of finite real numbers.
 
     Raises:
-        ValueError: it is complex, quantized, NaN, infinite, or repeats a few numbers to seem large.
+        ValueError: it is complex, quantized or sparse, has NaN or infinity, or stores fewer numbers than its shape has.
     """
     if weight.is_complex() or weight.is_quantized or weight.layout != torch.strided:
         raise ValueError(f"{owner}: found {name} of {weight.dtype}, {weight.layout}, expected plain real numbers")
@@ -227,7 +230,7 @@ def describe(
     frame_size: FrameSize | None = None,
     inference: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The entries of a checkpoint that say whose weights it holds, of plain values; see Checkpoint."""
+    """The entries of a checkpoint that describe its network, as plain values; see Checkpoint."""
     description = {"network_options": dict(options), "categories": [vars(category) for category in categories]}
     if frame_size is not None:
         description["frame_size"] = vars(frame_size)
@@ -237,11 +240,11 @@ def describe(
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Write ``.ckpt``, which Lightning reads too, or ``.safetensors``; it has its name only when it is complete.
+    """Write a ``.ckpt``, which Lightning reads too, or ``.safetensors``; it appears under its name once complete.
 
     Raises:
         ValueError: the name ends in neither.
-        OSError: it cannot be written; what was there before stays.
+        OSError: the file cannot be written; an earlier one is unchanged.
     """
     check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,17 +254,17 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         else:
             weights = {name: weight.contiguous() for name, weight in checkpoint.weights.items()}
             metadata = {"format": "pt", METADATA: json.dumps(checkpoint.description())}
-            temporary.write_bytes(safetensors.torch.save(weights, metadata))  # save_file makes a file of the user alone
+            temporary.write_bytes(safetensors.torch.save(weights, metadata))  # save_file: for its owner only
 
 
 def check_suffix(path: Path) -> None:
-    """Refuse a name that ``write`` has no format for."""
+    """Refuse a name that ``write`` has no format for, with a ValueError."""
     if path.suffix not in (".ckpt", ".safetensors"):
         raise ValueError(f"{path}: found suffix {path.suffix!r}, expected .ckpt or .safetensors")
 
 
 def class_indices(name: str, shape: Sequence[int], classes: Sequence[int]) -> tuple[Tensor, ...] | None:
-    """Where a weight of InstanceFormer has what belongs to some classes or to none in particular.
+    """Where in a weight of InstanceFormer the values of some classes are, and those of no class in particular.
 
     Args:
         name: of the weight.
@@ -269,7 +272,7 @@ def class_indices(name: str, shape: Sequence[int], classes: Sequence[int]) -> tu
         classes: indices of the classes wanted, in the order wanted.
 
     Returns:
-        What the weight can be indexed with, to read or to write; None where it has no class dimension.
+        An index into the weight, to read or write; None if the weight has no class dimension.
 
     Raises:
         IndexError: the weight has too few dimensions.
@@ -279,7 +282,7 @@ def class_indices(name: str, shape: Sequence[int], classes: Sequence[int]) -> tu
         along[0] = list(classes)
     elif name.startswith("class_prior.temporal."):
         along = [list(classes) for _ in shape]
-    elif name == "memory.projection.weight":  # of content, class scores and box, equation 3
+    elif name == "memory.projection.weight":  # its columns: content, class scores, box (equation 3)
         content, box = range(shape[0]), range(shape[1] - 4, shape[1])
         along[1] = [*content, *(len(content) + index for index in classes), *box]
     else:
@@ -290,7 +293,7 @@ def class_indices(name: str, shape: Sequence[int], classes: Sequence[int]) -> tu
 def take_over(
     ours: Mapping[str, Tensor], categories: Sequence[Category], checkpoint: Checkpoint
 ) -> tuple[dict[str, Tensor], str]:
-    """Weights of a network with those of another one put into it as far as they fit: classes by name, else by shape.
+    """Replace a network's weights with another's where they fit: those of classes by name, all others by shape.
 
     Args:
         ours: state dict of the network.
@@ -298,7 +301,7 @@ def take_over(
         checkpoint: of the other network.
 
     Returns:
-        The network's state dict anew, and a line of what became of the classes and of what did not fit.
+        The new state dict, and a line that says what became of the classes and what did not fit.
     """
     namesakes = find_namesakes(categories, checkpoint.categories)
     pairs = [(i, j) for i, j in enumerate(namesakes) if j is not None]

@@ -1,4 +1,4 @@
-"""Weights of the authors' release, Deformable-DETR and SeqFormer as checkpoints of this package."""
+"""Converts weights of the authors' release, Deformable-DETR and SeqFormer to checkpoints of this package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from instanceformer.model.network import InstanceFormer
 from instanceformer.model.options import NetworkOptions
 
 RULES = {"multiplicative": "paper", "additive": "additive", "none": "none"}
-"""The release's ways to propagate reference points and the rules of LocationPropagation that they are."""
+"""The release's ways to propagate reference points, and the same rules as values of our option ``location``."""
 
 RESNETS = {
     (2, 2, 2, 2, 64, 64): "resnet18",
@@ -41,29 +41,29 @@ RESNETS = {
     (3, 4, 23, 3, 256, 8, 256): "resnext101_32x8d",
     (3, 4, 23, 3, 256, 4, 256): "resnext101_64x4d",
 }
-"""Blocks of the four stages; of the first block the outputs of the first convolution, the inputs to a group of the
-second and, if it is a bottleneck, the outputs of the third."""
+"""Numbers of blocks in the four stages; then, in the first block, output channels of the first convolution, input
+channels per group of the second and, in a bottleneck, output channels of the third."""
 
 DATASETS: dict[int, tuple[DatasetName, ...]] = {27: ("ovis",), 42: ("ytvis19", "ytvis21"), 91: ("coco",)}
-"""What the number of class channels says of the dataset."""
+"""The datasets that a number of class channels can stand for."""
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What weights do not say of the network that they belong to, with the defaults of the authors' release.
+    """What weights do not say about their network; the defaults are those of the authors' release.
 
-    The first three are of the authors' release; what is made of the others has the paper's memory and location rule.
+    The first three apply to the authors' release only; other sources get the paper's memory and location rule.
 
     Attributes:
         location: how reference points are propagated.
-        tokens: queries remembered of each frame; without meaning for a release that was trained without memory.
-        support: ``memory_support``: frames that the memory spans, the current one included.
+        tokens: queries remembered from each frame; without effect for weights trained without memory.
+        support: the release's ``memory_support``: frames that the memory spans, the current one included.
         heads: attention heads.
-        dataset: whose category ids the class channels are; null: by their number, 27 OVIS, 91 COCO, 42 one of the
-            YouTube-VIS, which cannot be told apart, so that the checkpoint then lacks the names of the classes.
+        dataset: whose category ids the class channels are. null: told by their number, 27 for OVIS, 91 for COCO, 42 for
+            YouTube-VIS 2019 or 2021, which cannot be told apart, so that the checkpoint lacks class names.
         all_channels: keep every class channel, so that class index c is category id c. If false, the classes are the
-            categories of the dataset in ascending order of id, as the data module has them, and channels of no category
-            are dropped; the memory then lacks their scores, so that outputs differ a little from the source's.
+            categories of the dataset in ascending order of id, as in the data module, and channels without a category
+            are dropped; the memory then lacks their scores, so that outputs differ slightly from the source's.
     """
 
     location: Literal["multiplicative", "additive", "none"] = "multiplicative"
@@ -83,14 +83,14 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A checkpoint made of a state dict, and what became of every entry of both.
+    """A checkpoint made from a state dict, and what became of every entry of both.
 
     Attributes:
         source: title of the source.
-        checkpoint: the network.
-        mapped: entries of the source that are in it.
-        dropped: entries of the source that are not, with the reason.
-        left_new: parameters of ours that the source has nothing for, with the values of a network that learned nothing.
+        checkpoint: the result.
+        mapped: entries of the source that the checkpoint has.
+        dropped: entries of the source that it does not have, with the reason.
+        left_new: parameters of ours that the source has nothing for; they have the values of an untrained network.
         classes: what became of the class channels.
     """
 
@@ -121,12 +121,12 @@ class Conversion:
 
 
 def convert_file(source: Path, output: Path, options: SourceOptions = SourceOptions(), overwrite: bool = False) -> str:
-    """Write the weights of others as a checkpoint, or a checkpoint of this package in another format.
+    """Convert the weights of another project to a checkpoint, or a checkpoint of this package to another format.
 
     Args:
         source: a ``.pth`` whose ``model`` entry is a state dict, a plain state dict, or a checkpoint of this package.
         output: ``.ckpt`` or ``.safetensors``.
-        options: for weights of others.
+        options: for weights of another project.
         overwrite: whether to replace an output that exists.
 
     Returns:
@@ -136,7 +136,8 @@ def convert_file(source: Path, output: Path, options: SourceOptions = SourceOpti
         FileNotFoundError: there is no such file.
         FileExistsError: the output exists and is not to be replaced, or is the source.
         BlockingIOError: another process is writing the output.
-        ValueError: the source is damaged or fits nothing, or the output has another suffix.
+        ValueError: the source is damaged or of no known kind, options are given for a checkpoint of this package, or
+            the output has another suffix.
     """
     check_suffix(output)
     content = load(source)
@@ -152,12 +153,12 @@ def convert_file(source: Path, output: Path, options: SourceOptions = SourceOpti
 
 
 def _make(source: Path, content: Mapping[str, Any], options: SourceOptions) -> tuple[Checkpoint, str]:
-    """The checkpoint of a file's content, and what became of it."""
+    """The checkpoint made from a file's content, and a report."""
     if is_own(content):
         if options != SourceOptions():
             raise ValueError(f"{source}: found a checkpoint of this package, which says its own options; give none")
         checkpoint = from_content(content, str(source))
-        InstanceFormer.from_checkpoint(checkpoint)  # refuses what is not whole
+        InstanceFormer.from_checkpoint(checkpoint)  # refuses an incomplete one
         return checkpoint, f"{source}: a checkpoint of this package"
     try:
         conversion = convert(content.get("model", content), options)
@@ -167,14 +168,14 @@ def _make(source: Path, content: Mapping[str, Any], options: SourceOptions) -> t
 
 
 def convert(weights: Mapping[str, Any], options: SourceOptions = SourceOptions()) -> Conversion:
-    """Give weights of others our names, our layout and the options under which our network computes the same.
+    """Give another project's weights our names, our layout and the options under which our network computes the same.
 
     Args:
         weights: a state dict of the authors' release, of Deformable-DETR with box refinement, or of SeqFormer.
-        options: what it does not say.
+        options: what the weights do not say.
 
     Raises:
-        ValueError: it is of no known source, has entries that have no place, lacks some, or shapes do not agree.
+        ValueError: the source is unknown, entries are missing or have no counterpart here, or shapes do not agree.
     """
     source = _recognize(weights)
     layers = tuple(_count_layers(weights, source, part) for part in ("encoder", "decoder"))
@@ -195,7 +196,7 @@ def convert(weights: Mapping[str, Any], options: SourceOptions = SourceOptions()
     outputs = _shape(weights, source, "class_embed.0.weight", 2)[0]
     channels, categories, classes = _classes(outputs, options)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the same file every time
+        torch.manual_seed(0)  # the same source always gives the same file
         network = InstanceFormer(len(channels), **architecture)
 
     expected = network.state_dict()
@@ -218,7 +219,7 @@ def convert(weights: Mapping[str, Any], options: SourceOptions = SourceOptions()
 
 
 def _recognize(weights: Mapping[str, Any]) -> Source:
-    """The source that the state dict is of."""
+    """The source that a state dict comes from."""
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"found {type(weights).__name__}, expected a state dict, plain or under 'model'")
     for source in SOURCES:
@@ -237,7 +238,7 @@ def _recognize(weights: Mapping[str, Any]) -> Source:
 def _sort(
     weights: Mapping[str, Any], mapped: Mapping[str, str], dropped: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """Our name of each entry that has one, the reason to drop each that has none, and the unknown entries."""
+    """Our names of the entries that have one, the reasons to drop those that have none, and the unknown entries."""
     kept, left, unknown = {}, {}, []
     for name in weights:
         parts = name.split(".")
@@ -262,7 +263,7 @@ def _count_layers(weights: Mapping[str, Tensor], source: Source, part: str) -> i
 def _architecture(
     weights: Mapping[str, Tensor], source: Source, layers: tuple[int, ...], options: SourceOptions
 ) -> dict[str, Any]:
-    """Options of our network, but the number of classes, as the source, the shapes and ``options`` say them."""
+    """Our network's options, except the number of classes, from the source, the shapes and ``options``."""
     num_queries, both = _shape(weights, source, "query_embed.weight", 2)
     num_levels = _shape(weights, source, "transformer.level_embed", 2)[0]
     attention = _shape(weights, source, "transformer.encoder.layers.0.self_attn.attention_weights.weight", 2)[0]
@@ -299,7 +300,7 @@ def _shape(weights: Mapping[str, Tensor], source: Source, name: str, dims: int) 
 
 
 def _resnet(weights: Mapping[str, Tensor], body: str) -> str:
-    """Name of the ResNet whose weights start with ``body``."""
+    """Name of the ResNet whose weights have names that start with ``body``."""
     blocks = [
         next(i for i in count() if f"{body}.layer{stage}.{i}.conv1.weight" not in weights) for stage in range(1, 5)
     ]
@@ -316,7 +317,7 @@ def _resnet(weights: Mapping[str, Tensor], body: str) -> str:
 
 
 def _classes(channels: int, options: SourceOptions) -> tuple[list[int], tuple[Category, ...], str]:
-    """Class channels to keep, the categories that they are if that is known, and a line of report."""
+    """Class channels to keep, their categories if known, and a line for the report."""
     if options.all_channels:
         return list(range(channels)), (), f"all {channels} channels, class index = category id"
     candidates = DATASETS.get(channels, ()) if options.dataset is None else (options.dataset,)
@@ -334,7 +335,7 @@ def _classes(channels: int, options: SourceOptions) -> tuple[list[int], tuple[Ca
 
 
 def _translate(name: str, target: str, x: Tensor, channels: list[int], outputs: int) -> dict[str, Tensor]:
-    """Entry ``name`` of a source with ``outputs`` class channels as one or two of ours."""
+    """Translate entry ``name`` of a source with ``outputs`` class channels into one or two of ours."""
     if target.startswith("decoder.class_heads.") and x.shape[:1] != (outputs,):
         raise ValueError(
             f"{name}: found shape {tuple(x.shape)}, expected the {outputs} class channels of class_embed.0"
@@ -372,7 +373,7 @@ def _dynamic_parameters(x: Tensor) -> Tensor:
 
 
 def _module(name: str) -> str:
-    """The part of a parameter's name that says what it is for, without layers' numbers."""
+    """The part of a parameter's name that names its module, without layer numbers."""
     return next(
         (part for part in name.split(".") if part in {"memory", "memory_attention", "mask_head"}), name.split(".")[0]
     )

@@ -1,4 +1,4 @@
-"""Checkpoints and other files of tensors: loaded without running anything, refused by what they are."""
+"""Loads checkpoints and other files of tensors without running code; what is refused is named for what it is."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from instanceformer.model.options import check_type
 _HARMLESS = re.compile(
     r"collections\.OrderedDict|argparse\.Namespace|torch\._utils\._rebuild_\w+|torch\.(storage\.)?\w*Storage"
 )
-"""What files of torch.save hold beside plain values."""
+"""Names that ordinary files of torch.save use besides plain values."""
 
 _RUNS = {"REDUCE", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "STOP"}
-"""Opcodes without which no object comes of a name."""
+"""Pickle opcodes at which the names read so far become objects; without one of them no object is made of a name."""
 
 
 class DamagedError(ValueError):
-    """A file that is not whole, or not of the kind that its name says."""
+    """A file is incomplete, or not of the kind that its name says."""
 
 
 def read(path: str | Path) -> Checkpoint:
@@ -45,13 +45,13 @@ def read(path: str | Path) -> Checkpoint:
 
 
 def load_for_trainer(path: str | Path) -> dict[str, Any]:
-    """What Lightning's trainer takes as the content of a checkpoint, of either format.
+    """Load a checkpoint of either format as Lightning's trainer expects it.
 
-    A file of weights alone has no ``optimizer_states``, ``loops`` and so on: no training can be resumed from it.
+    A file of weights alone has no ``optimizer_states``, ``loops`` and so on, so no training can be resumed from it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: as in ``read``; of a damaged file the message names the newest sound one beside it, if there is one.
+        ValueError: as in ``read``; for a damaged file, the message names the newest intact one beside it, if any.
     """
     path = Path(path)
     try:
@@ -66,19 +66,19 @@ def load_for_trainer(path: str | Path) -> dict[str, Any]:
 
 
 def is_own(content: Mapping[str, Any]) -> bool:
-    """Whether a loaded file says which network of this package it holds."""
+    """Whether the content of a file is that of a checkpoint of this package."""
     return "network_options" in content and "state_dict" in content
 
 
 def from_content(content: Mapping[str, Any], name: str) -> Checkpoint:
-    """The checkpoint in what ``load`` or Lightning loaded.
+    """The checkpoint in content that ``load`` or Lightning has read.
 
     Args:
         content: of the file.
-        name: of the checkpoint, such as the file's path.
+        name: what messages call the checkpoint, such as the file's path.
 
     Raises:
-        ValueError: it holds no network of this package, or something of another type than it should.
+        ValueError: the content is no network of this package, or a part of it has the wrong type.
     """
     if not is_own(content):
         found = ", ".join(str(key)[:60] for key in list(content)[:5]) or "nothing"
@@ -103,7 +103,7 @@ def from_content(content: Mapping[str, Any], name: str) -> Checkpoint:
 
 
 def _mapping(name: str, value: object, *keys: str) -> Mapping[str, Any]:
-    """The value, if it is a dictionary by name, of these keys if there are any."""
+    """Return the value if it is a dictionary with names as keys, and with exactly ``keys`` if any are given."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{name}: found {type(value).__name__}, expected a dictionary of values by name")
     if keys and set(keys) != set(value):
@@ -128,15 +128,15 @@ def _categories(entries: object) -> tuple[Category, ...]:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Load a file of tensors, on the CPU, in the form that a Lightning checkpoint of it would have.
+    """Load a file of tensors onto the CPU; a checkpoint in safetensors takes the form of a Lightning checkpoint.
 
-    ``weights_only``, so that no code of the file runs. The one class beyond tensors and plain values that is let
-    through is argparse's Namespace, a bag of values, since Deformable-DETR and its descendants save their arguments.
+    ``weights_only`` keeps the file from running code. Besides tensors and plain values, the only class let through is
+    argparse's Namespace, which merely holds values: Deformable-DETR and its descendants save their arguments in one.
 
     Raises:
         FileNotFoundError: there is no such file.
-        DamagedError: it is empty, cut off, changed since it was written, or nothing that torch.save wrote.
-        ValueError: it holds other objects, which would run code, or no dictionary.
+        DamagedError: the file is empty, cut off, changed since it was written, or not written by torch.save.
+        ValueError: it holds other objects, which would run code, or is not a dictionary.
     """
     path = Path(path)
     if not path.is_file():
@@ -145,7 +145,7 @@ def load(path: str | Path) -> dict[str, Any]:
         return _load_safetensors(path)
     with path.open("rb") as file:
         start = file.read(200)
-    if start.startswith(b"PK") and not is_sound(path):  # torch.load itself compares no checksums
+    if start.startswith(b"PK") and not is_sound(path):  # torch.load itself checks no checksums
         raise DamagedError(f"{path}: found a damaged file, cut off or changed since it was written; copy it again")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
@@ -178,7 +178,7 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
 
 
 def is_sound(path: Path) -> bool:
-    """Whether a file is a whole archive of torch.save, by the checksums of all that is in it."""
+    """Whether a file is a complete archive of torch.save, by the checksums of all its entries."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist()) and archive.testzip() is None
@@ -187,13 +187,13 @@ def is_sound(path: Path) -> bool:
 
 
 def find_newest(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The newest sound checkpoint of a folder.
+    """The newest intact checkpoint of a folder.
 
     Args:
-        folder: in which to look for ``*.ckpt``, not in what is below it.
+        folder: where to look for ``*.ckpt``, without its subfolders.
 
     Returns:
-        The sound file that was written last, None where there is none, and the damaged files that are newer.
+        The intact file that was written last, or None, and the damaged files that are newer.
     """
     dated = [
         (path.stat().st_mtime_ns, natural_order(path.name), path) for path in folder.glob("*.ckpt") if path.is_file()
@@ -207,7 +207,7 @@ def find_newest(folder: Path) -> tuple[Path | None, list[Path]]:
 
 
 def _describe(start: bytes) -> str:
-    """What a file that nothing can be made of seems to be, by its first bytes."""
+    """What an unreadable file seems to be, judging by its first bytes."""
     if not start:
         return "an empty file"
     text = start.decode(errors="ignore").strip()
@@ -217,7 +217,7 @@ def _describe(start: bytes) -> str:
 
 
 def _foreign_objects(path: Path) -> list[str]:
-    """Dotted names of what a file's pickles would import and call, beside what files of tensors hold."""
+    """Dotted names that a file's pickles would import and call, without those of ordinary files of tensors."""
     if is_sound(path):
         with zipfile.ZipFile(path) as archive:
             pickled = next(name for name in archive.namelist() if name.endswith("data.pkl"))
@@ -225,15 +225,15 @@ def _foreign_objects(path: Path) -> list[str]:
                 names = _names(file)
     else:
         with path.open("rb") as plain:
-            names = [name for _ in range(5) for name in _names(plain)]  # torch.save's old format is five in a row
+            names = [name for _ in range(5) for name in _names(plain)]  # torch.save's old format: five in a row
     return [name for name in dict.fromkeys(names) if not _HARMLESS.fullmatch(name)]
 
 
 def _names(file: IO[bytes]) -> list[str]:
-    """Dotted names of what one pickle would make objects of: it is read opcode by opcode, not run."""
+    """Dotted names that one pickle would make objects of. It is read opcode by opcode and never run."""
     named: list[str] = []
     made: list[str] = []
-    texts = ["", ""]  # as they come on the stack: STACK_GLOBAL takes the last two
+    texts = ["", ""]  # in the order of the stack: STACK_GLOBAL takes the last two
     memo: dict[object, str] = {}
     try:
         for opcode, argument, _ in pickletools.genops(file):

@@ -1,4 +1,4 @@
-"""How the weights of others are called, and what they are called here."""
+"""The names of other projects' weights, and ours for the same."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _CLIP_STREAM = "SeqFormer's stream of the whole clip; ours is the stream of one 
 
 @dataclass(frozen=True, eq=False)  # there are three of them, told apart by identity
 class Source:
-    """A family of state dicts, by names of modules.
+    """A family of state dicts of another project, described by the names of its modules.
 
     Attributes:
-        title: what to call it.
+        title: what messages call it.
         marker: a module that this source has and those after it in SOURCES lack, relative to ``prefix``.
-        prefix: of everything but the mask head.
-        decoder_layer: their name of a module in a decoder layer and ours.
-        others: their full name of a module that not every source has, and ours.
-        dropped_of_layer: modules of an encoder or decoder layer that have no place here, and why.
-        options: of our network, under which it computes what the source does.
-        left_new: parts of our names that the source has nothing for.
+        prefix: prefix of every name except the mask head's.
+        decoder_layer: their name of each module in a decoder layer, and ours.
+        others: their full name of each module that not every source has, and ours.
+        dropped_of_layer: modules of an encoder or decoder layer that have no counterpart here, and why.
+        options: options under which our network computes what the source does.
+        left_new: parts of the names of our parameters that the source has nothing for.
     """
 
     title: str
@@ -51,7 +51,7 @@ class Source:
     left_new: frozenset[str] = frozenset()
 
     def mapped(self, encoder_layers: int, decoder_layers: int) -> dict[str, str]:
-        """Every module of the source that has a place here: its full name and ours."""
+        """Every module of the source that has a counterpart here: its full name and ours."""
         modules = {
             "backbone.0.body": "backbone.body",
             "input_proj": "projection.levels",
@@ -73,7 +73,7 @@ class Source:
         return {f"{self.prefix}{theirs}": ours for theirs, ours in modules.items()} | dict(self.others)
 
     def dropped(self, encoder_layers: int, decoder_layers: int) -> dict[str, str]:
-        """Every module of the source that has no place here: its full name and why."""
+        """Every module of the source that has no counterpart here: its full name and why."""
         modules = {
             "transformer.decoder.bbox_embed": "a second name of bbox_embed",
             "temporal_class_embed": "no effect in the release, whose class weights sum to one over time",

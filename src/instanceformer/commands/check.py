@@ -13,7 +13,7 @@ from instanceformer.data.formats.validation import check_dataset
 
 
 def run(args: Sequence[str]) -> None:
-    """Look for what is wrong with a dataset, before a long run finds out."""
+    """Find what is wrong with a dataset before a long run does."""
     parser = Parser(prog="instanceformer check", description=run.__doc__)
     parser.add_argument("annotations", type=Path, nargs="?", help="JSON file; may be left out with --root and --name")
     parser.add_argument("--images", type=Path, help="folder of the frames; without it they are not looked for")

@@ -31,7 +31,7 @@ def run(args: Sequence[str]) -> None:
     if options.long_videos is not None:
         long_videos = [video.id for video in read_annotations(options.long_videos).videos]
     if options.report is not None:
-        options.report.mkdir(parents=True, exist_ok=True)  # before the evaluation, in case that it cannot be made
+        options.report.mkdir(parents=True, exist_ok=True)  # before the evaluation, in case it cannot be made
     evaluation = evaluate_files(
         options.ground_truth, options.results, long_frames=options.long_frames, long_videos=long_videos, identity=True
     )
@@ -43,7 +43,7 @@ def run(args: Sequence[str]) -> None:
         assert evaluation.identity is not None
         print("\n" + describe_identity(evaluation.identity))
     if options.report is not None:
-        from instanceformer.evaluation.report import write_report  # here, since matplotlib takes a second to come
+        from instanceformer.evaluation.report import write_report  # here, since importing matplotlib takes a second
 
         names = {category.id: category.name for category in read_annotations(options.ground_truth).categories}
         for path in write_report(evaluation, options.report, names):
@@ -52,7 +52,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def describe_identity(identity: IdentityMetrics) -> str:
-    """The metrics of identity as lines of text."""
+    """The identity measures as lines of text."""
     numbers = identity.numbers
     perfect = (f"{name.removeprefix('AP_')} {value:.4f}" for name, value in identity.perfect.items())
     lines = [

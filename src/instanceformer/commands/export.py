@@ -12,15 +12,15 @@ from instanceformer.inference.export import ExportOptions, export_files
 
 
 def run(args: Sequence[str]) -> None:
-    """Make programs of a checkpoint's network that run frame by frame, of torch.export or in ONNX."""
+    """Export a checkpoint's network as programs that run frame by frame, for torch.export or in ONNX."""
     parser = Parser(prog="instanceformer export", description=run.__doc__)
     parser.add_argument("checkpoint", type=Path, help="of the network")
     parser.add_argument("folder", type=Path, help="where encode, step, about.json and run.py go")
     parser.add_class_arguments(ExportOptions)
     given = parser.parse_args(list(args))
     options = pick(ExportOptions, given)
-    for name in ("onnxscript", "onnx_ir"):  # which tell of every node that they leave as it is
+    for name in ("onnxscript", "onnx_ir"):  # which log every node that they leave as it is
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "No complete tensor found in the group")  # of torch.export.save
+    warnings.filterwarnings("ignore", "No complete tensor found in the group")  # from torch.export.save
     files = export_files(given.checkpoint, given.folder, options)
     print(f"written: {', '.join(map(str, files))}")

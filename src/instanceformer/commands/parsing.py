@@ -1,4 +1,4 @@
-"""What the command line says when it is given something wrong: one line, with the nearest of what it knows."""
+"""Errors of the command line in one line, with the closest name that it knows."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from jsonargparse import ArgumentParser, Namespace
 T = TypeVar("T")
 
 begun: ContextVar[bool] = ContextVar("begun", default=False)
-"""Whether training or evaluation has begun: from then on a ValueError may be a fault of the program."""
+"""Whether training or evaluation has begun: from then on a ValueError may be a bug of the program."""
 
 
 def nearest(found: str, known: Iterable[str]) -> str:
-    """What may have been meant, as the end of a sentence; empty if nothing is near."""
+    """A guess at what was meant, as the end of a sentence; empty if nothing comes close."""
     known = list(known)
     leaves = [name for name in known if name.endswith(f".{found.lstrip('-')}")]  # --lr for --model.optimizer.lr
     near = leaves[:3] or get_close_matches(found, known, n=1, cutoff=0.7)
@@ -32,7 +32,7 @@ def nearest(found: str, known: Iterable[str]) -> str:
 
 
 def of_the_users(error: BaseException) -> bool:
-    """Whether an error says what is wrong with the user's input, so that a traceback would not help."""
+    """Whether an error is about the user's input, so that a traceback would not help."""
     library = type(error).__module__.partition(".")[0]
     if isinstance(error, OSError) or library in {"argparse", "instanceformer", "jsonargparse", "lightning", "wandb"}:
         return True
@@ -40,7 +40,7 @@ def of_the_users(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message in one line, with its notes; of a DataLoader's worker the part that says what is wrong."""
+    """An error's message and notes in one line; from a DataLoader's worker only the part that says what is wrong."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
@@ -53,21 +53,21 @@ def one_line(error: BaseException) -> str:
 
 
 def rank() -> str:
-    """``[rank N] `` in all processes of a distributed run but the first."""
+    """``[rank N] `` in all processes of a distributed run but the first, where it is empty."""
     number = next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0")
     return "" if number == "0" else f"[rank {number}] "
 
 
 def pick(options: type[T], given: Namespace) -> T:
-    """A dataclass of options, of the values that a command line has under their names."""
+    """A dataclass of options, filled with the values that a command line has under the same names."""
     return options(**{field.name: given[field.name] for field in fields(options)})  # type: ignore[arg-type]
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser; its errors are one line, not the usage of every option."""
+    """jsonargparse's parser; its errors are one line instead of the usage of every option."""
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parse, as jsonargparse does, but a configuration file that is no text is an error as others are."""
+        """Parse as jsonargparse does, but treat a configuration file that is not text like any other error."""
         try:
             return super().parse_args(*args, **kwargs)
         except UnicodeDecodeError as error:
@@ -75,7 +75,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong and exit with code 2."""
-        if not self.exit_on_error:  # the parser of a part, whose caller says more
+        if not self.exit_on_error:  # a nested parser, whose caller says more
             super().error(message, ex)
         args: Sequence[str] = getattr(self, "args", ())
         commands: Mapping[str, ArgumentParser] = next(
@@ -89,7 +89,7 @@ class Parser(ArgumentParser):
 
 
 def _said(message: str, parser: ArgumentParser, args: Sequence[str]) -> str:
-    """A message of jsonargparse in the words of this package."""
+    """A message of jsonargparse in this package's words."""
     options = [option for option in parser._option_string_actions if option.startswith("--")]
     if match := re.match(r"(?:[Uu]nrecognized arguments|ambiguous option): ([^\s=]+)", message):
         expected = f"an option{nearest(match[1], options)}" if match[1].startswith("-") else "nothing more"
@@ -114,7 +114,7 @@ UNION = r"Subtypes: [\[(](.+)[\])]\n\s*Errors:\n(.*)\n\s*Given value type: .*?\n
 
 
 def _explained(message: str) -> str:
-    """What is wrong with a value, without the list of all that was tried with it."""
+    """What is wrong with a value, without the list of everything that was tried with it."""
     message = re.sub(r"^Call to compute_fn of link .*? failed: ", "", message, flags=re.DOTALL)
     if tried := re.findall(CLASS, message, re.DOTALL):
         path, reason = tried[-1]
@@ -142,7 +142,7 @@ def _type(text: str) -> str:
 
 
 def _files(args: Sequence[str]) -> list[Path]:
-    """The configuration files of a command line, the last first."""
+    """The configuration files of a command line, last one first."""
     given = re.findall(r"(?:^|\0)(?:--config|-c)[=\0]([^\0]+)", "\0".join(args))
     return [path for path in map(Path, reversed(given)) if path.is_file()]
 
@@ -159,7 +159,7 @@ def _file_with(key: str, args: Sequence[str]) -> str:
 
 
 def _not_yaml(args: Sequence[str]) -> Iterator[str]:
-    """What is wrong with configuration files."""
+    """What is wrong with each configuration file that is not a YAML mapping."""
     for path in _files(args):
         try:
             found = type(yaml.safe_load(path.read_text())).__name__

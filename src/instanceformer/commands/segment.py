@@ -17,7 +17,7 @@ from instanceformer.video.reading import open_video
 
 
 def run(args: Sequence[str]) -> None:
-    """Find and follow the objects of a video: the video with masks and ids, a results file, label images."""
+    """Find and follow the objects in a video; write a film with masks and ids, a results file, label images."""
     parser = Parser(prog="instanceformer segment", description=run.__doc__)
     parser.add_argument("video", help="video file, folder of images, stream address or number of a camera")
     parser.add_argument("--checkpoint", type=Path, required=True, help="of the network")

@@ -1,4 +1,4 @@
-"""``instanceformer fit``, ``validate``, ``test`` and ``predict``: the stock LightningCLI over folders of runs."""
+"""``instanceformer fit``, ``validate``, ``test`` and ``predict``: LightningCLI with a folder for each run."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ from instanceformer.training.module import InstanceFormerModule
 CONFIG = "config.yaml"
 CLASSES = "model.network.num_classes"
 FREE = {"ckpt_path", "overwrite", "weights_only", "trainer.default_root_dir", "results.path", "model.compile"}
-"""Options that do not make a training another one."""
+"""Options that may change when a training is resumed."""
 
 
 class TrainingParser(Parser, LightningArgumentParser):
-    """LightningCLI's parser, with errors of one line."""
+    """LightningCLI's parser with one-line errors."""
 
 
 class Begun(Callback):
-    """Says when the first step begins: what fails from then on may be a fault of the program."""
+    """Notes when the first step begins: what fails from then on may be a bug of the program."""
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """Training begins."""
+        """Note that the first step begins."""
         begun.set(True)
 
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
 
 class SaveTrainingConfig(SaveConfigCallback):
-    """Keeps the configuration beside a training that has begun, and hands it to the loggers."""
+    """Saves the configuration in the run's folder once training has begun, and passes it to the loggers."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save nothing yet: what is refused must not replace the configuration of what is there."""
+        """Save nothing yet: a run that is refused must not replace the configuration of the one in the folder."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make room for the run, if it was told to, and save."""
+        """Save the configuration, after removing an earlier training if ``--overwrite`` asks for it."""
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
@@ -68,14 +68,14 @@ class SaveTrainingConfig(SaveConfigCallback):
 
 
 class InstanceFormerCLI(LightningCLI):
-    """LightningCLI whose runs have a folder each, ``trainer.default_root_dir``, with everything that they write.
+    """LightningCLI that gives each run a folder, ``trainer.default_root_dir``, for everything that it writes.
 
-    Two processes cannot write to one folder at once, a training that is called again goes on where it was, and another
-    one is refused there. Evaluation takes ``last.ckpt`` of the folder where no checkpoint is given.
+    Two processes cannot write to a folder at once. A training that is started again resumes; a different one is refused
+    in the same folder. Evaluation uses the folder's ``last.ckpt`` if no checkpoint is given.
 
     Args:
         stack: holds the folder's lock.
-        **options: of LightningCLI.
+        **options: passed on to LightningCLI.
     """
 
     def __init__(self, stack: ExitStack, **options: Any) -> None:
@@ -92,22 +92,22 @@ class InstanceFormerCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse what ``main`` was given, without Lightning's warning that the process has arguments as well."""
+        """Parse the given arguments, without Lightning's warning that the process has arguments too."""
         assert isinstance(args, list)
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what every run has: the newest checkpoint, the writer of result files, as many classes as the data."""
+        """Add what every run has: ``last.ckpt``, the writer of result files, the number of classes from the data."""
         parser.add_lightning_class_args(ResultsWriter, "results")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         help_text = "fit: start again, and replace the training that the folder holds"
         parser.add_argument("--overwrite", action="store_true", help=help_text)
         flag = parser._option_string_actions[f"--{CLASSES}"]
         parser.link_arguments("data.count_classes", CLASSES, self.count_classes, apply_on="instantiate")
-        parser._option_string_actions[f"--{CLASSES}"] = flag  # may be given even so, and the module checks it
+        parser._option_string_actions[f"--{CLASSES}"] = flag  # may still be given; the module checks it
 
     def count_classes(self, of_data: Callable[[str], int | None]) -> int:
-        """As many as are given, as the annotations have or, where there are none, as the checkpoint has."""
+        """The number of classes: as given, else that of the annotations, else that of the checkpoint."""
         count: int | None = self.config[self.subcommand].model.network.get("num_classes")
         if count is None:
             count = of_data(str(self.subcommand))
@@ -116,10 +116,10 @@ class InstanceFormerCLI(LightningCLI):
         return count or 1  # without data, which the data module's `setup` refuses
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: LightningCLI would look for hyperparameters in the checkpoint, and ours has none."""
+        """Do nothing: LightningCLI would look for hyperparameters in the checkpoint, and ours has none."""
 
     def before_instantiate_classes(self) -> None:
-        """Take possession of the folder, and find the checkpoint to start from."""
+        """Lock the folder, and find the checkpoint to start from."""
         config = self.config[self.subcommand]
         folder = Path(config.trainer.default_root_dir or ".").expanduser()
         config.trainer.default_root_dir = str(folder)
@@ -140,17 +140,17 @@ class InstanceFormerCLI(LightningCLI):
             logger.init_args.save_dir = str(folder)
 
     def after_instantiate_classes(self) -> None:
-        """Hand the checkpoint to the trainer; the configuration stays as given, and so fits a folder that is moved."""
+        """Pass the checkpoint to the trainer; the configuration stays as given and so survives a move of the folder."""
         for logger in self._unplaced(self.config[self.subcommand]):
             logger.init_args.save_dir = "."
         if self.subcommand == "fit":
             self.config_init[self.subcommand].ckpt_path = None if self.start is None else str(self.start)
-        else:  # in this way the trainer says it in `setup`
+        else:  # in this way callbacks can read it in `setup`
             self.config_init[self.subcommand].ckpt_path = None
             self.trainer.ckpt_path = self.start
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the project's way to write checkpoints, and a table of what is logged; keep everything in the folder."""
+        """Add CheckpointFiles and a table of logged metrics; keep everything in the run's folder."""
         config = self.config_init[self.subcommand].trainer
         loggers = config.logger
         if loggers is not False and self.subcommand == "fit":
@@ -169,7 +169,7 @@ class InstanceFormerCLI(LightningCLI):
 
     @staticmethod
     def _unplaced(config: Namespace) -> list[Namespace]:
-        """Loggers that were not told where to write, and so write to the run's folder."""
+        """Loggers that were not told where to write, which therefore write to the run's folder."""
         loggers = [logger for logger in _as_list(config.trainer.logger) if isinstance(logger, Namespace)]
         unplaced = (None, ".", config.trainer.default_root_dir)
         return [
@@ -177,7 +177,7 @@ class InstanceFormerCLI(LightningCLI):
         ]
 
     def _find_start(self, folder: Path, config: Namespace) -> Path | None:
-        """The checkpoint that a training starts from, if any: the folder's own where the command is that of its run.
+        """The checkpoint that a training starts from, if any: the folder's own if its configuration is the same.
 
         Raises:
             FileExistsError: the folder holds another training.
@@ -199,7 +199,7 @@ class InstanceFormerCLI(LightningCLI):
         )
 
     def _unlike(self, path: Path, config: Namespace) -> str:
-        """The first options in which a saved configuration differs; empty where it does not."""
+        """The first options in which a saved configuration differs, as text; empty if there are none."""
         if not path.is_file():
             return f"no {path.name} is there"
         theirs = yaml.safe_load(path.read_text())
@@ -214,12 +214,12 @@ def run(args: Sequence[str]) -> None:
     with ExitStack() as stack:
         try:
             InstanceFormerCLI(stack, args=list(args))
-        except SIGTERMException:  # which Lightning ends with the code 0, before LastCheckpoint listens
+        except SIGTERMException:  # before LastCheckpoint handles signals; Lightning would exit with code 0
             sys.exit(128 + signal.SIGTERM)
 
 
 def _is_rank_zero() -> bool:
-    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))  # of Lightning's launcher, of torchrun
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))  # set by Lightning's launcher or torchrun
     return getattr(rank_zero_only, "rank", 0) == 0 and node == "0"
 
 
@@ -228,7 +228,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _dump(parser: LightningArgumentParser, config: Namespace) -> str:
-    """A configuration as a file from which the same run may be made, or resumed."""
+    """A configuration as the text of a file that starts or resumes the same run."""
     config = config.clone()
     config.overwrite = False
     text: str = parser.dump(config, skip_none=False)
@@ -236,7 +236,7 @@ def _dump(parser: LightningArgumentParser, config: Namespace) -> str:
 
 
 def _differences(ours: Any, theirs: Any, name: str = "") -> Iterator[str]:
-    """Options of both configurations that have other values; one may be of a version that has more of them."""
+    """Options that two configurations have with different values; one may be of a version with more options."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in (key for key in ours if key in theirs):
             yield from _differences(ours[key], theirs[key], f"{name}.{key}" if name else key)

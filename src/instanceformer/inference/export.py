@@ -1,14 +1,14 @@
-"""The network as programs: of torch.export, which need this package for their types, or ONNX, which need nothing.
+"""The network as exported programs: for torch.export, which need this package for their types, or ONNX, which do not.
 
-Two programs run in turn on a video. ``encode`` computes a frame's features from the frame alone; ``step`` takes them
-and the state after the frame before, and returns the frame's outputs and the next state. Before the first frame the
+Two programs take turns on a video. ``encode`` computes a frame's features from the frame alone; ``step`` takes them and
+the state after the previous frame, and returns the frame's outputs and the next state. Before the first frame the
 whole state is zero. ``run.py``, written beside the programs, runs them on a video.
 
-In ONNX the state is tensors, inputs by their names and outputs as ``next_...``. Deformable attention becomes grid
-sampling there, since ONNX has no operator for it. Not every runtime samples as the standard says. TensorRT takes the
-nearest value where operator set 20 asks for linear interpolation (NVIDIA/TensorRT#4646), so the programs use set 18.
-ONNX Runtime's WebGPU provider gives other values than its CPU provider (microsoft/onnxruntime#32275). The tests run
-ONNX Runtime on a CPU; compare another runtime with that.
+In ONNX the state is a number of tensors, inputs under their names and outputs as ``next_...``. Deformable attention
+becomes grid sampling there, since ONNX has no operator for it. Not every runtime samples as the standard says. TensorRT
+takes the nearest value where operator set 20 asks for linear interpolation (NVIDIA/TensorRT#4646), so the programs use
+set 18. ONNX Runtime's WebGPU provider gives different values than its CPU provider (microsoft/onnxruntime#32275). The
+tests run ONNX Runtime on a CPU; compare other runtimes with that.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OPERATORS = 18
 """ONNX's operator set; later ones rename the modes of GridSample, and not all runtimes know the new names."""
 
 FEATURES = ("tokens", "mask_features", "looks")
-"""Outputs of ``encode``; the last only of a network that recognizes instances."""
+"""Outputs of ``encode``; the last one only from a network with ``identity``."""
 
 OUTPUTS = ("scores", "boxes", "shown", "masks")
 
@@ -82,10 +82,10 @@ class Step(nn.Module):
         """One frame.
 
         Args:
-            tokens: from Encode, as the next two.
+            tokens: from Encode, like the next two.
             mask_features: see ``FrameFeatures``.
             looks: see ``FrameFeatures``.
-            state: after the frame before.
+            state: after the previous frame.
 
         Returns:
             (1, N, K) class probabilities; (1, N, 4) boxes, cxcywh in [0, 1]; (1, n) int64, the n most confident
@@ -109,13 +109,16 @@ def _without(network: InstanceFormer, *parts: str) -> InstanceFormer:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Which programs to make of a network.
+    """Which programs to make from a network.
 
     Attributes:
-        height: of the frames in pixels; the programs are bound to it.
-        width: of the frames in pixels; the programs are bound to it.
+        height: of the frames in pixels; the programs accept no other.
+        width: of the frames in pixels; the programs accept no other.
         shown: number of masks that a step computes, those of the most confident queries.
-        format: ``pt2``, of torch.export; ``onnx``, which needs the packages onnx and onnxscript.
+        format: ``pt2``, from torch.export; ``onnx``, which needs the packages onnx and onnxscript.
+
+    Raises:
+        ValueError: frames are too small, or ``shown`` is below 1.
     """
 
     height: int = 360
@@ -134,7 +137,7 @@ class ExportOptions:
 
 @torch.no_grad()
 def export_programs(network: InstanceFormer, options: ExportOptions) -> tuple[ExportedProgram, ExportedProgram]:
-    """Programs of Encode and Step.
+    """Export Encode and Step.
 
     Args:
         network: in evaluation mode, not optimized: packed weights cannot be saved.
@@ -204,7 +207,7 @@ def export_files(checkpoint: str | Path, folder: Path, options: ExportOptions) -
 
 
 def to_onnx(program: ExportedProgram, state: Sequence[str]) -> bytes:
-    """A program as the content of an ONNX file, with ``FEATURES``, ``OUTPUTS`` and the state as names.
+    """A program as the content of an ONNX file; inputs and outputs have the names of FEATURES, OUTPUTS and the state.
 
     Args:
         program: ``encode`` or ``step``, from ``export_programs``.

@@ -1,10 +1,10 @@
-"""The same network with less work: a loaded network rewritten for inference, not a second one.
+"""Rewrites a loaded network so that inference takes less work; there is no second network.
 
 Batch norm is folded into the convolutions before it. On a CPU with oneDNN, convolutions and linear layers then keep
 their weights in oneDNN's layout, and sum and ReLU are computed while the result is in the cache. These are the private
-operators that PyTorch's compiler uses (``torch.ops.mkldnn``), without minutes of compilation. Speed of a frame of
-360x640 by its processor time, relative to batch norm folded only (the paper's network, AVX512, median of the ratios
-of frames in turns):
+operators that PyTorch's compiler uses (``torch.ops.mkldnn``), without minutes of compilation. Speed on a frame of
+360x640 in processor time, relative to folded batch norm alone (the paper's network, AVX512, median ratio of alternating
+frames):
 
     packed           two threads   one thread
     linear layers    1.48          1.38
@@ -31,7 +31,7 @@ from instanceformer.model.attention import Attention
 from instanceformer.model.heads import MLP
 from instanceformer.model.network import InstanceFormer
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from malloc.h
 
 
 def optimize(network: InstanceFormer, dtype: torch.dtype = torch.float32) -> InstanceFormer:
@@ -188,10 +188,10 @@ def keep_memory() -> None:
     """Make glibc keep freed memory in this process, and PyTorch ask for huge pages.
 
     Otherwise a frame's large tensors are returned to the system and faulted in again, page by page, in the next frame.
-    Where the network sees 720x1280 pixels, a frame's processor time falls from 2.70 to 2.24 s; at 360x640 the two are
-    alike, 0.62 and 0.63 s (two threads, medians of five processes of each in turns). Call it before the process's first
-    tensor; the process stays at its peak size. Nothing changes if an environment variable configures the allocator;
-    without glibc only PyTorch's huge pages do.
+    Where the network sees 720x1280 pixels, a frame's processor time falls from 2.70 to 2.24 s; at 360x640 it is the
+    same, 0.62 and 0.63 s (two threads, medians of five alternating processes each). Call this before the process's
+    first tensor; the process stays at its peak size. It does nothing if an environment variable configures the
+    allocator; without glibc it only asks for huge pages.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return

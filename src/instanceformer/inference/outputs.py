@@ -1,4 +1,4 @@
-"""A video's instances written as its frames come: a film, a results file, label images."""
+"""Writes a video's instances as its frames arrive: a film, a results file, label images."""
 
 from __future__ import annotations
 
@@ -36,15 +36,18 @@ Writer = TypeVar("Writer", bound=AbstractContextManager[object])
 
 @dataclass(frozen=True)
 class SegmentOutputs:
-    """Where the instances of a video go; at least one is wanted.
+    """Where the instances of a video go; at least one path must be given.
 
     Attributes:
-        output: film to write, the video with masks, boxes, ids, classes and scores drawn on it, without sound; its name
-            ends in .mp4. Frames are shown when the video shows them.
-        results: file to write, tracks in the challenge's format, of video 1, with an entry for each frame that was
-            looked at. A track has the category and score that its last frame shows.
-        masks: folder for a PNG of ids of each frame, named by the frame's number in the video, from 0.
-        overwrite: replace the outputs of an earlier run when those of this run are complete.
+        output: film to write: the video with masks, boxes, ids, classes and scores drawn on it, without sound; its name
+            ends in .mp4. Frames are shown at the same times as in the video.
+        results: file to write: tracks in the challenge's format, of video 1, with an entry for each frame that was
+            looked at. A track has the category and score of the last frame that shows it.
+        masks: folder for a PNG of ids for each frame, named by the frame's number in the video, from 0.
+        overwrite: replace the outputs of an earlier run once those of this run are complete.
+
+    Raises:
+        ValueError: no path is given, or one cannot be used.
     """
 
     output: Path | None = None
@@ -71,7 +74,7 @@ class SegmentOutputs:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """The paths to write, by the names of the options."""
+        """The given paths, by the names of their options."""
         paths = {"output": self.output, "results": self.results, "masks": self.masks}
         return {name: path for name, path in paths.items() if path is not None}
 
@@ -100,7 +103,7 @@ def refuse_same(paths: Mapping[str, str | Path | None]) -> None:
         paths: inputs and outputs, by the names of the options.
 
     Raises:
-        ValueError: two of them are one file.
+        ValueError: two of them are the same file.
     """
     names: dict[Path, str] = {}
     for name, path in paths.items():
@@ -134,7 +137,7 @@ def segment_video(
         outputs: to write.
         start: number of the first frame to look at, from 0.
         end: number of the frame before which to stop; None: at the video's end.
-        stride: look at one frame in so many.
+        stride: look at every ``stride``-th frame only.
         progress: show a bar on standard error.
 
     Returns:
@@ -245,7 +248,7 @@ class TracksWriter:
             for (track, _, _), code in zip(tracks, codes, strict=True)
             if code is not None
         ]
-        with self._keeping(), self._database:  # all of a frame or nothing, whatever interrupts
+        with self._keeping(), self._database:  # a whole frame or nothing, whatever interrupts
             self._database.executemany("INSERT OR REPLACE INTO tracks VALUES (?, ?, ?)", tracks)
             self._database.executemany("INSERT INTO masks VALUES (?, ?, ?, ?, ?)", rows)
             self.frames += 1

@@ -25,9 +25,9 @@ Color = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels
 
 MASK_OPACITY = 0.45
-GOLDEN_RATIO = 0.618034  # steps of it around the color wheel never come close to a recent step
+GOLDEN_RATIO = 0.618034  # steps of this size around the color wheel stay away from recent ones
 BACKGROUND = 32  # gray level of bars and gaps
-SHEET_FRAMES = 6  # of a film
+SHEET_FRAMES = 6  # frames of a film on its sheet
 
 
 def instance_color(instance_id: int) -> Color:
@@ -99,7 +99,7 @@ def draw_instances(
         label = int(instances.labels[index])
         name = (
             unicodedata.normalize("NFKD", class_names[label]).encode("ascii", "ignore").decode()
-        )  # the font has ASCII
+        )  # the font has only ASCII
         text = f"#{int(instances.ids[index])} {name.strip() or f'class {label}'}"
         if scores:
             text += f" {float(instances.scores[index]):.2f}"
@@ -116,7 +116,7 @@ def add_title(frame: Frame, title: str) -> Frame:
 
 
 def contact_sheet(frames: Sequence[Frame], columns: int) -> Frame:
-    """Arrange (H, W, 3) frames of one size in rows of so many columns, with a small gap between them.
+    """Arrange (H, W, 3) frames of one size in rows of ``columns``, with a small gap between them.
 
     Raises:
         ValueError: there is no frame.
@@ -189,7 +189,11 @@ def _overlap(a: Rectangle, b: Rectangle) -> bool:
 
 
 def select_video(dataset: VideoDataset, video_id: int | None, path: Path) -> Video:
-    """The video with that id; None: the first one. ``path`` of the dataset is for the error message."""
+    """The video with an id, or the first one if the id is None; ``path`` is for the error message.
+
+    Raises:
+        ValueError: there is no such video.
+    """
     for video in dataset.videos:
         if video_id in (None, video.id):
             return video
@@ -215,7 +219,7 @@ def select_tracks(tracks: Sequence[Track], dataset: VideoDataset, video: Video, 
 
 
 def frame_instances(masks: Tensor, labels: list[int], scores: list[float]) -> FrameInstances:
-    """Instances with the ids 1 to n of n (n, H, W) bool masks, without those whose mask is empty."""
+    """Instances with the ids 1 to n from (n, H, W) bool masks, without those whose mask is empty."""
     visible = masks.flatten(1).any(dim=1)
     masks = masks[visible]
     boxes = masks_to_boxes(masks)

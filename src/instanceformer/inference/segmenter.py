@@ -26,7 +26,7 @@ from instanceformer.video.frames import Frame
 from instanceformer.video.reading import Source, open_video
 
 SPARE = 8
-"""On a GPU the number of masks that a frame computes is a multiple of this, and at least this."""
+"""On a GPU the number of masks computed for a frame is a multiple of this, and never zero."""
 
 
 @final
@@ -37,9 +37,9 @@ class VideoInstanceSegmenter:
     depend on the number of earlier frames.
 
     A track begins when a query becomes confident, keeps its id while it is hidden, and ends when it has been hidden for
-    long (``SegmenterOptions`` has the rules). A network with ``identity`` also knows when an instance is hidden behind
-    another, and finds it again elsewhere. Ids count from 1 and none is used twice in a video. A track's label and
-    score in a frame come from its mean class probabilities over the frames in which it was visible so far.
+    too long (``SegmenterOptions`` has the rules). A network with ``identity`` also notices when an instance is hidden
+    behind another, and finds it again elsewhere. Ids count from 1, and none is used twice in a video. A track's label
+    and score in a frame come from its mean class probabilities over the frames in which it was visible so far.
 
     Args:
         network: an optimized copy of it is used (see ``optimize``), or the network itself with ``options.compile``.
@@ -122,7 +122,7 @@ class VideoInstanceSegmenter:
         self._video = object()  # identifies the current video
 
     def step(self, frame: Frame) -> FrameInstances:
-        """The next frame of the video.
+        """Process the next frame of the video.
 
         Args:
             frame: (H, W, 3) uint8 RGB, of the same size as the frames before it.
@@ -136,7 +136,7 @@ class VideoInstanceSegmenter:
         return self._track(self._encode([self._checked(frame)])[0])
 
     def segment(self, source: Source) -> Iterator[FrameInstances]:
-        """A whole video, after a reset.
+        """Reset, then process a whole video.
 
         Args:
             source: anything that ``open_video`` takes.
@@ -190,7 +190,7 @@ class VideoInstanceSegmenter:
             columns = (visible[:, None], self._tracks.ids[:, None], labels[:, None], scores[:, None], boxes)
             table = torch.cat([column.double() for column in columns], dim=-1)
             order = visible.byte().argsort(descending=True, stable=True)
-            # To know the number of masks, the host would wait for the GPU: take that of the frame before, rounded up.
+            # Asking for the number of masks would make the host wait for the GPU: take the previous one, rounded up.
             num_masks = int(visible.sum()) if self._device.type == "cpu" else self._num_masks
             rows, masks = to_host(table[order], self._masks(features, prediction, order[:num_masks]))
             count = int(rows[:, 0].sum())

@@ -25,7 +25,7 @@ class FrameInstances:
         scores: (n,) float32, confidence in [0, 1].
         boxes: (n, 4) float32, (x1, y1, x2, y2) in pixels, x2 and y2 exclusive.
         masks: (n, H, W) bool.
-        hidden: (m,) int64, ids of the tracks that live but are not visible in this frame.
+        hidden: (m,) int64, ids of live tracks that are not visible in this frame.
     """
 
     ids: Tensor
@@ -46,23 +46,23 @@ class SegmenterOptions:
     A query's confidence in a frame is its highest class probability.
 
     Attributes:
-        birth: confidence in [0, 1] from which a query without a track begins one. A network with ``min_confidence`` and
-            ``free_queries: renew`` or ``class_history: held`` must also hold an instance there (``TrackState.held``).
+        birth: confidence in [0, 1] at which a query without a track begins one, provided that it holds an instance
+            (``TrackState.held``), as every query does in the paper's network.
         show: confidence in [0, 1] below which a track is hidden in a frame. It keeps its query and its id.
         patience: how many frames in a row a track may be hidden; after one more it ends. Its query starts again from
             its learned content and may begin another track, with another id.
         max_overlap: box IoU in (0, 1] with a visible track, or with a more confident new one, above which a query does
             not begin a track: it would be a second one of the same instance.
-        max_tracks: most tracks that live at a time; while there are so many, none begins.
+        max_tracks: most tracks alive at a time; while there are that many, none begins.
         size: shorter side in pixels of the frames that the network sees, less where the longer side would exceed
-            ``max_size``. Masks and boxes are in the pixels of the original frame. None: the size of the evaluation
-            during the network's training, as its checkpoint says.
-        max_size: longest side in pixels of the frames that the network sees; None likewise.
+            ``max_size``. Masks and boxes are in the pixels of the original frame. None: the size at which the network's
+            training evaluated it, as its checkpoint says.
+        max_size: upper limit in pixels of the longer side; None as for ``size``.
         chunk: how many frames ``segment`` encodes at once. More are faster on a GPU. A frame's instances come when its
             chunk is full, but never depend on later frames.
         precision: ``bf16`` computes the large products in bfloat16, on a GPU under autocast; on a processor with AVX512
-            but no bfloat16 products it is several times slower, and one with less is refused.
-        compile: compile the network's parts, which makes the first frames slow and the others faster.
+            but no bfloat16 products it is several times slower, and a processor with less is refused.
+        compile: compile the network's parts: the first frames become slow, all others faster.
     """
 
     birth: float = 0.5

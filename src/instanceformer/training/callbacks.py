@@ -1,4 +1,4 @@
-"""What happens beside the network: result files, a table of what is logged, films."""
+"""Callbacks and a logger: result files, a table of logged metrics, films for W&B."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from instanceformer.training.module import InstanceFormerModule
 
 
 class ResultsWriter(Callback):
-    """Writes the results of ``test`` and ``predict`` as the challenge servers take them, and resumes a run.
+    """Writes the results of ``test`` and ``predict`` in the challenge servers' format, and resumes interrupted runs.
 
-    The tracks of a video are kept as soon as it is finished, see ``ResultParts``. A run that was killed takes them over
-    when it is started again. When all videos are finished, rank 0 writes the result file and, beside it, its zip; of
-    videos without an annotation file also which id is whose, in ``results.videos.json``. All ranks must see the same
-    folder; their number may change. Nothing is written where ``limit_test_batches`` or ``limit_predict_batches`` leaves
-    videos out. Outside of the command line a run is resumed if its checkpoint is given as ``trainer.ckpt_path``, which
-    is known in ``setup``, and not as an argument of ``trainer.test``.
+    The tracks of a video are saved as soon as it is finished, see ``ResultParts``. A run that was killed picks them up
+    when it is started again. Once all videos are finished, rank 0 writes the result file and, beside it, its zip; for
+    videos without an annotation file also ``results.videos.json``, the path of each video id. All ranks must see the
+    same folder; their number may change between runs. Nothing is written if ``limit_test_batches`` or
+    ``limit_predict_batches`` leaves videos out. Outside the command line, a run with a checkpoint resumes only if it is
+    set as ``trainer.ckpt_path``, which is known in ``setup``, rather than passed to ``trainer.test``.
 
     Args:
-        path: of the result file, which ends in .json; a relative one lies in the trainer's ``default_root_dir``.
+        path: the result file, a name that ends in .json; relative to the trainer's ``default_root_dir``.
     """
 
     def __init__(self, path: Path = Path("results.json")) -> None:
@@ -47,7 +47,7 @@ class ResultsWriter(Callback):
         self._checkpoint: object = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find what is finished, and have the data module leave it out; all ranks go by what rank 0 finds."""
+        """Find the finished videos and have the data module skip them; all ranks use what rank 0 finds."""
         self._parts = None
         if stage not in ("test", "predict"):
             return
@@ -63,9 +63,9 @@ class ResultsWriter(Callback):
         self._finished = data.skip = trainer.strategy.broadcast(self._parts.finished())
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the folder of parts, now that nothing can be refused any more."""
+        """Make the folder of parts, now that all checks have passed."""
         if self._parts is not None:
-            if trainer.ckpt_path != self._checkpoint:  # Lightning did not say an argument of `test` in `setup`
+            if trainer.ckpt_path != self._checkpoint:  # an argument of `test`, which is unknown in `setup`
                 self._parts = self._describe_parts(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
                 self._finished = frozenset()
             if trainer.is_global_zero and (report := self._parts.start()):
@@ -83,21 +83,21 @@ class ResultsWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the tracks of a finished video."""
+        """Save the tracks of a finished video."""
         if self._parts is not None and outputs is not None:
             self._parts.write(batch.video_id, outputs["tracks"], outputs["others"])
 
     on_predict_batch_end = on_test_batch_end
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the metric, which the module computes next, have this rank's share of what was taken over."""
+        """Give the metric, which the module computes next, this rank's share of the tracks of an earlier run."""
         if self._parts is not None:
             assert isinstance(pl_module, InstanceFormerModule)
             for video_id in sorted(self._finished)[trainer.global_rank :: trainer.world_size]:
                 pl_module.count_tracks(video_id, self._parts.read(video_id), self._parts.read_others(video_id))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the result file when all ranks have finished."""
+        """Write the result file once all ranks have finished."""
         if self._parts is not None:
             trainer.strategy.barrier("results")
             if trainer.is_global_zero:
@@ -110,7 +110,7 @@ class ResultsWriter(Callback):
     on_predict_end = on_test_end
 
     def _describe_parts(self, module: LightningModule, data: VideoDataModule) -> ResultParts:
-        """The parts of the run with the checkpoint that the trainer says now."""
+        """The parts of the run, given the checkpoint that the trainer has now."""
         trainer, parts = module.trainer, None
         self._checkpoint, stage = trainer.ckpt_path, "test" if trainer.testing else "predict"
         if trainer.is_global_zero:
@@ -123,9 +123,9 @@ class ResultsWriter(Callback):
 
 
 def describe_run(module: InstanceFormerModule, data: VideoDataModule, stage: str) -> dict[str, object]:
-    """By name all that the tracks of ``test`` or ``predict`` depend on; of the images only where they are.
+    """Everything that the tracks of ``test`` or ``predict`` depend on, by name; of the images only their folder.
 
-    It is made before the checkpoint is loaded: what that says for an option that was not given follows from its file.
+    This is called before the checkpoint is loaded: the options that it supplies are covered by the hash of its file.
     """
     trainer, given = module.trainer, module.given_inference
     if data.raw_videos:
@@ -151,7 +151,7 @@ def describe_run(module: InstanceFormerModule, data: VideoDataModule, stage: str
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of its content."""
+    """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -165,23 +165,22 @@ def hash_weights(network: InstanceFormer) -> str:
 
 
 class MetricsFile(Logger):
-    """Writes what is logged to ``metrics.csv``: a row for each call, a column for each name, ``step`` the first.
+    """Writes logged metrics to ``metrics.csv``: a row for each call, a column for each name, ``step`` first.
 
-    A resumed training goes on in the same file. Rows that it writes again, of steps that came after the checkpoint it
-    goes on from, are dropped.
+    A resumed training continues the same file. Rows of steps after its checkpoint, which it writes again, are dropped.
 
     Args:
-        folder: of the file.
+        folder: where the file goes.
     """
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
-        self._columns: list[str] | None = None  # known once something was logged
+        self._columns: list[str] | None = None  # None until something is logged
 
     @property
     def name(self) -> str:
-        """Of the logger."""
+        """Name of the logger."""
         return "metrics"
 
     @property
@@ -191,11 +190,11 @@ class MetricsFile(Logger):
 
     @property
     def save_dir(self) -> str:
-        """The folder."""
+        """Folder of the file."""
         return str(self.path.parent)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the configuration has a file of its own."""
+        """Do nothing: the configuration has a file of its own."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -204,7 +203,7 @@ class MetricsFile(Logger):
         if self._columns is None or not set(row) <= set(self._columns):
             rows, columns = self._read()
             if self._columns is None and step is not None:
-                again = {name for name in row if name not in ("step", "epoch")}  # of this step only what is logged anew
+                again = {name for name in row if name not in ("step", "epoch")}  # replaced at this same step
                 rows = [
                     old
                     for old in rows
@@ -221,7 +220,7 @@ class MetricsFile(Logger):
             csv.DictWriter(file, self._columns, restval="").writerow(row)
 
     def _read(self) -> tuple[list[dict[str, str]], list[str]]:
-        """The whole rows that are there, without one that was cut off, and their columns."""
+        """The file's complete rows, without one that was cut off, and its columns."""
         if not self.path.is_file():
             return [], []
         with self.path.open(newline="") as file:
@@ -231,10 +230,10 @@ class MetricsFile(Logger):
 
 
 class VideoLogger(Callback):
-    """Logs to W&B, after every validation, films of a few videos: ground truth beside predictions.
+    """Logs films of a few videos to W&B after every validation: ground truth beside predictions.
 
     Args:
-        videos: how many, the first that rank 0 finishes.
+        videos: how many; the first ones that rank 0 finishes.
         threshold: lowest score of a track that is shown.
         fps: frames per second.
     """
@@ -257,7 +256,7 @@ class VideoLogger(Callback):
             self._finished[batch.video_id] = outputs["tracks"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the films and log them, on rank 0, where there is a W&B logger."""
+        """Make the films and log them on rank 0, if there is a W&B logger."""
         finished, self._finished = self._finished, {}
         data = getattr(trainer, "datamodule", None)
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]

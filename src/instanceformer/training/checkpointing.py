@@ -1,4 +1,4 @@
-"""Checkpoints from which a training goes on as if nothing had happened, whatever ended it."""
+"""Checkpoints from which a training resumes as if it had never stopped, whatever stopped it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from instanceformer import checkpoints
 from instanceformer.files import replacing
 
 PAUSE = 1.0
-"""Seconds after a signal in which others are taken for the same: launchers and groups pass them on."""
+"""Seconds after a signal in which another one counts as the same: launchers and process groups pass signals on."""
 
 LAST = "last.ckpt"
 """Name of the checkpoint in the run's folder from which a training is resumed."""
 
 
 class CheckpointFiles(CheckpointIO):
-    """How every checkpoint of the trainer and its callbacks is written and read.
+    """Writes and reads all checkpoints of the trainer and its callbacks.
 
-    A file is written beside its target, flushed and renamed, so that a kill or a full disk leaves the one before it.
+    A file is written beside its target, flushed and renamed, so that the previous one survives a kill or a full disk.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
@@ -44,29 +44,30 @@ class CheckpointFiles(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read what ``fit`` or ``convert`` wrote, on the CPU; see ``checkpoints.load_for_trainer``."""
+        """Read a checkpoint of ``fit`` or ``convert`` onto the CPU; see ``checkpoints.load_for_trainer``."""
         return checkpoints.load_for_trainer(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         Path(path).unlink(missing_ok=True)
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps the newest state of a training in ``last.ckpt``, and saves it when the process is told to end.
+    """Keeps the newest state of a training in ``last.ckpt``, and saves it when the process is told to stop.
 
-    It is written every so many optimizer steps, before every validation, at the end of every epoch and where something
-    stops the training. On SIGTERM, as a cluster sends it before it takes a machine away, or on SIGINT (Ctrl-C), the
-    optimizer step that is running is finished and saved, and the program ends with the exit code 143 or 130. In a
-    validation it ends with the chunk; a resumed training begins that validation again. A second signal, a second or
-    more later, ends it at once.
+    It is saved every ``every_n_train_steps`` optimizer steps, before every validation, at the end of every epoch and
+    when something stops the training. On SIGTERM, which clusters send before they take a machine away, or SIGINT
+    (Ctrl-C), the current optimizer step is finished and saved, and the program exits with code 143 or 130. During a
+    validation it exits after the current chunk; a resumed training starts that validation over. A second signal, a
+    second or more later, ends the program at once.
 
-    Any process may be told. Only the first ends in the middle of a validation; the others wait for the next step.
+    Any process may receive the signal. During a validation only the first one acts on it right away; a signal to
+    another takes effect at the next training step.
 
-    ``validate``, ``test`` and ``predict`` end at once, since each video's results are kept as soon as it is finished.
+    ``validate``, ``test`` and ``predict`` exit at once, since each video's results are saved as soon as it is finished.
 
     Args:
-        every_n_train_steps: optimizer steps from one save to the next within an epoch.
+        every_n_train_steps: optimizer steps between two saves within an epoch.
     """
 
     def __init__(self, every_n_train_steps: int = 500) -> None:
@@ -74,28 +75,28 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"checkpoint.every_n_train_steps: found {every_n_train_steps}, expected 1 or more")
         self.every_n_train_steps = every_n_train_steps
         self._saved_step = 0
-        self._validates = False  # a validation has begun and not ended, here or in the checkpoint that is resumed
+        self._validates = False  # whether a validation is unfinished, here or in the resumed checkpoint
         self._signal: int | None = None
         self._told = 0.0  # when the signal came
         self._leaves = False
         self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the state is that before a validation."""
+        """Whether a validation is still to be done."""
         return {"validates": self._validates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over ``state_dict``."""
+        """Restore what ``state_dict`` returned."""
         self._validates = state_dict["validates"]
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to listen: to Lightning's own handler a training that is told to end looks finished."""
+        """Handle signals: with Lightning's own handler, a training that was told to stop would look finished."""
         self._listen(self._remember)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to listen; go on exactly where the checkpoint was."""
+        """Handle signals; continue exactly where the checkpoint left off."""
         self._saved_step = trainer.global_step
-        if trainer.received_sigterm:  # before anybody else listened
+        if trainer.received_sigterm:  # before signals were handled here
             self._signal = signal.SIGTERM
         self._listen(self._remember)
         if trainer.ckpt_path is not None:
@@ -104,14 +105,14 @@ class LastCheckpoint(Checkpoint):
             self._leave(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stop before the next batch: only now has Lightning handed what the last step logged to the loggers."""
+        """Stop before the next batch: only now has Lightning passed the last step's metrics to the loggers."""
         if self._leaves:
             self._leave(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where it is time to, after an optimizer step; what ends an epoch is saved at its end."""
+        """Save after an optimizer step if a save is due; the last step of an epoch is saved at the epoch's end."""
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or not has_stepped(trainer):
             return
         self._leaves = self._stops(trainer)
@@ -120,14 +121,14 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what the epoch came to, but not again what was cut off and saved before: it can be gone on with."""
+        """Save, unless the epoch was cut short and is saved already: from that save it can be continued."""
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.global_step != self._saved_step:
             self._save(trainer)
         if self._stops(trainer):
             self._leave(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what is about to be validated, unless gradients are being accumulated."""
+        """Save the state that is about to be validated, unless gradients are being accumulated."""
         if trainer.state.fn == "validate":
             self._listen(partial(_end, trainer))
         elif not trainer.sanity_checking:
@@ -144,28 +145,28 @@ class LastCheckpoint(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop where that is asked for, with all processes."""
+        """Stop all processes if the first one was told to stop."""
         if trainer.state.fn == "fit" and self._signal is not None and trainer.is_global_zero:
             _end_others(trainer)
             self._leave(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember that nothing of it has to be done again."""
+        """Note that no validation is to be done any more."""
         if not trainer.sanity_checking:
             self._validates = False
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to listen, to a signal that Lightning would not heed."""
+        """Handle signals, which Lightning would not act on here."""
         self._listen(partial(_end, trainer))
 
     on_predict_start = on_test_start
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let signals do what they did before."""
+        """Restore the previous signal handlers."""
         self._unlisten()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let signals do what they did before."""
+        """Restore the previous signal handlers."""
         self._unlisten()
 
     def _save(self, trainer: Trainer) -> None:
@@ -174,13 +175,13 @@ class LastCheckpoint(Checkpoint):
             self._saved_step = trainer.global_step
 
     def _stops(self, trainer: Trainer) -> bool:
-        """Whether any process was told to end."""
+        """Whether any process was told to stop."""
         return bool(trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False))
 
     def _leave(self, trainer: Trainer) -> None:
         number = self._signal or signal.SIGTERM
         if not trainer.is_global_zero:
-            raise SystemExit(0)  # Lightning takes another code for a crash and kills the process that saves
+            raise SystemExit(0)  # Lightning takes any other code for a crash and kills the process that is saving
         last = Path(trainer.default_root_dir) / LAST
         goes_on = f"from {last}" if last.is_file() else "from the beginning"
         name = signal.Signals(number).name
@@ -207,16 +208,16 @@ class LastCheckpoint(Checkpoint):
 
 
 def has_stepped(trainer: Trainer) -> bool:
-    """Whether the last batch of a training ended with an optimizer step, and left no gradients accumulated."""
+    """Whether the last training batch ended with an optimizer step, so that no gradients are accumulated."""
     loop = trainer.fit_loop.epoch_loop
     return loop.batch_progress.is_last_batch or (loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def take_up(loop: _FitLoop, validates: bool) -> None:
-    """Have Lightning's loops go on from a checkpoint as if the training had not stopped.
+    """Make Lightning's loops continue from a checkpoint as if the training had never stopped.
 
     Args:
-        loop: which the checkpoint was loaded into.
+        loop: the loop that the checkpoint was loaded into.
         validates: whether the checkpoint was written before a validation.
     """
     epoch_loop = loop.epoch_loop
@@ -226,15 +227,15 @@ def take_up(loop: _FitLoop, validates: bool) -> None:
             part._restarting = False
         loop.reset_restart_stage()
         epoch_loop.reset_restart_stage()
-    if validates:  # Lightning would leave the validation out
+    if validates:  # Lightning would skip the validation
         epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
         epoch_loop.val_loop._restarting = False
     assert loop._data_fetcher is not None
-    iter(loop._data_fetcher)  # workers may have begun with the first batches, before Lightning knew where it is
+    iter(loop._data_fetcher)  # workers may have started on the first batches, before Lightning knew its position
 
 
 def _end_others(trainer: Trainer) -> None:
-    """End the processes that this one has launched, which would wait for it."""
+    """Kill the processes that this one has launched; they would wait for it."""
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         trainer.strategy.launcher.kill(signal.SIGKILL)
 

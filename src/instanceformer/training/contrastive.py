@@ -8,31 +8,31 @@ from torch import Tensor
 
 
 def temporal_contrastive_loss(queries: Tensor, held: Tensor, window: int, temperature: float = 0.07) -> Tensor:
-    """Pull an instance towards its past and away from everything else's.
+    """Pull each instance toward its own past and away from the past of all others.
 
-    Equation 5 as printed, of instance i at frame t::
+    Equation 5 as printed, for instance i at frame t::
 
         L_t^i = - sum_{f=t-d}^{t-1} log( exp(q_t^i . q_f^i / tau) / sum_{j=0}^{t-1} exp(q_t^i . q_f^j / tau) )
 
-    and as computed, with unit vectors u = q / |q|, P the frames of [t - d, t - 1] in which i holds its query, and S all
-    (f, j) with f < t in which another instance j holds its query, together with the (f, i) of P::
+    and as computed, with unit vectors u = q / |q|, P the frames of [t - d, t - 1] in which i has a query, and S all
+    (f, j) with f < t in which another instance j has a query, together with the (f, i) of P::
 
         L_t^i = - 1/|P| sum_{f in P} log( exp(u_t^i . u_f^i / tau) / sum_{(g, j) in S} exp(u_t^i . u_g^j / tau) )
 
-    It differs because (a) j of the printed denominator runs over frames, not instances: it is read as all instances in
-    all earlier frames, but for the anchor's past beyond the window, which is neither positive nor negative; (b) the
-    mean over positives and the unit vectors are those of supervised contrastive learning (Khosla et al.), which the
-    paper adopts; with the sum, an anchor's weight would depend on the window. An anchor without a positive or without
-    a negative gives zero.
+    It differs because (a) j of the printed denominator runs over frames, not instances; it is read as all instances in
+    all earlier frames, except the anchor's own past beyond the window, which is neither positive nor negative; (b) the
+    mean over positives and the unit vectors come from supervised contrastive learning (Khosla et al.), which the paper
+    adopts; with the printed sum, an anchor's weight would depend on the window. An anchor without a positive or without
+    a negative contributes zero.
 
     Args:
         queries: (T, B, n, C) final content of the instances' queries.
-        held: (T, B, n) bool, whether the instance holds its query at that frame.
+        held: (T, B, n) bool, whether the instance has a query in that frame.
         window: d, in frames.
         temperature: tau.
 
     Returns:
-        Scalar float32, the sum over all anchors.
+        Scalar float32, summed over all anchors.
     """
     frames, _, n, _ = queries.shape
     with torch.autocast(queries.device.type, enabled=False):
@@ -48,7 +48,7 @@ def temporal_contrastive_loss(queries: Tensor, held: Tensor, window: int, temper
     contrast = positive | negative
 
     counted = positive.any(dim=(-2, -1)) & negative.any(dim=(-2, -1))
-    # anchors that do not count see all of their similarities instead of none, so that nothing is infinite
+    # anchors that do not count keep all of their similarities rather than none, so that nothing is infinite
     logits = similarity.masked_fill(~contrast & counted[..., None, None], -torch.inf)
     share = similarity - logits.flatten(-2).logsumexp(dim=-1)[..., None, None]
     mean = (share * positive).sum(dim=(-2, -1)) / positive.sum(dim=(-2, -1)).clamp(min=1)

@@ -28,19 +28,19 @@ class LossWeights:
         L = sum over decoder layers (w classification + w box_l1 + w box_giou + w mask_focal + w mask_dice)
             + w contrastive  (+ w appearance + w recognition)
 
-    It differs because the paper takes its losses from Deformable-DETR, which compares every layer and whose box loss is
-    L1 and generalized IoU; the mask's cross-entropy is the focal and dice loss of SeqFormer and the authors' release.
-    The terms in brackets are past the paper, of a network with ``identity``.
+    It differs because the paper takes its losses from Deformable-DETR, which applies them to every layer and whose box
+    loss is L1 plus generalized IoU; for the mask's cross-entropy, the focal and dice losses are used, as in SeqFormer
+    and the authors' release. The terms in parentheses go beyond the paper: only a network with ``identity`` has them.
 
     Attributes:
-        classification: of the focal loss of all queries, over all classes.
-        box_l1: of the L1 distance between boxes, cxcywh in [0, 1].
-        box_giou: of one minus the generalized IoU.
-        mask_focal: of the focal loss of the mask's pixels.
-        mask_dice: of the dice loss of the mask.
-        contrastive: of the temporal contrastive loss; 0 leaves it out (table 4, without TCL).
-        appearance: of the contrastive loss of the looks of instances.
-        recognition: of the binary cross-entropy of which query shows whose instance.
+        classification: weight of the focal loss, over all queries and classes.
+        box_l1: weight of the L1 distance between boxes, cxcywh in [0, 1].
+        box_giou: weight of one minus the generalized IoU.
+        mask_focal: weight of the focal loss of the mask's pixels.
+        mask_dice: weight of the dice loss of the mask.
+        contrastive: weight of the temporal contrastive loss; 0 leaves it out (table 4, without TCL).
+        appearance: weight of the contrastive loss of the instances' looks.
+        recognition: weight of the binary cross-entropy of the claims about which query shows which instance.
     """
 
     classification: float = 2.0
@@ -55,7 +55,7 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The unweighted terms, scalars; each but the last three is a sum over the decoder layers."""
+    """The unweighted terms, scalars; all but the last three are sums over the decoder layers."""
 
     classification: Tensor
     box_l1: Tensor
@@ -73,16 +73,16 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class ClipOutputs:
-    """What the network said about a batch of clips: B clips, T frames, D decoder layers, n instances.
+    """The network's outputs for a batch of clips: B clips, T frames, D decoder layers, n instances.
 
     Attributes:
         logits: (T, D, B, N, K) of all queries.
-        boxes: (T, D, B, n, 4) cxcywh, of the instances' queries.
+        boxes: (T, D, B, n, 4) cxcywh, of the instances' queries, as are the next two.
         masks: (T, D, B, n, h, w) logits.
         queries: (T, B, n, C) final content.
         assigned: (D, B, n) int64, query of each instance, or -1; the same in all layers if T > 1.
-        held: (T, D, B, n) bool, whether the instance holds its query at that frame: from its first appearance on.
-        recognition: of every frame, from a network with ``identity``; of others nothing.
+        held: (T, D, B, n) bool, whether the instance has a query in that frame: from its first appearance on.
+        recognition: one for each frame from a network with ``identity``; empty from others.
     """
 
     logits: Tensor
@@ -97,14 +97,14 @@ class ClipOutputs:
 def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normalizer: Tensor, window: int) -> LossTerms:
     """Compute the terms of equation 6 in float32.
 
-    Where an instance that holds a query is not visible, its box is not asked for, its mask is empty and its class
-    stays.
+    In a frame where an instance with a query is not visible, it has no box loss, its target mask is empty and its
+    target class stays.
 
     Args:
         outputs: of the network.
         targets: of the batch.
-        normalizer: scalar; every term is divided by it: the number of held instances over all frames, averaged over
-            ranks.
+        normalizer: scalar that every term is divided by: the number of instances with a query, summed over frames and
+            averaged over ranks.
         window: d of the contrastive loss.
     """
     with torch.autocast(outputs.logits.device.type, enabled=False):
@@ -130,9 +130,9 @@ def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normalizer: Tensor,
 
 
 def class_targets(outputs: ClipOutputs, labels: Tensor) -> Tensor:
-    """(T, D, B, N, K) float32, one for the class of the instance that holds a query, from its first appearance on."""
+    """(T, D, B, N, K) float32: 1 for the class of a query's instance, from its first appearance on; otherwise 0."""
     targets = torch.zeros_like(outputs.logits, dtype=torch.float32)
-    cells = outputs.assigned.clamp(min=0) * targets.shape[-1] + labels  # of held ones no two are the same
+    cells = outputs.assigned.clamp(min=0) * targets.shape[-1] + labels  # unique among instances with a query
     targets.flatten(3).scatter_add_(3, cells.expand_as(outputs.held), outputs.held.float())
     return targets
 
@@ -142,7 +142,7 @@ def mask_losses(logits: Tensor, target: Tensor, pixels: Tensor) -> tuple[Tensor,
 
     Args:
         logits: (..., B, n, h, w).
-        target: the same shape or broadcast to it, covered fraction of every cell in [0, 1].
+        target: the same shape or one that broadcasts to it; covered fraction of every cell in [0, 1].
         pixels: (B, h, w) float, zero where padded.
 
     Returns:

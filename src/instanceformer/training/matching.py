@@ -31,17 +31,17 @@ class MatchCosts:
 def match_entering(
     logits: Tensor, boxes: Tensor, targets: DenseTargets, t: int, assigned: Tensor, costs: MatchCosts
 ) -> Tensor:
-    """Give the instances that enter at frame t a query each, among those that no instance holds.
+    """Give each instance that enters at frame t a query, among those that no instance has yet.
 
-    Instances keep the query that they hold; frames that bring nothing new cost nothing. The others cost one copy from
-    the device to the host, where assignments are made and kept.
+    Instances keep their queries. A frame in which no instance enters costs nothing; any other costs one copy from the
+    device to the host, where assignments are made and kept.
 
     Args:
-        logits: (D, B, N, K) at frame t, of the layers that are matched, each by itself.
+        logits: (D, B, N, K) at frame t, of the D layers that are matched, each independently.
         boxes: (D, B, N, 4) cxcywh, likewise.
         targets: of the batch.
         t: index of the frame in the clip.
-        assigned: (D, B, n) int64 on the CPU, query held by each instance, or -1.
+        assigned: (D, B, n) int64 on the CPU, query of each instance, or -1.
         costs: weights.
 
     Returns:
@@ -52,7 +52,7 @@ def match_entering(
     if not entering.any():
         return assigned
     assigned = assigned.clone()
-    # a NaN or infinite prediction is the gradient scaler's business, not a reason for a run to end here
+    # NaN and infinite predictions are left to the gradient scaler: they must not end a run here
     cost = match_cost(logits, boxes, targets.labels, targets.boxes[t], costs).nan_to_num(1e6, 1e6, -1e6).cpu()
     for layer, clip in torch.cartesian_prod(torch.arange(len(cost)), entering.any(dim=1).nonzero().flatten()).tolist():
         new, held = entering[clip].nonzero().flatten(), assigned[layer, clip]

@@ -1,4 +1,4 @@
-"""InstanceFormer as a LightningModule: what happens in a step, nothing about how."""
+"""InstanceFormer as a LightningModule: the steps of training and evaluation, and what happens around them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class VideoOutput(TypedDict):
 
     Attributes:
         tracks: of the whole video, best first.
-        others: the same by the protocol's other score, which ``test`` measures as well; otherwise empty.
+        others: those by the protocol's other score, which ``test`` measures as well; otherwise empty.
     """
 
     tracks: list[Track]
@@ -45,10 +45,10 @@ class VideoOutput(TypedDict):
 
 
 def cached_autocast(device_type: str) -> torch.autocast:
-    """The mixed precision of the surroundings, but each weight is cast once, not once for every frame of a clip.
+    """The surrounding mixed precision with autocast's cache: a weight is cast once, not in every frame of a clip.
 
-    Lightning turns the cache off, since a weight that is cast first under ``no_grad`` stays without a gradient; a
-    training step has none such. The cache is empty again when the surroundings end.
+    Lightning turns the cache off, since a weight that was first cast under ``no_grad`` could stay without a gradient.
+    The cache is emptied when the surrounding autocast ends.
     """
     dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=True)
@@ -58,26 +58,25 @@ class InstanceFormerModule(LightningModule):
     """Trains the network on clips and runs it over streams of whole videos.
 
     Args:
-        network: to train.
+        network: the network to train.
         losses: weights of equation 6.
-        costs: weights of the matching.
+        costs: weights of the matching cost.
         optimizer: optimizer and schedule.
-        inference: protocol of validation, test and prediction; none: that of the checkpoint which is evaluated, or the
-            paper's.
+        inference: protocol of validation, test and prediction; null: that of the evaluated checkpoint, or the paper's.
         backbone_weights: ``imagenet`` loads torchvision's weights into the backbone before training.
-        init_from: checkpoint of an earlier training, for instance on COCO, whose weights are taken over before this one
-            starts: what belongs to a class by the name of its category or a synonym, the rest as far as shapes agree.
-            What it has nothing for is new; a line says what. Without names of its categories all classes are new.
-        compile: put backbone, encoder and decoder through ``torch.compile``, which takes minutes in the beginning, and
-            again for frames of other sizes, and makes steps of few kernels.
+        init_from: checkpoint of an earlier training, for instance on COCO, to take weights from before this one starts:
+            those of a class by its category's name or a synonym, all others where shapes agree. What it has nothing for
+            starts new, and a line says what. If it does not name its categories, all classes start new.
+        compile: put backbone, encoder and decoder through ``torch.compile``, which takes minutes at the start, and
+            again for each new frame size; a step then launches few kernels.
 
     Attributes:
-        inference: protocol in use.
+        inference: the protocol in use.
         given_inference: ``inference`` as it was given.
-        categories: of the classes, in their order, from the data or else the checkpoint; empty where neither says them,
-            and then results have the ids 1 to K.
-        metric: of validation and test, from the data's annotations if there are any; or assigned by the caller.
-        other_metric: of ``test``, of the protocol's other score.
+        categories: one for each class, in class order, from the data or else the checkpoint; empty if neither has them,
+            and then results use the ids 1 to K.
+        metric: of validation and test, made from the data's annotations if there are any, or assigned by the caller.
+        other_metric: of ``test``, by the protocol's other score.
     """
 
     def __init__(
@@ -102,17 +101,17 @@ class InstanceFormerModule(LightningModule):
         self.metric: VideoAveragePrecision | None = None
         self.other_metric: VideoAveragePrecision | None = None
         self._videos: dict[int, VideoInference] = {}
-        self._seed = 0  # of a training whose data module has none
+        self._seed = 0  # used if the data module has none
 
     # Set-up ----------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Take categories and metrics from the data, and check that it agrees with the network, before anything runs.
 
-        Warns of ages of the memory that a training's clips do not reach.
+        Prints a warning if the training clips are too short to reach every age in memory.
 
         Raises:
-            ValueError: the network has another number of classes, or the annotations cannot be measured against.
+            ValueError: the network has another number of classes, or the annotations cannot be evaluated against.
         """
         data = self.data
         if data is None:
@@ -139,7 +138,11 @@ class InstanceFormerModule(LightningModule):
             )
 
     def on_fit_start(self) -> None:
-        """Load initial weights, unless the training is resumed."""
+        """Load initial weights, unless the training is resumed.
+
+        Raises:
+            ValueError: the backbone's norms are frozen and nothing gives it pretrained weights.
+        """
         if self.trainer.ckpt_path is not None:
             return
         options = self.network.options
@@ -165,19 +168,19 @@ class InstanceFormerModule(LightningModule):
 
     @property
     def data(self) -> VideoDataModule | None:
-        """The trainer's data module, if it can say more of its videos than their frames; others only have loaders."""
+        """The trainer's data module if it is a VideoDataModule; None for any other, which only has loaders."""
         data = getattr(self.trainer, "datamodule", None)
         return data if isinstance(data, VideoDataModule) else None
 
     def _take_over(self, path: Path) -> None:
-        """Load what fits of another network's weights, and say what does not."""
+        """Load those weights of another network that fit, and print which do not."""
         content = checkpoints.load(path)
         if content.get("has_ended") is False:
             self.print(
                 f"{path}: saved at step {content['global_step']} of a training that had not ended; is it running?"
             )
         source = checkpoints.from_content(content, str(path))
-        InstanceFormer.from_checkpoint(source)  # refuses what is not whole
+        InstanceFormer.from_checkpoint(source)  # refuses an incomplete one
         weights, report = take_over(self.network.state_dict(), self.categories, source)
         self.network.load_state_dict(weights)
         self.print(f"{path}: {report}")
@@ -194,10 +197,10 @@ class InstanceFormerModule(LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights of another network or other classes; adopt how they were evaluated where no option is given.
+        """Refuse weights of another network or other classes; adopt their evaluation settings where none are given.
 
         Raises:
-            ValueError: what does not fit; a training is to be resumed from weights alone.
+            ValueError: the checkpoint does not fit, or a training is to be resumed from weights alone.
         """
         path, fits, data = self.trainer.ckpt_path, self.trainer.state.fn == "fit", self.data
         needed = {"optimizer_states"} if data is None else {"optimizer_states", VideoDataModule.__name__}
@@ -230,7 +233,7 @@ class InstanceFormerModule(LightningModule):
     # Training --------------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Use the rates and the weight decay of this run, not those in the checkpoint that it resumes."""
+        """Use the learning rates and weight decay of this run, not those of the checkpoint that it resumes."""
         self._seed = torch.initial_seed()
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         assert isinstance(optimizer, Optimizer)
@@ -238,7 +241,7 @@ class InstanceFormerModule(LightningModule):
         apply_options(optimizer, scheduler, self.optimizer_options)
 
     def on_train_batch_start(self, batch: ClipBatch, batch_idx: int) -> None:
-        """Seed the random numbers of a step, dropout's, by the seed, the batch and the rank alone."""
+        """Seed a step's random numbers, those of dropout, from the seed, the batch and the rank alone."""
         seed = self._seed if self.data is None else self.data.seed
         torch.manual_seed(derive_seed(seed, self.trainer.fit_loop.total_batch_idx, self.global_rank))
 
@@ -256,16 +259,16 @@ class InstanceFormerModule(LightningModule):
         return total
 
     def compute_losses(self, batch: ClipBatch) -> LossTerms:
-        """Run over the clips frame by frame, matching instances where they enter, and compare with the targets.
+        """Run over the clips frame by frame, matching instances as they enter, and compare with the targets.
 
-        The memory takes the queries that hold an instance. State starts anew with every clip. In clips of one frame no
-        identity binds the decoder's layers to one another: each is matched by itself.
+        The state is reset for every batch of clips. Only queries that hold an instance, the matched ones, enter the
+        memory. In clips of one frame no identity ties the decoder's layers together, so each is matched independently.
         """
         network, targets, device = self.network, batch.targets, batch.frames.device
         features = network.encode(batch.frames, batch.padding)
         state = network.initial_state(len(targets), device)
         depth, frames = len(network.decoder.layers), batch.frames.shape[1]
-        layers = slice(0 if frames == 1 else depth - 1, depth)  # that are matched by themselves
+        layers = slice(0 if frames == 1 else depth - 1, depth)  # that are matched independently
         matched = torch.full((depth, *targets.labels.shape), -1)[layers]
         every_query = torch.arange(network.num_queries, device=device)
         predictions, held, recognition = [], [], []
@@ -298,7 +301,7 @@ class InstanceFormerModule(LightningModule):
         return clip_losses(outputs, targets, self._mean_over_ranks(outputs.held[:, -1].sum()), network.memory_frames)
 
     def _mean_over_ranks(self, count: Tensor) -> Tensor:
-        """Total over all ranks, at least 1, divided by their number: DDP then averages gradients to the right sum."""
+        """Total over all ranks, at least 1, divided by their number, so that DDP's mean gradient is right."""
         total = count.float()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
@@ -309,7 +312,7 @@ class InstanceFormerModule(LightningModule):
         """AdamW with the schedule of the options."""
         optimizer = build_optimizer(self.network, self.optimizer_options, fused=self.trainer.precision != "16-mixed")
         total_steps = math.inf
-        if self.optimizer_options.schedule == "cosine":  # only then, since Lightning makes the loader to count them
+        if self.optimizer_options.schedule == "cosine":  # only then: Lightning builds the loader to count them
             total_steps = self.trainer.estimated_stepping_batches
         scheduler, interval = build_scheduler(optimizer, self.optimizer_options, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
@@ -320,9 +323,9 @@ class InstanceFormerModule(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip all gradients together by their norm, or each by its value, and log the norm before that.
+        """Clip all gradients together by their norm, or each by its value, and log the norm before clipping.
 
-        Lightning's clipping refuses a fused optimizer under every mixed precision.
+        Lightning's own clipping refuses a fused optimizer under any mixed precision.
         """
         parameters = [p for p in self.network.parameters() if p.grad is not None]
         if gradient_clip_val is not None and gradient_clip_algorithm != "value":
@@ -336,7 +339,7 @@ class InstanceFormerModule(LightningModule):
     # Evaluation ------------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Start with empty metrics, and forget what an interrupted run may have left."""
+        """Start with empty metrics, and drop videos that an interrupted run left unfinished."""
         self._videos.clear()
         for metric in (self.metric, self.other_metric):
             if metric is not None:
@@ -345,7 +348,7 @@ class InstanceFormerModule(LightningModule):
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: VideoChunk, batch_idx: int) -> VideoOutput | None:
-        """Take in a chunk; with the last one of a video its tracks, which count in the metrics."""
+        """Process a chunk; with a video's last one, return its tracks and add them to the metrics."""
         output = self.predict_step(batch, batch_idx)
         if output is not None:
             self.count_tracks(batch.video_id, **output)
@@ -354,7 +357,7 @@ class InstanceFormerModule(LightningModule):
     test_step = validation_step
 
     def predict_step(self, batch: VideoChunk, batch_idx: int) -> VideoOutput | None:
-        """Take in a chunk; the tracks of a video with its last one. State starts anew with its first one."""
+        """Process a chunk: a video's first one starts from a reset state, its last one returns the video's tracks."""
         if batch.length == 0:  # this rank has no video
             return None
         if batch.start == 0:
@@ -371,13 +374,13 @@ class InstanceFormerModule(LightningModule):
         return {"tracks": video.tracks(batch.video_id, ids), "others": others}
 
     def count_tracks(self, video_id: int, tracks: list[Track], others: list[Track]) -> None:
-        """Let all tracks of a video, by either score, count in the metrics that there are."""
+        """Add a video's tracks, by either score, to the metrics that exist."""
         for metric, predicted in ((self.metric, tracks), (self.other_metric, others)):
             if metric is not None:
                 metric.update(video_id, predicted)
 
     def on_validation_epoch_end(self) -> None:
-        """Log AP and AR of the videos seen, in ``test`` also what shows identity and the AP by the other score."""
+        """Log AP and AR of the videos seen; in ``test`` also the identity measures and the AP by the other score."""
         stage = "test" if self.trainer.testing else "val"
         if self.metric is not None:
             for name, value in self.metric.compute().items():

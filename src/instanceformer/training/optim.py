@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 SLOW = ("sampling_offsets", "location.")
-"""Layers that place sampling points; like the backbone they learn at a tenth of the rate."""
+"""In the names of layers that place sampling points, which like the backbone learn at a tenth of the rate."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class OptimizerOptions:
     Attributes:
         lr: learning rate.
         backbone_lr: learning rate of the backbone.
-        slow_factor: of ``lr`` for sampling offsets and reference points.
-        weight_decay: of AdamW, for every parameter.
+        slow_factor: factor on ``lr`` for sampling offsets and reference points.
+        weight_decay: AdamW's weight decay, for every parameter.
         schedule: ``multistep``, by epochs, the paper's; ``cosine`` to zero or ``constant``, by steps after a warm-up.
-        milestones: epochs after which ``multistep`` divides by ten.
-        warmup_steps: steps of linear growth, before ``cosine`` and ``constant``.
+        milestones: epochs after which ``multistep`` divides the rates by ten.
+        warmup_steps: steps of linear warm-up before ``cosine`` or ``constant``.
 
     Raises:
-        ValueError: a warm-up is asked of ``multistep``.
+        ValueError: ``multistep`` is given a warm-up.
     """
 
     lr: float = 1e-4
@@ -57,9 +57,9 @@ def build_optimizer(network: nn.Module, options: OptimizerOptions, fused: bool =
 
     Args:
         network: whose ``named_parameters`` are grouped.
-        options: rates.
-        fused: one kernel for all parameters; under fp16 loss scaling it would unscale the gradients itself, after they
-            were clipped.
+        options: learning rates and weight decay.
+        fused: update all parameters in one kernel. Not for fp16 loss scaling: a fused optimizer unscales the gradients
+            itself, after they were clipped.
     """
     groups: dict[str, list[nn.Parameter]] = {"network": [], "backbone": [], "slow": []}
     for name, parameter in network.named_parameters():
@@ -78,7 +78,11 @@ def build_optimizer(network: nn.Module, options: OptimizerOptions, fused: bool =
 
 
 def build_scheduler(optimizer: Optimizer, options: OptimizerOptions, total_steps: float) -> tuple[LambdaLR, str]:
-    """The schedule and the interval, ``epoch`` or ``step``, at which Lightning advances it."""
+    """The schedule and the interval, ``epoch`` or ``step``, at which Lightning advances it.
+
+    Raises:
+        ValueError: ``cosine`` with infinite ``total_steps``.
+    """
     if options.schedule == "cosine" and not math.isfinite(total_steps):
         raise ValueError("optimizer.schedule: found cosine without an end, expected trainer.max_steps or max_epochs")
     if options.schedule == "multistep":
@@ -96,7 +100,7 @@ def build_scheduler(optimizer: Optimizer, options: OptimizerOptions, total_steps
 
 
 def apply_options(optimizer: Optimizer, scheduler: LambdaLR, options: OptimizerOptions) -> None:
-    """Let the rates and the weight decay of ``options`` count where those of a checkpoint were loaded."""
+    """Replace the learning rates and weight decay that a checkpoint brought with those of ``options``."""
     scheduler.base_lrs = []
     for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
         rate = options.rates[group["name"]]

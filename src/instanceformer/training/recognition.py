@@ -1,4 +1,4 @@
-"""Losses that teach a network with ``identity`` to recognize instances; past the paper, see ``model.identity``."""
+"""Losses that teach a network with ``identity`` to recognize instances; beyond the paper, see ``model.identity``."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from instanceformer.model.state import of
 from instanceformer.training.contrastive import temporal_contrastive_loss
 
 TEMPERATURE = 0.1
-"""Of the contrastive loss of looks."""
+"""Temperature of the contrastive loss of looks."""
 
 FREE_WRONG, FREE_RIGHT = 0.1, 0.5
-"""Weights of a free query that does not show an instance, and of one that does, where the instance's own has 1."""
+"""Weights of a free query that does not show the instance and of one that does; the instance's own query has 1."""
 
 STRANGE = 0.25
-"""Weight of claims on instances of another clip, which the frame does not show, where those of its own clip have 1."""
+"""Weight of claims on instances of another clip, which the frame cannot show; those of its own clip have 1."""
 
 SMALLEST = 4
-"""Cells of the mask logits that an instance must cover for its true mask to show what it looks like."""
+"""Fewest cells of the mask logits that an instance must cover for its true mask to show what it looks like."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class FrameRecognition:
     """One frame of B clips, with n instances.
 
     Attributes:
-        looks: (2, B, n, E) under the mask of the query that holds each instance, and under its true one.
-        shown: (2, B, n) bool, whether these are the looks of the instance.
-        loss: scalar, binary cross-entropy of the claims, a sum over instances.
+        looks: (2, B, n, E) under the predicted mask of each instance's query, and under its true mask.
+        shown: (2, B, n) bool, whether these are indeed the looks of the instance.
+        loss: scalar, binary cross-entropy of the claims, summed over instances.
     """
 
     looks: Tensor
@@ -52,12 +52,12 @@ def recognize_frame(
     targets: DenseTargets,
     t: int,
 ) -> FrameRecognition:
-    """Compare what a frame shows with the truth.
+    """Compare what the network recognizes in a frame with the ground truth.
 
     Args:
-        appearance: of the network.
+        appearance: the network's module.
         features: of the frame.
-        sighting: of the frame, by the state that the network's own claims have led to, as in inference.
+        sighting: of the frame, from the state that the network's own claims have led to, as in inference.
         held: (B, N) bool, queries that held an instance before the frame.
         assigned: (B, n) int64, query of each instance, or -1.
         targets: of the batch.
@@ -100,11 +100,11 @@ def covers(masks: Tensor, truth: Tensor) -> Tensor:
 
 
 def identity_losses(frames: Sequence[FrameRecognition]) -> tuple[Tensor, Tensor]:
-    """Losses of the T frames of a batch of clips, sums over the instances of all frames.
+    """Losses over the T frames of a batch of clips, summed over the instances of all frames.
 
     Returns:
-        The contrastive loss of looks, of an instance at any distance in time against all others of all clips; that of
-        the claims.
+        The contrastive loss of looks, which compares an instance at any distance in time with all others of all clips;
+        the loss of the claims.
     """
     looks, shown = (torch.stack(x, dim=1) for x in zip(*((f.looks, f.shown) for f in frames), strict=True))
     looks, shown = looks.flatten(0, 1).flatten(1, 2)[:, None], shown.flatten(0, 1).flatten(1)[:, None]  # (2 T, 1, B n)

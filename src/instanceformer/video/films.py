@@ -30,7 +30,7 @@ LONGEST_PAUSE = 600.0  # seconds from one frame to the next; a longer step means
 LONGEST_STEP_BACK = 1.0  # and so does a longer step back; time stands still during a shorter one
 UNSPECIFIED = 2  # FFmpeg's number of an unspecified color space
 HD_HEIGHT = 720  # rows from which a film of unspecified color space is taken for ITU-R BT.709
-TICKS = 90_000  # of a film's clock in a second: the usual frame rates are whole numbers of them
+TICKS = 90_000  # per second of a film's clock: at the usual frame rates a frame takes a whole number
 
 
 def open_film(name: str, fps: float, device: str | None = None, reconnect: float = 0.0) -> OpenVideo:
@@ -54,7 +54,7 @@ def _open(name: str, device: str | None) -> tuple[InputContainer, VideoStream]:
         container = av.open(name, format=device, timeout=STREAM_TIMEOUT if address else None)
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{name}: cannot be opened as a video ({error})") from error
-    covers = av.stream.Disposition.attached_pic  # a picture in a sound file
+    covers = av.stream.Disposition.attached_pic  # cover pictures of sound files
     streams = [stream for stream in container.streams.video if not stream.disposition & covers]
     if not streams or container.format.name == "tty":  # it renders any text file
         container.close()

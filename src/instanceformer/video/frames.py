@@ -1,4 +1,4 @@
-"""Frames of a video that is open to be read, and videos made of pictures: folders of images, animated images."""
+"""Videos opened for reading and their frames; videos made of pictures: folders of images, animated images."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TimedFrame:
 
 @dataclass(frozen=True)
 class OpenVideo:
-    """A video that is open to be read once.
+    """A video opened for reading once.
 
     Attributes:
         frames: in order of presentation, all of one size. Iterating raises ValueError if no frame can be read, and
@@ -56,13 +56,13 @@ class OpenVideo:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The images of a folder, in the order of their names with numbers as numbers."""
+    """The images of a folder, sorted by name, with numbers in numerical order."""
     files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     return sorted(files, key=lambda path: natural_order(path.name))
 
 
 def open_folder(folder: Path, fps: float) -> OpenVideo:
-    """The images of a folder, one a frame; see ``open_video``."""
+    """The images of a folder as frames; see ``open_video``."""
     files = find_images(folder)
     if not files:
         raise ValueError(
@@ -127,7 +127,7 @@ def _read_animation(path: Path) -> Iterator[TimedFrame]:
 
 
 def _pictures(image: Image.Image) -> range:
-    """The indices of an image's pictures, without a default one for programs that show no animations."""
+    """The indices of an image's pictures, without a default one meant for programs that show no animations."""
     return range(int(bool(image.info.get("default_image"))), getattr(image, "n_frames", 1))
 
 
@@ -139,7 +139,7 @@ def _seconds(image: Image.Image) -> float:
 
 def _to_rgb(image: Image.Image) -> Frame:
     shown = upright(image)
-    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):  # Pillow would cut off at 255
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):  # Pillow would clip at 255
         return np.repeat((np.asarray(shown) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels are of Pillow's mode {image.mode}, expected 8 or 16 bits")

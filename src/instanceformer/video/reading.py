@@ -18,16 +18,16 @@ def open_video(source: Source, fps: float = 25.0, reconnect: float = 0.0) -> Ope
 
     Frames of a video file are turned by quarters and mirrored as its display matrix asks; pixels count as square.
     Packets that cannot be decoded are skipped, and BrokenVideo reports them after the rest has been read; it also
-    reports a file that is cut off, if its container lets that be known.
+    reports a file that is cut off, if the lengths that its container declares reveal it.
 
     Args:
         source: a video file in any container and codec that FFmpeg reads; an animated GIF, PNG or WebP; a folder of
-            images, one a frame, in the order of their names with numbers as numbers, turned as their EXIF
+            images, one for each frame, sorted by name with numbers in numerical order, turned as their EXIF
             orientation says; the address of a stream, such as rtsp://...; the index of a camera, also as text; or
             frames (H, W, 3) uint8 RGB.
         fps: frames per second of images, arrays, and files without timestamps.
-        reconnect: seconds for which to try, with growing pauses, to open a camera or live stream again that dropped;
-            frame times include them. 0: a stream's end is the video's.
+        reconnect: seconds for which to try, with growing pauses, to reopen a camera or live stream that dropped; frame
+            times include them. 0: the end of a stream is the end of the video.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -56,5 +56,5 @@ def open_video(source: Source, fps: float = 25.0, reconnect: float = 0.0) -> Ope
         raise FileNotFoundError(f"{path}: no such video file or folder of images")
     if path.is_dir():
         return open_folder(path, fps)
-    # FFmpeg would take a relative path up to a colon for a protocol
+    # FFmpeg would take the part of a relative path before a colon for a protocol
     return open_animation(path) or open_film(str(path.absolute()), fps)

@@ -37,7 +37,7 @@ def find_truncation(path: Path, container: str) -> str | None:
     return None
 
 
-# Each of these returns the byte offset at which the file's last part should end; one within the file if unknown.
+# Each of these returns the byte offset at which the file's last part should end, or one within the file if unknown.
 
 
 def _matroska(file: BinaryIO, size: int) -> int:
@@ -62,7 +62,7 @@ def _matroska(file: BinaryIO, size: int) -> int:
 
 
 def _width(byte: bytes) -> int:
-    """Length in bytes of a Matroska number, by its first byte; 9 if it is none."""
+    """Length in bytes of a Matroska number, by its first byte; 9 if it is not one."""
     return 9 - int.from_bytes(byte, "big").bit_length()
 
 

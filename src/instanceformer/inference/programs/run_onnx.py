@@ -14,7 +14,7 @@ height, width = about["frame"]["height"], about["frame"]["width"]
 encode, step = (onnxruntime.InferenceSession(here / f"{name}.onnx") for name in ("encode", "step"))
 names = [[output.name for output in program.get_outputs()] for program in (encode, step)]
 
-# before the first frame of a video all of the state is zero
+# before the first frame of a video the whole state is zero
 state = {name: np.zeros(value["shape"], dtype=value["type"]) for name, value in about["state"].items()}
 count = 0
 for path in sorted(source.iterdir()) if source.is_dir() else [source]:
@@ -28,6 +28,6 @@ for path in sorted(source.iterdir()) if source.is_dir() else [source]:
             scores = outputs["scores"][0, query]
             if scores.max() >= 0.5:
                 name, score = about["categories"][scores.argmax()]["name"], scores.max()
-                box = outputs["boxes"][0, query].tolist()  # center x, center y, width and height, as parts
+                box = outputs["boxes"][0, query].tolist()  # center x, center y, width and height, as fractions
                 print(f"frame {count}: query {query}, {name} {score:.2f}, box {box}, mask of {(mask > 0).sum()} cells")
         count += 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import av  # reads frames; any other reader will do
 import torch
 
-import instanceformer.inference.export  # noqa: F401  makes the programs' operator and the type of the state known
+import instanceformer.inference.export  # noqa: F401  registers the programs' operator and the state's type
 from instanceformer.model.state import TrackState
 
 here, source = Path(__file__).parent, Path(sys.argv[1])
@@ -15,7 +15,7 @@ about = json.loads((here / "about.json").read_text())
 height, width = about["frame"]["height"], about["frame"]["width"]
 encode, step = (torch.export.load(here / f"{name}.pt2").module() for name in ("encode", "step"))
 
-# before the first frame of a video all of the state is zero
+# before the first frame of a video the whole state is zero
 zeros = {name: torch.zeros(v["shape"], dtype=getattr(torch, v["type"])) for name, v in about["state"].items()}
 state = TrackState.from_tensors(zeros)
 count = 0
@@ -28,6 +28,6 @@ for path in sorted(source.iterdir()) if source.is_dir() else [source]:
             score, label = scores[0, query].max(dim=0)
             if score >= 0.5:
                 name = about["categories"][label]["name"]
-                box = boxes[0, query].tolist()  # center x, center y, width and height, as parts of the frame's
+                box = boxes[0, query].tolist()  # center x, center y, width and height, as fractions of the frame
                 print(f"frame {count}: query {query}, {name} {score:.2f}, box {box}, mask of {(mask > 0).sum()} cells")
         count += 1
