@@ -17,7 +17,7 @@ SPLIT_OF_STAGE: dict[str, SplitName] = {"fit": "train", "validate": "valid", "te
 CATALOG_SPLITS: dict[SplitName, CatalogSplit] = {
     "train": "train",
     "valid": "valid",
-    "test": "valid",  # the split of which results are published
+    "test": "valid",  # the split whose results are published
     "predict": "valid",
 }
 

@@ -182,7 +182,7 @@ def summarize(
         curves = accumulate(every)
         if curves is not None:
             precision[category_id] = curves.precision
-    undefined = dict.fromkeys(NAMES, -1.0)  # one for all categories without ground truth, of which there may be many
+    undefined = dict.fromkeys(NAMES, -1.0)  # one for all categories without ground truth, which may be many
     return VideoEvaluation(
         summary=_average(per_category.values(), NAMES),
         extras=_average(extras, [*occlusion, *long]),

@@ -193,7 +193,7 @@ class VideoInference:
         self._best = torch.maximum(self._best, probabilities.amax(dim=-1))
 
     def _segment_waiting(self) -> None:
-        """Make the masks of the frames that had to wait until it was known of which queries."""
+        """Make the masks of the frames that waited for the queries to be chosen."""
         queries = self._masked_queries()
         for features, prediction, size in self._waiting:
             indices = torch.tensor([queries], device=features.tokens.device)

@@ -44,7 +44,7 @@ class Track:
     Attributes:
         video_id: the video's id in its annotation file.
         category_id: the category's id in the annotation file (not the network's class index).
-        score: confidence; any finite number, of which only the order counts.
+        score: confidence; any finite number; only the order counts.
         segmentations: one mask per frame of the video, at the video's original size; None where the instance is absent.
 
     Raises:

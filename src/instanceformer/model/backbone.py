@@ -73,7 +73,7 @@ class Backbone(nn.Module):
         """Load torchvision's first ImageNet weights (``IMAGENET1K_V1``), downloading them if they are not cached.
 
         Raises:
-            RuntimeError: they could not be had.
+            RuntimeError: they are not cached and cannot be downloaded, or do not fit.
         """
         try:
             weights = models.get_model_weights(self.name)["IMAGENET1K_V1"]

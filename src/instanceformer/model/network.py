@@ -198,7 +198,7 @@ class InstanceFormer(nn.Module):
 
         if pyramid.is_padded and not (self.training and count == 1 and self.backbone.is_frozen):
             finest, *levels = extract_unpadded(frames, pyramid, self._extract)
-        else:  # as in DETR also single images of a training with frozen norms, each of which has another size
+        else:  # as in DETR also single images of a training with frozen norms, for nearly each has another size
             finest, *levels = self._extract(images)
         tokens = self.encoder(levels, every_frame)
         encoded = every_frame.unflatten(tokens)
@@ -302,10 +302,10 @@ class InstanceFormer(nn.Module):
         Args:
             state: that the prediction was decoded with.
             prediction: of the current frame.
-            held: (B, N) bool, queries that hold an instance, as training knows them; None as in inference: those that
-                did, and those whose score reaches ``min_confidence`` and that are no duplicates. In training all of
-                them can enter the memory, in inference those of them of which the latter is true now; at most k do,
-                the most confident. Hidden ones never do.
+            held: (B, N) bool, queries that hold an instance, as training knows them. None as in inference: those that
+                did, and those that are confident now, with a score from ``min_confidence`` on, and no duplicates. At
+                most k of them enter the memory, the highest scores first: in training of all, in inference of those
+                that are confident now. Hidden ones never do.
         """
         scores, boxes, queries = prediction.scores, prediction.boxes[-1], prediction.queries[-1]
         sighting, remembered = prediction.sighting, held

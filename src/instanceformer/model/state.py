@@ -68,7 +68,7 @@ class TrackState:
         carried: (B, N) bool, whether the query continues from the previous frame; otherwise it starts from its learned
             content. All false after a reset.
         held: (B, N) bool, whether the query holds an instance. Training knows; at inference it does once its score has
-            reached ``min_confidence`` while it was no duplicate. Everything that asks asks here.
+            reached ``min_confidence`` while it was no duplicate. This field alone decides.
         class_logits: (B, d, N, K) raw class logits of the previous frames (equation 2).
         class_filled: (B, d, N) bool, the frames that the class prior sees of each query, without a gap from the newest.
         memory_queries: (B, d, k, C) final content of the remembered queries (equation 3), without gradient.

@@ -40,7 +40,7 @@ class LossWeights:
         mask_dice: of the dice loss of the mask.
         contrastive: of the temporal contrastive loss; 0 leaves it out (table 4, without TCL).
         appearance: of the contrastive loss of the looks of instances.
-        recognition: of the binary cross-entropy of which query shows whose instance.
+        recognition: of the binary cross-entropy of the claims, which query shows which instance.
     """
 
     classification: float = 2.0
