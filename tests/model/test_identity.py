@@ -23,7 +23,7 @@ from instanceformer.model.identity import (
     set_aside,
 )
 from instanceformer.model.pyramid import build_pyramid
-from instanceformer.model.state import Identities, TrackState, of
+from instanceformer.model.state import Identities, TrackState, gather_queries
 
 KNOWN: dict[str, Any] = {"identity": "recover", "free_queries": "renew", "min_confidence": 0.02}
 N, K = 12, 5
@@ -366,4 +366,4 @@ def test_identity_where_every_query_holds_an_instance_is_refused(rule: str) -> N
 
 def test_rows() -> None:
     x, rows = torch.randn(2, 5, 3), torch.tensor([[4, 0], [1, 1]])
-    assert torch.equal(of(x, rows), torch.stack([x[0, [4, 0]], x[1, [1, 1]]]))
+    assert torch.equal(gather_queries(x, rows), torch.stack([x[0, [4, 0]], x[1, [1, 1]]]))

@@ -14,7 +14,7 @@ from instanceformer.model.heads import box_head, class_head
 from instanceformer.model.identity import Sighting
 from instanceformer.model.memory import MemoryAttention, MemoryTokens
 from instanceformer.model.propagation import logit
-from instanceformer.model.state import of
+from instanceformer.model.state import gather_queries
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class FramePrediction:
 
     def permuted(self, order: Tensor) -> FramePrediction:
         """Swap queries: row i becomes what query order[i] found. ``order``, (B, N) int64, is its own inverse."""
-        layers = {name: of_queries(getattr(self, name), order) for name in ("logits", "boxes", "queries", "centers")}
+        layers = {name: gather_layers(getattr(self, name), order) for name in ("logits", "boxes", "queries", "centers")}
         return FramePrediction(
             **layers,
-            class_logits=of(self.class_logits, order),
-            references=of(self.references, order),
+            class_logits=gather_queries(self.class_logits, order),
+            references=gather_queries(self.references, order),
             sighting=self.sighting and self.sighting.permuted(order),
         )
 
@@ -169,6 +169,6 @@ class Decoder(nn.Module):
         )
 
 
-def of_queries(x: Tensor, queries: Tensor) -> Tensor:
+def gather_layers(x: Tensor, queries: Tensor) -> Tensor:
     """Rows of the chosen queries: (D, B, N, C) at (B, n) or (D, B, n) int64 indices: (D, B, n, C)."""
     return x.gather(2, queries.expand(x.shape[0], -1, -1)[..., None].expand(-1, -1, -1, x.shape[-1]))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from instanceformer.model.attention import xavier_
 from instanceformer.model.heads import upsample_nearest
 from instanceformer.model.pyramid import Pyramid
-from instanceformer.model.state import Identities, of
+from instanceformer.model.state import Identities, gather_queries
 
 IdentityRule = Literal["none", "hide", "recover"]
 
@@ -265,7 +265,7 @@ class Identity(nn.Module):
         holds = held & (known.sightings > 0)
         looks = self.appearance(features, torch.cat((masks, torch.where(within, 20.0, -20.0)), dim=1))
         looks, scene = looks[:, :-1], looks[:, -1].detach()
-        frame = (masks, looks.detach(), scene, *(of(x, queries) for x in (logits, boxes)))
+        frame = (masks, looks.detach(), scene, *(gather_queries(x, queries) for x in (logits, boxes)))
 
         def claim(known: Identities, holds: Tensor) -> Tensor:
             result: Tensor = self.recognition(self.recognition.measure(known.of(queries), holds, *frame))

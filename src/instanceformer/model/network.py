@@ -13,14 +13,14 @@ from instanceformer.model import release
 from instanceformer.model.attention import narrowed
 from instanceformer.model.backbone import Backbone
 from instanceformer.model.boxes import duplicates
-from instanceformer.model.decoder import Decoder, FramePrediction, of_queries
+from instanceformer.model.decoder import Decoder, FramePrediction, gather_layers
 from instanceformer.model.encoder import Encoder, FrameFeatures, Projection
 from instanceformer.model.identity import CANDIDATES, LOOKS, Identity, inside, observe, recover, set_aside
 from instanceformer.model.memory import remember
 from instanceformer.model.options import NetworkOptions
 from instanceformer.model.propagation import ClassPrior
 from instanceformer.model.pyramid import build_pyramid, extract_unpadded, valid_sizes
-from instanceformer.model.state import TrackState, of, push
+from instanceformer.model.state import TrackState, gather_queries, push
 
 if TYPE_CHECKING:
     from instanceformer.checkpoints import Checkpoint
@@ -258,7 +258,9 @@ class InstanceFormer(nn.Module):
         candidates = priority.topk(min(CANDIDATES, self.num_queries), dim=1).indices
         with torch.no_grad():
             masks = self.mask_head.coarse(
-                features, of(prediction.queries[-1], candidates), of(prediction.centers[-1], candidates)
+                features,
+                gather_queries(prediction.queries[-1], candidates),
+                gather_queries(prediction.centers[-1], candidates),
             )
             within = inside(features.pyramid.sizes, (masks.shape[-2], masks.shape[-1]), self.mask_head.stride) > 0
             if features.pyramid.is_padded:
@@ -293,7 +295,7 @@ class InstanceFormer(nn.Module):
 
         def chosen(x: Tensor) -> Tensor:
             """(D, B, N, C) to (B, D n, C)."""
-            return of_queries(x, queries).transpose(0, 1).flatten(1, 2)
+            return gather_layers(x, queries).transpose(0, 1).flatten(1, 2)
 
         masks: Tensor = self.mask_head(features, chosen(contents), chosen(centers))
         masks = masks.view(batch, layers, n, *masks.shape[-2:]).transpose(0, 1)

@@ -9,8 +9,11 @@ from typing import Literal, get_args, get_type_hints
 from instanceformer.model.backbone import Norm
 from instanceformer.model.identity import IdentityRule
 from instanceformer.model.pyramid import STRIDES
-from instanceformer.model.release import Location, LocationSource, TemporalIndex, Upsampling
 
+Location = Literal["none", "paper", "additive", "refined"]
+LocationSource = Literal["content", "position"]
+TemporalIndex = Literal["age", "place"]
+Upsampling = Literal["centred", "aligned"]
 ClassHistory = Literal["all", "held"]
 FreeQueries = Literal["propagate", "renew"]
 MaskStride = Literal[4, 8]

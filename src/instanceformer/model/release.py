@@ -7,7 +7,6 @@ between them. Weights have the same names and shapes, so a network can be switch
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +16,8 @@ from instanceformer.model.attention import pixel_position
 from instanceformer.model.decoder import DecoderLayer
 from instanceformer.model.heads import MaskHead
 from instanceformer.model.memory import Memory
+from instanceformer.model.options import Location, LocationSource, NetworkOptions
 from instanceformer.model.propagation import LocationPropagation
-
-if TYPE_CHECKING:
-    from instanceformer.model.options import NetworkOptions
-
-Location = Literal["none", "paper", "additive", "refined"]
-LocationSource = Literal["content", "position"]
-TemporalIndex = Literal["age", "place"]
-Upsampling = Literal["centred", "aligned"]
 
 
 class ReleaseLocation(LocationPropagation):

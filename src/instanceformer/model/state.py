@@ -53,7 +53,7 @@ class Identities:
 
     def of(self, queries: Tensor) -> Identities:
         """Those of the chosen queries, (B, M) int64."""
-        return Identities(**{field.name: of(getattr(self, field.name), queries) for field in fields(self)})
+        return Identities(**{field.name: gather_queries(getattr(self, field.name), queries) for field in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class TrackState:
         return TrackState.from_tensors({name: x.to(device) for name, x in self.tensors().items()})
 
 
-def of(x: Tensor, queries: Tensor) -> Tensor:
+def gather_queries(x: Tensor, queries: Tensor) -> Tensor:
     """Rows of (B, N, ...) at (B, M) int64 indices: (B, M, ...)."""
     return x.gather(1, queries.view(*queries.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
 

@@ -24,7 +24,7 @@ from instanceformer.evaluation.ground_truth import read_ground_truth
 from instanceformer.evaluation.protocol import InferenceOptions, VideoInference
 from instanceformer.evaluation.results import Track
 from instanceformer.evaluation.video_ap import VideoAveragePrecision
-from instanceformer.model.decoder import of_queries
+from instanceformer.model.decoder import gather_layers
 from instanceformer.model.network import InstanceFormer
 from instanceformer.training.losses import ClipOutputs, LossTerms, LossWeights, clip_losses
 from instanceformer.training.matching import MatchCosts, match_entering
@@ -289,11 +289,11 @@ class InstanceFormerModule(LightningModule):
         chosen = assigned.clamp(min=0)
         outputs = ClipOutputs(
             logits=torch.stack([p.logits for p in predictions]),
-            boxes=torch.stack([of_queries(p.boxes, chosen) for p in predictions]),
+            boxes=torch.stack([gather_layers(p.boxes, chosen) for p in predictions]),
             masks=torch.stack(
                 [network.segment(features[t], p, chosen, all_layers=True) for t, p in enumerate(predictions)]
             ),
-            queries=torch.stack([of_queries(p.queries[-1:], chosen[-1])[0] for p in predictions]),
+            queries=torch.stack([gather_layers(p.queries[-1:], chosen[-1])[0] for p in predictions]),
             assigned=assigned,
             held=torch.stack(held).expand(-1, depth, -1, -1),
             recognition=recognition,

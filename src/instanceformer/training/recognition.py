@@ -12,7 +12,7 @@ from torch import Tensor
 from instanceformer.data.batch import DenseTargets
 from instanceformer.model.encoder import FrameFeatures
 from instanceformer.model.identity import Appearance, Sighting
-from instanceformer.model.state import of
+from instanceformer.model.state import gather_queries
 from instanceformer.training.contrastive import temporal_contrastive_loss
 
 TEMPERATURE = 0.1
@@ -74,10 +74,10 @@ def recognize_frame(
     covering = covering.scatter(1, rows, covers(sighting.masks, truth) & visible[:, None])  # (B, N, n)
     right = covering.transpose(1, 2)
 
-    claims = of(sighting.claims, query)  # (B, n, N)
+    claims = gather_queries(sighting.claims, query)  # (B, n, N)
     holds = query[..., None] == torch.arange(held.shape[1], device=held.device)
     weights = holds + torch.where(right, FREE_RIGHT, FREE_WRONG) * ~held[:, None]
-    known = of(sighting.known, query) & has_query
+    known = gather_queries(sighting.known, query) & has_query
     loss = F.binary_cross_entropy_with_logits(claims, right.float(), reduction="none") * weights * known[..., None]
     total = loss.sum()
     if sighting.strange is not None:
@@ -86,7 +86,7 @@ def recognize_frame(
         weights = torch.where(is_own, STRANGE, STRANGE * FREE_WRONG) * holds[..., None]
         total = total + (F.softplus(strange) * weights).sum()
     return FrameRecognition(
-        looks=torch.stack((of(sighting.looks, query), appearance(features.looks, 20 * truth - 10))),
+        looks=torch.stack((gather_queries(sighting.looks, query), appearance(features.looks, 20 * truth - 10))),
         shown=torch.stack(((right & holds).any(dim=-1) & has_query, large)),
         loss=total,
     )
