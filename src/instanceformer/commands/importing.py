@@ -63,7 +63,7 @@ def run(args: Sequence[str]) -> None:
             dataset = import_davis(given.source, given.images, given.names, other_videos=given.other_videos)
         case "mots":
             dataset = import_mots(given.source, given.images)
-        case _:
+        case "masks":
             dataset = import_binary_masks(given.source, given.images, given.names, other_videos=given.other_videos)
     write_youtube_vis(given.output, dataset)
     instances = sum(len(video.instances) for video in dataset.videos)

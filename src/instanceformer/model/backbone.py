@@ -80,8 +80,8 @@ class Backbone(nn.Module):
             state = weights.get_state_dict(progress=progress, check_hash=True)
         except (OSError, ValueError, KeyError) as error:
             raise RuntimeError(
-                f"ImageNet weights of {self.name} could not be had ({error}). Put the file that torchvision names into "
-                f"{torch.hub.get_dir()}/checkpoints, or train from random weights with "
+                f"ImageNet weights of {self.name} could not be loaded ({error}). Put the file that torchvision names "
+                f"into {torch.hub.get_dir()}/checkpoints, or train from random weights with "
                 "--model.backbone_weights none --model.network.backbone_norm batch."
             ) from error
         missing, _ = self.body.load_state_dict(state, strict=False)
