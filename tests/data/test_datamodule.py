@@ -48,7 +48,7 @@ def test_loaders_give_clips_and_chunks(data: VideoDataModule) -> None:
 
 def test_categories_are_known_before_setup(data: VideoDataModule) -> None:
     assert data.num_classes == 2
-    assert data.category_names == ["three", "seven"]
+    assert [category.name for category in data.categories] == ["three", "seven"]
     assert data.annotations_path("validate").parent.name == "valid"
     assert data.annotations_path("fit").parent.name == "tiny"
 
@@ -217,7 +217,7 @@ def test_a_dataset_of_the_catalog_needs_only_root_and_name(root: Path) -> None:
     )
     assert data.num_classes == 40
     data.setup("fit")
-    assert data.category_names == ["lizard", "sedan"]
+    assert [category.name for category in data.categories] == ["lizard", "sedan"]
     assert len(list(data.train_dataloader())) == 5
     assert data.val_dataloader() == []
     for stage in ("test", "predict"):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.conftest import make_batch
@@ -9,7 +11,14 @@ from instanceformer.data.batch import DenseTargets
 from instanceformer.model.decoder import FramePrediction
 from instanceformer.model.encoder import FrameFeatures
 from instanceformer.model.state import TrackState
-from instanceformer.training.recognition import FREE_RIGHT, FREE_WRONG, covers, identity_losses, recognize_frame
+from instanceformer.training.recognition import (
+    FREE_RIGHT,
+    FREE_WRONG,
+    STRANGE,
+    covers,
+    identity_losses,
+    recognize_frame,
+)
 
 KNOWN = {"identity": "recover", "free_queries": "renew", "min_confidence": 0.3}
 ASSIGNED = torch.tensor([[4, 7, 2]])  # queries of three instances
@@ -126,3 +135,31 @@ def test_alike_looks_cost_less(tiny) -> None:
         frames = [type(found)(looks, everywhere, found.loss) for _ in range(3)]
         costs.append(float(identity_losses(frames)[0]))
     assert costs[0] + 1 < costs[1] < costs[2] - 1  # told apart, all alike, mistaken for one another
+
+
+def test_claims_on_instances_of_another_clip_cost_what_they_weigh(tiny) -> None:
+    network = tiny(**KNOWN).train()
+    batch = make_batch([3, 2])
+    features, state = network.encode(batch.frames, batch.padding), network.initial_state(2)
+    assigned = torch.tensor([[4, 7, 2], [1, 5, -1]])
+    held = torch.zeros(2, N, dtype=torch.bool)
+    held[0, [4, 7, 2]] = held[1, [1, 5]] = True
+    state = network.advance(state, network.decode(features[0], state), held)
+    sighting = network.decode(features[1], state).sighting
+    appearance = network.identity.appearance
+
+    def loss(sighting) -> Tensor:
+        return recognize_frame(appearance, features[1], sighting, state.held, assigned, batch.targets, 1).loss
+
+    claims, holds = sighting.strange
+    expected = torch.zeros(())
+    for clip, others in ((0, (1, 5)), (1, (4, 7, 2))):
+        queries = sighting.queries[clip].tolist()
+        for i, query in enumerate(queries):
+            assert holds[clip, i] == (query in others)
+            if query in others:
+                for q in range(len(queries)):
+                    expected = expected + STRANGE * (1 if q == i else FREE_WRONG) * torch.nn.functional.softplus(
+                        claims[clip, i, q]
+                    )
+    torch.testing.assert_close(loss(sighting) - loss(replace(sighting, strange=None)), expected)

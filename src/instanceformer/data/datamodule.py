@@ -154,11 +154,6 @@ class VideoDataModule(LightningDataModule):
         """Number of categories, K."""
         return len(self.categories)
 
-    @property
-    def category_names(self) -> list[str]:
-        """Category names by class index."""
-        return [category.name for category in self.categories]
-
     def count_classes(self, stage: str) -> int | None:
         """Number of categories in a stage's annotations, usable before ``setup``; None if it has no annotation file."""
         alone = stage == "predict" and self._predicted_path is not None

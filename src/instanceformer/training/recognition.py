@@ -81,9 +81,9 @@ def recognize_frame(
     loss = F.binary_cross_entropy_with_logits(claims, right.float(), reduction="none") * weights * known[..., None]
     total = loss.sum()
     if sighting.strange is not None:
-        strange, holds = sighting.strange
+        strange, holds_stranger = sighting.strange
         is_own = torch.eye(strange.shape[1], dtype=torch.bool, device=strange.device)
-        weights = torch.where(is_own, STRANGE, STRANGE * FREE_WRONG) * holds[..., None]
+        weights = torch.where(is_own, STRANGE, STRANGE * FREE_WRONG) * holds_stranger[..., None]
         total = total + (F.softplus(strange) * weights).sum()
     return FrameRecognition(
         looks=torch.stack((gather_queries(sighting.looks, query), appearance(features.looks, 20 * truth - 10))),
