@@ -1,4 +1,4 @@
-"""Multi-head attention, deformable attention (equation 7; Zhu et al., Deformable DETR), and sine positions."""
+"""Multi-head attention, deformable attention (Deformable DETR, equation 3), and sine positions."""
 
 from __future__ import annotations
 

@@ -33,11 +33,9 @@ class ReleaseLocation(LocationPropagation):
         self.is_additive, self.source = rule == "additive", source
 
     def start(self, queries: Tensor, position: Tensor) -> Tensor:
-        """As in LocationPropagation."""
         return super().start(position.expand_as(queries) if self.source == "position" else queries, position)
 
     def move(self, queries: Tensor, start: Tensor, previous: Tensor) -> Tensor:
-        """As in LocationPropagation."""
         return (start + previous).sigmoid() if self.is_additive else super().move(queries, start, previous)
 
 
@@ -45,7 +43,6 @@ class ReleaseDecoderLayer(DecoderLayer):
     """Deformable attention predicts where to look from a query's content alone, without its position embedding."""
 
     def located(self, queries: Tensor, position: Tensor) -> Tensor:
-        """As in DecoderLayer."""
         return queries
 
 
@@ -57,7 +54,6 @@ class ReleaseMemory(Memory):
     """
 
     def frame_codes(self, filled: Tensor, dim: int) -> Tensor:
-        """As in Memory."""
         ages = torch.arange(1, filled.shape[1] + 1, device=filled.device)
         column = torch.ones(1, len(ages), 1, dtype=torch.bool, device=filled.device)
         oldest = (filled.any(dim=-1) * ages).amax(dim=1, keepdim=True)
@@ -68,7 +64,7 @@ class ReleaseMaskHead(MaskHead):
     """Upsampling as in CondInst, which puts logits a quarter of a cell, two pixels, further right and down."""
 
     def upsample(self, masks: Tensor) -> Tensor:
-        """As in MaskHead: cell i lands on 2 i + 1, and 2 i is the mean of cells i - 1 and i."""
+        """Cell i lands on 2 i + 1, and 2 i is the mean of cells i - 1 and i."""
         height, width = masks.shape[-2:]
         masks = F.pad(masks, (1, 0, 1, 0), mode="replicate")
         size = (2 * height + 1, 2 * width + 1)
