@@ -15,7 +15,7 @@ from instanceformer.model.backbone import Backbone
 from instanceformer.model.boxes import duplicates
 from instanceformer.model.decoder import Decoder, FramePrediction, gather_layers
 from instanceformer.model.encoder import Encoder, FrameFeatures, Projection
-from instanceformer.model.identity import CANDIDATES, LOOKS, Identity, inside, observe, recover, set_aside
+from instanceformer.model.identity import CANDIDATES, LOOKS, Identity, observe, recover, set_aside
 from instanceformer.model.memory import remember
 from instanceformer.model.options import NetworkOptions
 from instanceformer.model.propagation import ClassPrior
@@ -262,7 +262,7 @@ class InstanceFormer(nn.Module):
                 gather_queries(prediction.queries[-1], candidates),
                 gather_queries(prediction.centers[-1], candidates),
             )
-            within = inside(features.pyramid.sizes, (masks.shape[-2], masks.shape[-1]), self.mask_head.stride) > 0
+            within = features.pyramid.valid[0 if self.mask_head.stride == 4 else 1][:, None]
             if features.pyramid.is_padded:
                 masks = masks.masked_fill(~within, -30.0)
         sighting = self.identity(features.looks, masks, within, candidates, state.identities, state.held, logits, boxes)
