@@ -22,17 +22,16 @@ from instanceformer.data.annotations import Video
 from instanceformer.data.clips import read_frames
 from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.inference.tracks import FrameInstances
+from instanceformer.training.recognition import covers
 
 
 def owners(video: Video, frame: int, found: FrameInstances) -> dict[int, int | None]:
     """For each instance that a frame shows, by its place in the video, the id of its mask, or None."""
     result: dict[int, int | None] = {}
-    masks = found.masks.flatten(1).float()
-    for place, true in enumerate(video.decode_masks(video.instances, [frame])[0].flatten(1).float()):
-        if true.any():
-            shared = masks @ true
-            covers = shared > 0.5 * (masks.sum(dim=1) + true.sum() - shared)
-            result[place] = int(found.ids[covers][0]) if covers.any() else None
+    truth = video.decode_masks(video.instances, [frame])[0].float()
+    for place, owns in enumerate(covers(found.masks.float()[None], truth[None])[0].T):
+        if truth[place].any():
+            result[place] = int(found.ids[owns][0]) if owns.any() else None
     return result
 
 
