@@ -40,8 +40,6 @@ SCRIPTS = Path(__file__).resolve().parent
 CONFIGS = SCRIPTS.parent / "configs"
 ON_TOP_OF = {"demo_frames": "demo"}
 """Configurations that go on top of another one."""
-GIVEN = {"small": ["--model.network.num_classes=12"]}
-"""What a configuration leaves to the command line."""
 VARIANTS = {"ytvis22": ("ytvis21", ["--data.name=ytvis22", "--trainer.default_root_dir=runs/ytvis22"])}
 """Datasets without a configuration of their own: that of another one, and the flags that make it theirs."""
 TWO_PROCESSES = ("ovis",)
@@ -131,7 +129,7 @@ def read_rehearsals(configs: Path = CONFIGS) -> dict[str, Rehearsal]:
         for name in files:
             content = _merge(content, _read(configs, name))
         init_from = content.get("model", {}).get("init_from")
-        train = [f"--config=configs/{name}.yaml" for name in files] + GIVEN.get(path.stem, [])
+        train = [f"--config=configs/{name}.yaml" for name in files]
         rehearsals[path.stem] = Rehearsal(path.stem, train, content, Path(init_from).parent.name if init_from else None)
     for name, (like, flags) in VARIANTS.items():
         rehearsals[name] = replace(rehearsals[like], name=name, train=[*rehearsals[like].train, *flags])
