@@ -184,7 +184,7 @@ class VideoInstanceSegmenter:
             state = self.network.advance(self._state, prediction)
             boxes = prediction.boxes[-1, 0].float()
             visible, ended = self._tracks.update(prediction.scores[0], boxes, state.held[0], state.hidden[0])
-            self._state = state.release(ended[None])
+            self._state = state.free(ended[None])
             scores, labels = self._tracks.probabilities.max(dim=-1)
             columns = (visible[:, None], self._tracks.ids[:, None], labels[:, None], scores[:, None], boxes)
             table = torch.cat([column.double() for column in columns], dim=-1)
