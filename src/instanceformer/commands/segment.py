@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from threading import current_thread, main_thread
 
 from instanceformer.commands.parsing import Parser, pick
+from instanceformer.inference.live import LiveView, address, listen
 from instanceformer.inference.optimize import keep_memory
 from instanceformer.inference.outputs import SegmentOutputs, refuse_same, segment_video
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
@@ -36,11 +38,19 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("--device", help="such as cpu or cuda:1; a GPU if there is one when left out")
     parser.add_class_arguments(SegmenterOptions, skip={"compile"})
     parser.add_argument("--compile", action="store_true", help="compile the network: slow to begin with, faster later")
+    parser.add_argument(
+        "--view", action="store_true", help="serve a page that shows the video as it is segmented, with sliders"
+    )
+    parser.add_argument(
+        "--view_host", default="127.0.0.1", help="address of the page; 0.0.0.0: other machines reach it too"
+    )
+    parser.add_argument("--view_port", type=int, default=8000, help="port of the page; 0: any that is free")
     given = parser.parse_args(list(args))
     outputs = pick(SegmentOutputs, given)
     options = pick(SegmenterOptions, given)
     refuse_same({"video": given.video, "checkpoint": given.checkpoint, **outputs.paths})
     outputs.refuse_existing()  # before the network is loaded
+    listener = listen(given.view_host, given.view_port) if given.view else None
     keep_memory()
     for name in ("SIGTERM", "SIGHUP"):  # complete the outputs, as after Ctrl-C
         number = getattr(signal, name, None)
@@ -50,7 +60,12 @@ def run(args: Sequence[str]) -> None:
     segmenter = VideoInstanceSegmenter.from_checkpoint(given.checkpoint, given.device, options)
     part = {"start": given.start, "end": given.end, "stride": given.stride}
     try:
-        count = segment_video(video, segmenter, outputs, **part, progress=True)
+        with ExitStack() as stack:
+            on_frame = None
+            if listener is not None:
+                on_frame = stack.enter_context(LiveView(listener, segmenter)).show
+                print(f"live at {address(listener)}", file=sys.stderr)
+            count = segment_video(video, segmenter, outputs, **part, on_frame=on_frame, progress=True)
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"{count} frames; written: {', '.join(map(str, outputs.paths.values()))}")

@@ -8,7 +8,7 @@ import shutil
 import sqlite3
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from glob import escape
@@ -123,6 +123,7 @@ def segment_video(
     start: int = 0,
     end: int | None = None,
     stride: int = 1,
+    on_frame: Callable[[Frame, FrameInstances], None] | None = None,
     progress: bool = False,
 ) -> int:
     """Segment a video and write its instances to all outputs.
@@ -138,6 +139,7 @@ def segment_video(
         start: number of the first frame to look at, from 0.
         end: number of the frame before which to stop; None: at the video's end.
         stride: look at every ``stride``-th frame only.
+        on_frame: called with each frame and its instances before the next is segmented.
         progress: show a bar on standard error.
 
     Returns:
@@ -200,6 +202,8 @@ def segment_video(
                     masks.write(start + count * stride, instances)
                 count += 1
                 bar.update()
+                if on_frame is not None:
+                    on_frame(frame.image, instances)
         except (Exception, KeyboardInterrupt) as reason:
             stopped = reason
         if count == 0:

@@ -121,6 +121,15 @@ class VideoInstanceSegmenter:
         self._size = self._input_size = (0, 0)  # (height, width) of the frames, and of the network's input
         self._video = object()  # identifies the current video
 
+    def forget(self) -> None:
+        """End all tracks and empty the memory, but stay in the video: what the next frame shows gets new ids."""
+        self._state = self.network.initial_state(1)
+        self._tracks.clear()
+
+    def change_rules(self, *, birth: float, show: float, patience: int) -> None:
+        """Apply other rules to the tracks from the next frame on; see ``SegmenterOptions``, also for the errors."""
+        self.options = self._tracks.options = replace(self.options, birth=birth, show=show, patience=patience)
+
     def step(self, frame: Frame) -> FrameInstances:
         """Process the next frame of the video.
 

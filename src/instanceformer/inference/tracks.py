@@ -140,6 +140,11 @@ class Tracks:
         """(N, K) mean class probabilities of each track over the frames in which it was visible; 0 without a track."""
         return self._total / self._seen.clamp(min=1)[:, None]
 
+    def clear(self) -> None:
+        """End all tracks; no id is used again."""
+        for tensor in (self.ids, self._total, self._seen, self._unseen):
+            tensor.zero_()
+
     def update(self, scores: Tensor, boxes: Tensor, held: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Begin and end tracks with the next frame.
 
