@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 from tests import processes
 from tests.inference.conftest import SHOW_ALL, fail, shape_of
 from tests.inference.films import moving_square, write_film
@@ -88,22 +88,28 @@ def read_state(where: str) -> dict[str, Any]:
     return state
 
 
-@pytest.fixture
-def page() -> Iterator[Page]:
-    """An empty page; anything that it loads from elsewhere or complains about fails the test."""
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     with sync_playwright() as playwright:
-        page = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page()
-        page.set_default_timeout(15_000)
-        said: list[str] = []
-        asked: set[str] = set()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.add(urlsplit(request.url).hostname or ""))
-        yield page
-        assert said == []
-        assert asked == {"127.0.0.1"}
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """An empty page; anything that it loads from elsewhere or complains about fails the test."""
+    page = browser.new_page()
+    page.set_default_timeout(15_000)
+    said: list[str] = []
+    asked: set[str] = set()
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.add(urlsplit(request.url).hostname or ""))
+    yield page
+    page.close()
+    assert said == []
+    assert asked == {"127.0.0.1"}
 
 
 def ids(page: Page) -> list[int]:
@@ -121,8 +127,8 @@ def test_a_browser_sees_the_video_and_controls_the_tracks(page: Page, segmenter:
         page.wait_for_function("before => document.getElementById('picture').src !== before", arg=before)
         first = ids(page)
         assert first == sorted(first)
-        color = page.locator("#instances .color").first.evaluate("patch => getComputedStyle(patch).backgroundColor")
-        assert color == "rgb({}, {}, {})".format(*instance_color(first[0]))
+        color = page.evaluate("getComputedStyle(document.querySelector('#instances .color')).backgroundColor")
+        assert color == "rgb({}, {}, {})".format(*instance_color(first[0]))  # every query keeps its track
 
         page.get_by_label("Show").press("End")  # to 1.00
         rows.first.wait_for(state="detached")
