@@ -88,7 +88,7 @@ def from_content(content: Mapping[str, Any], name: str) -> Checkpoint:
             "one by `instanceformer convert`"
         )
     try:
-        size, inference = (content.get(key) for key in ("frame_size", "inference"))
+        size, inference, segmenter = (content.get(key) for key in ("frame_size", "inference", "segmenter"))
         state = _mapping("state_dict", content["state_dict"])
         return Checkpoint(
             options=dict(_mapping("network_options", content["network_options"])),
@@ -96,6 +96,7 @@ def from_content(content: Mapping[str, Any], name: str) -> Checkpoint:
             categories=_categories(content.get("categories", [])),
             frame_size=None if size is None else FrameSize(**_mapping("frame_size", size, "size", "max_size")),
             inference=None if inference is None else dict(_mapping("inference", inference)),
+            segmenter=None if segmenter is None else dict(_mapping("segmenter", segmenter)),
             name=name,
         )
     except ValueError as error:
