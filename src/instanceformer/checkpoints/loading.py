@@ -17,6 +17,7 @@ import safetensors
 import torch
 
 from instanceformer.checkpoints.checkpoint import METADATA, PREFIX, Checkpoint, FrameSize, few
+from instanceformer.checkpoints.hub import find
 from instanceformer.data.annotations import Category
 from instanceformer.files import natural_order
 from instanceformer.model.options import check_type
@@ -36,6 +37,9 @@ class DamagedError(ValueError):
 
 def read(path: str | Path) -> Checkpoint:
     """Read a checkpoint that ``fit`` or ``convert`` wrote, of either format. Nothing in a file is executed.
+
+    Args:
+        path: a file, or a folder or repository of the Hub; see ``hub.find``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -139,7 +143,7 @@ def load(path: str | Path) -> dict[str, Any]:
         DamagedError: the file is empty, cut off, changed since it was written, or not written by torch.save.
         ValueError: it holds other objects, which would run code, or is not a dictionary.
     """
-    path = Path(path)
+    path = find(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix == ".safetensors":

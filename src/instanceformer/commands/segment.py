@@ -39,7 +39,9 @@ def run(args: Sequence[str]) -> None:
         metavar="video",
         help="video file, folder of images, stream address or number of a camera; several, or a folder of videos",
     )
-    parser.add_argument("--checkpoint", required=True, help="of the network")
+    parser.add_argument(
+        "--checkpoint", required=True, help="of the network: a file, a folder, or OWNER/NAME on the Hub"
+    )
     parser.add_class_arguments(SegmentOutputs, skip={"overwrite"})
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
     parser.add_argument("--start", type=int, default=0, help="number of the first frame, from 0")
