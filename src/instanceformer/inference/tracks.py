@@ -63,6 +63,8 @@ class SegmenterOptions:
             chunk is full, but never depend on later frames.
         precision: ``bf16`` computes the large products in bfloat16, on a GPU under autocast; on a processor with AVX512
             but no bfloat16 products it is several times slower, and a processor with less is refused.
+        classes: names of the classes whose instances are shown; None: all. The others have tracks, too, so that
+            identities do not depend on what is shown.
         compile: compile the network's parts: the first frames become slow, all others faster.
     """
 
@@ -75,6 +77,7 @@ class SegmenterOptions:
     max_size: int | None = None
     chunk: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+    classes: tuple[str, ...] | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
