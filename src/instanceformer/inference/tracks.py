@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +39,27 @@ class FrameInstances:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def to_supervision(self, class_names: Sequence[str] | None = None) -> Any:
+        """The same as supervision's Detections: boxes, masks, scores, labels as ``class_id``, ids as ``tracker_id``.
+
+        Args:
+            class_names: by class index; they become ``data["class_name"]``, which supervision's labels show.
+
+        Raises:
+            ModuleNotFoundError: supervision is not installed.
+        """
+        from supervision import Detections  # here alone: jsonargparse would follow an import for types
+
+        labels = self.labels.numpy()
+        return Detections(
+            xyxy=self.boxes.numpy(),
+            mask=self.masks.numpy(),
+            confidence=self.scores.numpy(),
+            class_id=labels,
+            tracker_id=self.ids.numpy(),
+            data={} if class_names is None else {"class_name": np.array(class_names)[labels]},
+        )
 
 
 @dataclass(frozen=True)
