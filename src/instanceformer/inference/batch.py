@@ -54,7 +54,7 @@ def place_outputs(
     if several and "jsonl" in given:
         raise ValueError(f"jsonl: found {len(sources)} videos, expected one; its lines do not say of which they are")
     if not several and given:
-        return [SegmentOutputs(**given, format=format, overwrite=overwrite)]
+        return [SegmentOutputs(**given, format=format, overwrite=overwrite, view=view)]
     suffixes = {"output": FILM, "results": ".txt" if format == "mots" else ".json", "masks": ""}
     for name, folder in given.items():
         if folder.is_file() or (folder.suffix in (".mp4", ".json", ".txt") and not folder.is_dir()):
@@ -76,7 +76,7 @@ def place_outputs(
         placed.append(outputs)
     for folder in given.values():
         folder.mkdir(parents=True, exist_ok=True)
-    return [SegmentOutputs(**outputs, format=format, overwrite=overwrite) for outputs in placed]
+    return [SegmentOutputs(**outputs, format=format, overwrite=overwrite, view=view) for outputs in placed]
 
 
 def _is_path(source: str) -> bool:
