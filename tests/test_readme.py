@@ -64,6 +64,7 @@ ROWS = [
     Row("instanceformer check"),
     Row("instanceformer evaluate"),
     Row("instanceformer synthesize", ("--train_videos=2", "--valid_videos=1", "--length=8", "--workers=1")),
+    Row("instanceformer segment .*--view", (*SMALL_CLIP, "--view_port=0")),
     Row("instanceformer segment", SMALL_CLIP),
     Row("instanceformer export", ("--height=64", "--width=96")),
     Row("instanceformer convert r50_", ("--heads=4", "--tokens=4", "--support=4")),

@@ -26,7 +26,10 @@ from tests.inference.conftest import SHOW_ALL, fail, shape_of
 from tests.inference.films import moving_square, write_film
 
 from instanceformer import InstanceFormer, VideoInstanceSegmenter
+from instanceformer.cli import main
+from instanceformer.inference.batch import place_outputs
 from instanceformer.inference.live import LiveView, Shown, address, draw, is_own, listen
+from instanceformer.inference.outputs import SegmentOutputs
 from instanceformer.inference.render import instance_color
 from instanceformer.inference.tracks import FrameInstances, SegmenterOptions
 
@@ -259,17 +262,21 @@ def test_large_frames_are_drawn_smaller() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--view_port=70000"], "view_port: found 70000, expected 1 to 65535, or 0 for any that is free"),
+        (["--view", "--view_port=70000"], "view_port: found 70000, expected 1 to 65535, or 0 for any that is free"),
         (
-            ["--view_host=no.such.host.invalid"],
+            ["--view", "--view_host=no.such.host.invalid"],
             "found 8000 on no.such.host.invalid, expected a free port on an address",
         ),
-        (["--view_host=192.0.2.1"], "view_port: found 8000 on 192.0.2.1, expected a free port on an address of this"),
+        (
+            ["--view", "--view_host=192.0.2.1"],
+            "view_port: found 8000 on 192.0.2.1, expected a free port on an address of this",
+        ),
+        (["--view_port=8001"], "view_host, view_port: found an address for a page, expected --view with it"),
     ],
 )
 def test_wrong_addresses_are_refused(checkpoint: Path, folder: Path, options: list[str], message: str) -> None:
     video = write_film(folder.parent / "video.mp4", moving_square())
-    assert message in fail(video, checkpoint, folder, "--view", *options)
+    assert message in fail(video, checkpoint, folder, *options)
     assert not list(folder.iterdir())
 
 
@@ -280,6 +287,18 @@ def test_a_port_in_use_is_refused_in_one_line(checkpoint: Path, folder: Path) ->
         message = fail(video, checkpoint, folder, "--view", f"--view_port={port}")
     assert f"view_port: found {port} on 127.0.0.1, expected a free port" in message
     assert len(message.splitlines()) == 1
+
+
+def test_with_a_page_nothing_need_be_written(
+    checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video = write_film(folder / "video.mp4", moving_square(4))
+    main(["segment", str(video), f"--checkpoint={checkpoint}", "--view", "--view_port=0", *SHOW_ALL])
+    printed = capsys.readouterr()
+    assert printed.out == "4 frames; written: nothing\n"
+    assert "live at http://127.0.0.1:" in printed.err
+    assert list(folder.iterdir()) == [video]
+    assert place_outputs(["0"], False, {"output": None}, view=True) == [SegmentOutputs(view=True)]  # nor of a camera
 
 
 def test_the_command_shows_the_video_and_ends_cleanly_when_interrupted(checkpoint: Path, folder: Path) -> None:
