@@ -17,6 +17,7 @@ COMMANDS = {
     "test": ("train", "write results for the test videos, with AP if they are annotated"),
     "predict": ("train", "write results for videos without annotations"),
     "segment": ("segment", "segment and follow the objects of a video or stream: a film, results, label images"),
+    "sweep": ("sweep", "make all runs of a study: a grid, a list or a search of settings, with seeds"),
     "evaluate": ("evaluate", "compare a results file with ground truth: the official AP and AR, identity"),
     "synthesize": ("synthesize", "make a dataset of moving, occluding shapes"),
     "check": ("check", "report what is wrong with a dataset before a long run does"),
