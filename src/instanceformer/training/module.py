@@ -18,8 +18,8 @@ from instanceformer import checkpoints
 from instanceformer.checkpoints.checkpoint import take_over
 from instanceformer.data.annotations import Category
 from instanceformer.data.batch import ClipBatch, VideoChunk, to_device
+from instanceformer.data.clips import derive_seed
 from instanceformer.data.datamodule import VideoDataModule
-from instanceformer.data.sampling import derive_seed
 from instanceformer.evaluation.ground_truth import read_ground_truth
 from instanceformer.evaluation.protocol import InferenceOptions, VideoInference
 from instanceformer.evaluation.results import Track
