@@ -247,6 +247,14 @@ def test_design_names_what_is_in_its_files() -> None:
 
 
 @each_document
+def test_what_ends_in_a_colon_introduces_something(document: Path) -> None:
+    paragraphs = re.sub(r"```.*?```", "    code", document.read_text(), flags=re.DOTALL).split("\n\n")
+    for paragraph, following in zip(paragraphs, [*paragraphs[1:], ""], strict=True):
+        if paragraph.rstrip().endswith(":"):
+            assert re.match(r"[-|>!]|\d+\.|    ", following), f"nothing follows: {paragraph[-80:]}"
+
+
+@each_document
 def test_every_command_that_is_shown_has_a_row(document: Path) -> None:
     for words in read_commands(document):
         row_of(words)
