@@ -114,7 +114,7 @@ def compare(
     Args:
         targets: a study's file or folder, or the folders of runs; runs that differ in their seed alone are one setting.
         baseline: a setting's name, or the folder of one of its runs; None: the first setting.
-        metrics: names such as AP, without ``test/``; empty: those of ``MAIN`` that all runs have.
+        metrics: names such as AP, without ``test/``; empty: the study's and those of ``MAIN`` that all runs have.
         resamples: number of resampled sets of videos.
 
     Raises:
@@ -123,11 +123,11 @@ def compare(
     """
     if resamples < 1:
         raise ValueError(f"--resamples: found {resamples}, expected 1 or more")
-    groups, notes = find_groups(targets)
+    groups, notes, main = find_groups(targets)
     base = _find_baseline(groups, baseline)
     runs = [run for group in groups for run in group.runs.values()]
     check_comparable(runs, {option for group in groups for option in group.options})
-    names = _find_metrics(runs, metrics)
+    names = _find_metrics(runs, metrics, main)
     truth = _read_truth(runs)
     counts = draw_videos(len(truth.videos), resamples)
     resampled = {run.folder: _resample(run, truth, counts, names) for run in runs}
@@ -142,8 +142,8 @@ def compare(
     return Comparison(rows, names, base.name, len(truth.videos), resamples, notes)
 
 
-def find_groups(targets: Sequence[Path]) -> tuple[list[Group], list[str]]:
-    """The settings among a study or runs, and notes of what a study lacks.
+def find_groups(targets: Sequence[Path]) -> tuple[list[Group], list[str], str]:
+    """The settings of a study or among runs, notes of what a study lacks, and the metric that it is about.
 
     Raises:
         FileNotFoundError: a folder is not that of a finished test.
@@ -151,7 +151,7 @@ def find_groups(targets: Sequence[Path]) -> tuple[list[Group], list[str]]:
     """
     studies = [path for path in targets if path.is_file() or (path / FILE).is_file()]
     if not studies:
-        return _group_runs([read_run(folder) for folder in targets]), []
+        return _group_runs([read_run(folder) for folder in targets]), [], MAIN[0]
     if len(targets) > 1:
         raise ValueError(f"{studies[0]}: found a study among others, expected one study, or the folders of runs")
     study = read_study(studies[0])
@@ -169,7 +169,7 @@ def find_groups(targets: Sequence[Path]) -> tuple[list[Group], list[str]]:
         raise ValueError(
             f"{study.folder}: found no finished run, expected some; `instanceformer sweep {targets[0]}` makes them"
         )
-    return finished, notes
+    return finished, notes, study.plan.metric.partition("/")[2]
 
 
 def _group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -244,8 +244,8 @@ def check_comparable(runs: Sequence[Run], varied: Collection[str] = ()) -> None:
                 )
 
 
-def _find_metrics(runs: Sequence[Run], asked: Sequence[str]) -> list[str]:
-    """Names of the metrics to compare, without ``test/``.
+def _find_metrics(runs: Sequence[Run], asked: Sequence[str], main: str) -> list[str]:
+    """Names of the metrics to compare, without ``test/``; unless they are asked for, ``main`` first.
 
     Raises:
         ValueError: a metric is not known, or a run lacks it; or runs have none in common.
@@ -259,7 +259,7 @@ def _find_metrics(runs: Sequence[Run], asked: Sequence[str]) -> list[str]:
                     f"--metrics: found {name}, which {run.folder} does not have; expected some of "
                     f"{', '.join(sorted(shared))}{nearest(name, shared)}"
                 )
-    found = list(dict.fromkeys(asked)) or [name for name in MAIN if name in shared]
+    found = list(dict.fromkeys(asked)) or [name for name in dict.fromkeys((main, *MAIN)) if name in shared]
     if not found:
         raise ValueError(f"{runs[0].folder}: found no metric that all runs have, expected AP; run test again")
     return found
