@@ -114,7 +114,7 @@ def compare(
     Args:
         targets: a study's file or folder, or the folders of runs; runs that differ in their seed alone are one setting.
         baseline: a setting's name, or the folder of one of its runs; None: the first setting.
-        metrics: names such as AP, without ``test/``; empty: the study's and those of ``MAIN`` that all runs have.
+        metrics: names such as AP or test/AP; empty: the study's and those of ``MAIN`` that all runs have.
         resamples: number of resampled sets of videos.
 
     Raises:
@@ -252,6 +252,7 @@ def _find_metrics(runs: Sequence[Run], asked: Sequence[str], main: str) -> list[
     """
     of_runs = [[name.removeprefix("test/") for name, value in run.metrics.items() if value >= 0] for run in runs]
     shared = set(of_runs[0]).intersection(*of_runs)
+    asked = [name.removeprefix("test/") for name in asked]
     for name in asked:
         for run, names in zip(runs, of_runs, strict=True):
             if name not in names:
