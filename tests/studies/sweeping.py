@@ -41,11 +41,13 @@ def start(
 
 
 def _sweep(arguments: list[str], folder: Path, log: Path, program: str | None, environment: dict[str, str]) -> None:
+    from instanceformer.commands import compare
     from instanceformer.studies import queue, sweep
 
     os.chdir(folder)
     queue.PAUSE = sweep.PAUSE = 0.05
-    sweep.PROGRAM = program or sweep.PROGRAM
+    if program is not None:
+        sweep.PROGRAM, compare.run = program, lambda args: None  # there is nothing that could be measured again
     processes._run(arguments, log, False, environment)
 
 

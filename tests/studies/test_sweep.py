@@ -20,6 +20,7 @@ from tests import processes
 from tests.studies import stand_in, sweeping
 
 from instanceformer.cli import main
+from instanceformer.commands import compare
 from instanceformer.studies import sweep
 from instanceformer.studies.study import Trial, read_study
 
@@ -37,6 +38,7 @@ def begin(tmp_path: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> Call
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sweep, "PROGRAM", program)
     monkeypatch.setattr(sweep, "PAUSE", 0.05)
+    monkeypatch.setattr(compare, "run", lambda args: print("table of", *args))
 
     def write(**keys: object) -> Path:
         path = tmp_path / "memory.yaml"
@@ -69,13 +71,14 @@ def test_every_setting_runs_with_every_seed_after_its_stage(
     assert [(folder / f"stages/images/seed{seed}/calls.txt").read_text().count("fit") for seed in (0, 1)] == [1, 1]
     assert not (folder / "stages/unused").exists()
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 8
+    assert len(printed) == 9
+    assert printed[-1] == "table of runs/studies/memory"
     assert printed[0].startswith("1 of 8: memory_frames=")
     assert printed[0].endswith(" min left")
     assert all("seed 0" in line for line in printed[:3])  # seed by seed, so that settings can be compared early
 
     main(["sweep", str(folder), "--workers=2"])  # nothing is left to do
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "table of runs/studies/memory\n"
     assert all(calls(trial) == ["fit", "test"] for trial in found)
 
 
@@ -272,6 +275,7 @@ def test_killed_five_times_a_study_ends_as_its_commands_typed_one_by_one(
 
     assert kill_often(start, begun, times=5, latest=12) == 5
     assert sweeping.end(start()) == 0, log.read_text()
+    assert "| memory_frames=2,memory_tokens=2 | 2 |" in log.read_text()
     assert [trial.state.name for trial in study_of(path).trials] == ["COMPLETE"] * 8
     for ours, typed in zip(trials(path), trials(path, tmp_path / "typed"), strict=True):
         numbers = [json.loads((t.folder / "results.metrics.json").read_text())["metrics"] for t in (ours, typed)]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from instanceformer.commands import compare
 from instanceformer.commands.parsing import Parser
 from instanceformer.studies.study import FILE, FOLDER, Setting, Study, as_json, check_same, read_study
 
@@ -62,6 +63,8 @@ def run(args: Sequence[str]) -> None:
     failed = [trial for trial in trials if trial.state == "failed"]
     for trial in failed:
         print(f"{trial.folder}: {trial.error}", file=sys.stderr)
+    if study.plan.test is not False and any(trial.state == "finished" for trial in trials):
+        compare.run([str(study.folder)])
     if failed:
         sys.exit(1)
 
