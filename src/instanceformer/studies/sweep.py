@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
@@ -29,9 +29,6 @@ TRAINED = ".trained"
 
 ENDED = {128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT}
 """Exit codes of runs that were told to stop."""
-
-STOPPING = 600.0
-"""Seconds that a run of a sweep that has died may take to save itself."""
 
 
 class RunError(Exception):
@@ -146,7 +143,7 @@ class Sweep:
         """Make a training that runs share, unless it has been made; wait if another worker makes it."""
         folder = self.study.stage_folder(stage, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        with locking(folder, patience=-1):
+        with self._holding(folder):
             try:
                 if folder in self._broken_stages:
                     raise RunError(self._broken_stages[folder])
@@ -154,6 +151,18 @@ class Sweep:
             except RunError as error:
                 self._broken_stages[folder] = str(error)
                 raise
+
+    @contextmanager
+    def _holding(self, path: Path) -> Iterator[None]:
+        """Hold a path's lock, as soon as whoever has it lets it go."""
+        with ExitStack() as stack:
+            while True:
+                if self._stop.is_set():
+                    raise Stopped
+                with suppress(BlockingIOError):
+                    stack.enter_context(locking(path, patience=PAUSE))
+                    break
+            yield
 
     def _call(
         self, command: list[str], folder: Path, worker: Worker, falls_behind: Callable[[], bool] | None = None
@@ -163,10 +172,8 @@ class Sweep:
         if trains and trained.exists():
             return
         for written in ("last.ckpt", "results.json"):  # a run of a sweep that has died may still be saving itself
-            with locking(folder / written, patience=STOPPING):
+            with self._holding(folder / written):
                 pass
-        if self._stop.is_set():
-            raise Stopped
         with (folder / LOG).open("a") as log:
             print(f"$ {shlex.join(['instanceformer', *command])}", file=log, flush=True)
             worker.child = child = subprocess.Popen(
