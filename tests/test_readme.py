@@ -60,6 +60,7 @@ ROWS = [
     Row("make ", left_out="they take minutes; their parts are run by this test, by others and by the rehearsal"),
     Row("pip install", left_out="it changes the environment"),
     Row(r"instanceformer segment rtsp:", left_out="no camera"),
+    Row("instanceformer sweep", ("--dry_run",)),
     Row("instanceformer compare", left_out="it needs studies; tests/studies runs it"),
     Row("instanceformer import"),
     Row("instanceformer check"),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from instanceformer.commands import compare
 from instanceformer.commands.parsing import Parser
-from instanceformer.studies.study import FILE, FOLDER, Setting, Study, read_study
+from instanceformer.studies.study import FILE, FOLDER, Setting, Study, as_json, check_same, read_study
 
 
 def run(args: Sequence[str]) -> None:
@@ -31,27 +33,38 @@ def run(args: Sequence[str]) -> None:
     if devices and len(devices) % options.workers:
         raise ValueError(f"--devices: found {len(devices)}, expected a multiple of --workers, {options.workers}")
     study = read_study(options.study, options.folder)
+    if (study.folder / FILE).is_file():
+        check_same(study.plan, as_json(read_study(study.folder).plan), str(study.folder))
     _check_options(study, str(options.study))
     if options.dry_run:
         _print_commands(study)
         return
     try:
+        from instanceformer.studies.queue import Queue
         from instanceformer.studies.sweep import Sweep, environments
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{error.name}: not installed, expected for sweeps; pip install '.[sweep]'"
         ) from error
-    sweep = Sweep(study, options.storage, list(environments(options.workers, devices)))
+    queue = Queue(study, options.storage)
     if options.study.is_file():
+        study.folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(options.study, study.folder / FILE)
     if options.retry_failed:
-        sweep.retry_failed()
-    trials = sweep.run()
+        queue.retry_failed()
+    sweep = Sweep(study, queue, list(environments(options.workers, devices)))
+    sweep.run()
+    if sweep.signal is not None:
+        print(f"stopped by {signal.Signals(sweep.signal).name}; the same command goes on")
+        sys.exit(128 + sweep.signal)
+    trials = study.trials()
+    if elsewhere := sum(trial.state == "unfinished" for trial in trials):
+        print(f"{elsewhere} of {len(trials)} runs are not in {study.folder}: another machine has them")
     failed = [trial for trial in trials if trial.state == "failed"]
     for trial in failed:
         print(f"{trial.folder}: {trial.error}", file=sys.stderr)
-    if sweep.stop.is_set():
-        sys.exit("instanceformer sweep: stopped; the same command goes on")
+    if study.plan.test is not False and any(trial.state == "finished" for trial in trials):
+        compare.run([str(study.folder)])
     if failed:
         sys.exit(1)
 
@@ -72,22 +85,19 @@ def _check_options(study: Study, name: str) -> None:
     Raises:
         ValueError: one has an unknown option or a wrong value.
     """
-    from instanceformer.commands import train  # here: it imports torch
+    from instanceformer.commands.train import check_options  # here: it imports torch
 
     seed = study.plan.seeds[0]
     trials = [study.trial(setting, seed) for setting in _some_settings(study)]
     commands = [study.stage_command(stage, seed) for stage in study.plan.stages]
-    commands += [
-        command for trial in trials for command in (study.fit_command(trial), study.test_command(trial)) if command
-    ]
-    for command in commands:
-        said = io.StringIO()
-        try:
-            with redirect_stdout(io.StringIO()), redirect_stderr(said):
-                train.run([*command, "--print_config"])
-        except SystemExit as stop:
-            if stop.code:
-                raise ValueError(f"{name}: {said.getvalue().strip()}") from stop
+    commands += [study.fit_command(trial) for trial in trials]
+    commands += [command for trial in trials[:1] if (command := study.test_command(trial))]  # options are the same
+    said = io.StringIO()
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(said):
+            check_options(commands)
+    except SystemExit as stop:
+        raise ValueError(f"{name}: {said.getvalue().strip() or stop.code}") from stop
 
 
 def _print_commands(study: Study) -> None:

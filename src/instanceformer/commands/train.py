@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,27 @@ class InstanceFormerCLI(LightningCLI):
         if config.ckpt_path is not None and str(config.ckpt_path) != theirs.get("ckpt_path"):
             unlike.append(f"ckpt_path: {config.ckpt_path} here, {theirs.get('ckpt_path')} there")
         return ", ".join(unlike[:3])
+
+
+class _AllRead(Exception):  # noqa: N818
+    """Command lines have been read; nothing is to be run."""
+
+
+def check_options(commands: Sequence[Sequence[str]]) -> None:
+    """Read command lines as ``run`` would, but run nothing.
+
+    Raises:
+        SystemExit: one has an unknown option or a wrong value; code 2, one line on stderr.
+    """
+
+    class Reader(InstanceFormerCLI):
+        def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+            for command in commands:  # with one parser, which takes longer to make than to use
+                parser.parse_args(list(command))
+            raise _AllRead
+
+    with ExitStack() as stack, suppress(_AllRead):
+        Reader(stack, args=[])
 
 
 def run(args: Sequence[str]) -> None:

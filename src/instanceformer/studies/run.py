@@ -46,21 +46,26 @@ class Run:
 
     def curves(self) -> dict[str, tuple[list[int], list[float]]]:
         """The steps and values at which each metric of ``metrics.csv`` was logged, by name; empty without the file."""
-        curves: dict[str, tuple[list[int], list[float]]] = {}
-        path = self.folder / "metrics.csv"
-        if not path.is_file():
-            return curves
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if None in row.values():  # the last row, cut off by a kill
-                    continue
-                step = int(row.pop("step"))
-                for name, value in row.items():
-                    if value:
-                        steps, values = curves.setdefault(name, ([], []))
-                        steps.append(step)
-                        values.append(float(value))
+        return read_curves(self.folder)
+
+
+def read_curves(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """The same of a run's folder, also while the training goes on."""
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    path = folder / "metrics.csv"
+    if not path.is_file():
         return curves
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if None in row.values():  # the last row, cut off by a kill
+                continue
+            step = int(row.pop("step"))
+            for name, value in row.items():
+                if value:
+                    steps, values = curves.setdefault(name, ([], []))
+                    steps.append(step)
+                    values.append(float(value))
+    return curves
 
 
 def read_run(folder: Path) -> Run:

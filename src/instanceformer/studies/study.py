@@ -230,11 +230,22 @@ def read_study(path: Path, folder: Path | None = None) -> Study:
     return study
 
 
-def differences(ours: Plan, theirs: dict[str, Any]) -> str:
-    """In what a plan differs from another one, given as ``as_json`` gives it; empty if in nothing."""
+def check_same(ours: Plan, theirs: dict[str, Any], where: str) -> None:
+    """Refuse to go on with another study.
+
+    Args:
+        ours: what is to be run.
+        theirs: what has begun, as ``as_json`` gives it.
+        where: it was found.
+
+    Raises:
+        ValueError: they differ.
+    """
     mine = as_json(ours)
-    keys = [key for key in mine if mine[key] != theirs.get(key)]
-    return "; ".join(f"{key}: {_as_text(mine[key])} here, {_as_text(theirs.get(key))} there" for key in keys)
+    unlike = [f"{key}: {_as_text(mine[key])} here, {_as_text(theirs.get(key))} there" for key in mine]
+    unlike = [text for text, key in zip(unlike, mine, strict=True) if mine[key] != theirs.get(key)]
+    if unlike:
+        raise ValueError(f"{where}: found another study ({'; '.join(unlike)}), expected this one; rename its file")
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

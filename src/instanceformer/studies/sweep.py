@@ -1,37 +1,26 @@
-"""Runs a study: several workers, in this process and in others, share its trials through one Optuna storage.
-
-The n-th trial of the storage is the n-th run of the study (of a search, the n-th setting, with all its seeds): storages
-number trials without gaps and each once, whoever asks. Whoever runs a trial holds the lock of its folder. A trial that
-the storage calls running while nobody holds its lock was left by a process that has died, and is taken up again.
-"""
+"""Runs the trials of a study: a worker is a thread that runs ``instanceformer fit`` and ``test`` as processes."""
 
 from __future__ import annotations
 
 import ctypes
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
 from pathlib import Path
-from statistics import median
-from typing import Any
-
-import optuna
-from filelock import FileLock
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from statistics import mean, median
 
 from instanceformer.files import locking, replacing
-from instanceformer.studies.run import read_run
-from instanceformer.studies.study import OUTCOME, Range, Setting, Study, Trial, as_json, differences
+from instanceformer.studies.queue import PAUSE, Queue, Taken
+from instanceformer.studies.run import read_curves, read_run
+from instanceformer.studies.study import OUTCOME, Study, Trial
 
 PROGRAM = str(Path(sys.executable).with_name("instanceformer"))
 LOG = "log.txt"
@@ -41,18 +30,9 @@ TRAINED = ".trained"
 ENDED = {128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT}
 """Exit codes of runs that were told to stop."""
 
-STOPPING = 600.0
-"""Seconds that a run of a sweep that has died may take to save itself."""
-
-YOUNG = timedelta(minutes=1)
-"""Age up to which a trial without a folder may still be waiting for one."""
-
-PAUSE = 2.0
-"""Seconds between two looks at what others do."""
-
 
 class RunError(Exception):
-    """A run has failed; the message is the last line that it printed."""
+    """A run has failed; the message ends with the last line that it printed."""
 
 
 class Pruned(Exception):  # noqa: N818
@@ -80,169 +60,78 @@ class Sweep:
     """Runs the trials of a study until none is left.
 
     Args:
-        study: which trials there are.
-        url: of the storage; None: a journal in the study's folder.
+        study: what is run.
+        queue: its trials, which other processes may share.
         environments: of the runs of each worker, beyond this process's own.
-
-    Raises:
-        ValueError: the storage or the folder holds another study of this name.
     """
 
-    def __init__(self, study: Study, url: str | None, environments: list[dict[str, str]]) -> None:
-        self.study = study
+    def __init__(self, study: Study, queue: Queue, environments: list[dict[str, str]]) -> None:
+        self.study, self.queue = study, queue
         self.workers = [Worker({**os.environ, **environment}) for environment in environments]
-        self.stop = threading.Event()
-        self._mutex = threading.Lock()
+        self.signal: int | None = None
+        """The signal that ended the sweep, if any."""
+        self._stop = threading.Event()
         self._broken_stages: dict[Path, str] = {}
-        self._optuna = _load(study, _open(study, url), url or str(study.folder))
 
-    @property
-    def total(self) -> int:
-        """Number of trials in the storage when all have begun."""
-        plan = self.study.plan
-        return plan.trials if plan.search is not None else len(self.study.settings) * len(plan.seeds)
-
-    def run(self) -> list[Trial]:
-        """Run what is left, and give all runs."""
-        threads = [threading.Thread(target=self._work, args=(worker,), daemon=True) for worker in self.workers]
+    def run(self) -> None:
+        """Run what is left. On SIGTERM and SIGINT the runs save themselves, and nothing more begins."""
         handlers = {number: signal.signal(number, self._end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
+            with ThreadPoolExecutor(len(self.workers)) as pool:
+                threads = [pool.submit(self._work, worker) for worker in self.workers]
+                wait(threads)
             for thread in threads:
-                thread.start()
-            while any(thread.is_alive() for thread in threads):
-                threads[0].join(0.2)  # in the meantime signals are handled
-                time.sleep(0.1)
+                thread.result()  # raises what it has raised
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        return self.study.trials()
 
     def _end(self, number: int, frame: object) -> None:
-        """Have all runs save themselves, and begin no more."""
-        self.stop.set()
+        self.signal = number
+        self._stop.set()
         for worker in self.workers:
             if worker.child is not None:
                 worker.child.terminate()
 
     def _work(self, worker: Worker) -> None:
-        while (taken := self._take()) is not None:
-            trial, lock = taken
-            with lock:
+        while (taken := self.queue.take(self._stop)) is not None:
+            with taken.lock:
                 try:
-                    self._run(trial, worker)
+                    self._run(taken, worker)
                 except Stopped:
-                    self.stop.wait(PAUSE)  # a signal to a process group reaches the run first
+                    self._stop.wait(PAUSE)  # a signal to all processes may reach the run before this one
 
-    # Which trial comes next ------------------------------------------------------------------------------------------
+    def _run(self, taken: Taken, worker: Worker) -> None:
+        """Make the runs of a trial, one after the other, until one fails."""
+        values = []
+        for run in taken.runs:
+            run = self._finish(run, taken, worker)
+            if run.value is None:
+                break
+            values.append(run.value)
+        self.queue.tell(taken.trial, mean(values) if len(values) == len(taken.runs) else None, run.state, run.error)
+        self._report(taken, run)
 
-    def _take(self) -> tuple[optuna.Trial, ExitStack] | None:
-        """The next trial and its lock; None if none is left or this process is to stop."""
-        while not self.stop.is_set():
-            with self._mutex:
-                waits = False
-                for frozen in self._running():
-                    if not self._is_here(frozen):
-                        continue
-                    lock = self._lock(frozen)
-                    if lock is not None and any(frozen.number == again.number for again in self._running()):
-                        return optuna.Trial(self._optuna, frozen._trial_id), lock
-                    waits = True  # whoever runs it may die
-                latest = self._latest()
-                if len(latest) < self.total or any(t.state == TrialState.WAITING for t in latest.values()):
-                    trial = self._optuna.ask(_distributions(self.study))
-                    if self._entry(trial) >= self.total:  # another process was faster
-                        self._optuna.tell(trial, state=TrialState.FAIL)
-                        continue
-                    if (lock := self._lock(trial)) is not None:
-                        trial.set_user_attr("runs", [str(run.folder) for run in self._runs(trial)])
-                        return trial, lock
-                    waits = True
-            if not waits:
-                return None
-            self.stop.wait(PAUSE)
-        return None
-
-    def retry_failed(self) -> None:
-        """Have the trials that failed run again, each from its checkpoint."""
-        for entry, trial in self._latest().items():
-            if trial.state == TrialState.FAIL:
-                for run in self._runs(trial):
-                    if run.state == "failed":
-                        (run.folder / OUTCOME).unlink()
-                self._optuna.enqueue_trial(trial.params, user_attrs={"again": entry})
-
-    def _trials(self) -> list[FrozenTrial]:
-        return self._optuna.get_trials(deepcopy=False)
-
-    def _entry(self, trial: optuna.Trial | FrozenTrial) -> int:
-        """A trial's place in the list of the study; repetitions of failed ones have that of the first."""
-        if "again" in trial.user_attrs:
-            return int(trial.user_attrs["again"])
-        return sum(t.number < trial.number and "again" not in t.user_attrs for t in self._trials())
-
-    def _latest(self) -> dict[int, FrozenTrial]:
-        """By place in the list, the last trial of each."""
-        placed = {self._entry(trial): trial for trial in self._trials()}
-        return {entry: trial for entry, trial in placed.items() if entry < self.total}
-
-    def _running(self) -> list[FrozenTrial]:
-        return [trial for trial in self._latest().values() if trial.state == TrialState.RUNNING]
-
-    def _is_here(self, trial: FrozenTrial) -> bool:
-        """Whether the folder of a trial is on this machine, or nobody has come to make it."""
-        assert trial.datetime_start is not None
-        return self._runs(trial)[0].folder.is_dir() or (
-            "runs" not in trial.user_attrs and datetime.now() - trial.datetime_start > YOUNG
-        )
-
-    def _runs(self, trial: optuna.Trial | FrozenTrial) -> list[Trial]:
-        """The runs of a trial of the storage."""
-        plan = self.study.plan
-        if plan.search is not None:
-            setting = Setting.of({name: _rounded(value) for name, value in trial.params.items()})
-            return [self.study.trial(setting, seed) for seed in plan.seeds]
-        seed, place = divmod(self._entry(trial), len(self.study.settings))  # seed by seed, to compare early
-        return [self.study.trial(self.study.settings[place], plan.seeds[seed])]
-
-    def _lock(self, trial: optuna.Trial | FrozenTrial) -> ExitStack | None:
-        """The lock of a trial's folder, which is made; None if another worker has it."""
-        folder = self._runs(trial)[0].folder
-        folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(locking(folder))
-            except BlockingIOError:
-                return None
-            return stack.pop_all()
-
-    # One trial -------------------------------------------------------------------------------------------------------
-
-    def _run(self, trial: optuna.Trial, worker: Worker) -> None:
-        """Make the runs of a trial, and tell the storage how it ended."""
-        ended = [self._end_of(run, trial, worker) for run in self._runs(trial)]
-        values = [run.value for run in ended if run.value is not None]
-        if len(values) == len(ended):
-            self._optuna.tell(trial, sum(values) / len(values))
-        else:
-            broken = next(run for run in ended if run.value is None)
-            trial.set_user_attr("error", broken.error)
-            state = TrialState.PRUNED if broken.state == "pruned" else TrialState.FAIL
-            self._optuna.tell(trial, state=state)
-        for run in ended:
-            self._report(run, trial.number)
-
-    def _end_of(self, run: Trial, trial: optuna.Trial, worker: Worker) -> Trial:
+    def _finish(self, run: Trial, taken: Taken, worker: Worker) -> Trial:
         """Make a run, unless it has been made, and note in its folder how it ended."""
         if run.state != "unfinished":
             return run
         run.folder.mkdir(parents=True, exist_ok=True)
+
+        def falls_behind() -> bool:
+            steps, values = read_curves(run.folder).get(self.study.plan.metric, ([], []))
+            return self.queue.falls_behind(taken.trial, dict(zip(steps, values, strict=True)))
+
+        prunes = self.study.plan.pruning and run.seed == taken.runs[0].seed
         try:
             for stage in self.study.stages_of(run):
                 self._make_stage(stage, run.seed, worker)
-            self._call(self.study.fit_command(run), run.folder, worker)
+            self._call(self.study.fit_command(run), run.folder, worker, falls_behind if prunes else None)
             if (command := self.study.test_command(run)) is not None:
                 self._call(command, run.folder, worker)
             run = replace(run, state="finished", value=self._measure(run))
+        except Pruned:
+            run = replace(run, state="pruned", error=f"its {self.study.plan.metric} was below the others' median")
         except (RunError, OSError, ValueError) as error:
             run = replace(run, state="failed", error=str(error))
         with replacing(run.folder / OUTCOME) as temporary:
@@ -254,27 +143,39 @@ class Sweep:
         """Make a training that runs share, unless it has been made; wait if another worker makes it."""
         folder = self.study.stage_folder(stage, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        with locking(folder, patience=-1):
-            if folder in self._broken_stages:
-                raise RunError(self._broken_stages[folder])
+        with self._holding(folder):
             try:
+                if folder in self._broken_stages:
+                    raise RunError(self._broken_stages[folder])
                 self._call(self.study.stage_command(stage, seed), folder, worker)
             except RunError as error:
-                self._broken_stages[folder] = f"{folder}: {error}"
-                raise RunError(self._broken_stages[folder]) from error
+                self._broken_stages[folder] = str(error)
+                raise
 
-    def _call(self, command: list[str], folder: Path, worker: Worker) -> None:
+    @contextmanager
+    def _holding(self, path: Path) -> Iterator[None]:
+        """Hold a path's lock, as soon as whoever has it lets it go."""
+        with ExitStack() as stack:
+            while True:
+                if self._stop.is_set():
+                    raise Stopped
+                with suppress(BlockingIOError):
+                    stack.enter_context(locking(path, patience=PAUSE))
+                    break
+            yield
+
+    def _call(
+        self, command: list[str], folder: Path, worker: Worker, falls_behind: Callable[[], bool] | None = None
+    ) -> None:
         """Run ``instanceformer`` in a process that ends with this one; a finished training is not repeated."""
-        if self.stop.is_set():
-            raise Stopped
         trains, trained = command[0] == "fit", folder / TRAINED
         if trains and trained.exists():
             return
         for written in ("last.ckpt", "results.json"):  # a run of a sweep that has died may still be saving itself
-            with locking(folder / written, patience=STOPPING):
+            with self._holding(folder / written):
                 pass
         with (folder / LOG).open("a") as log:
-            print(f"$ instanceformer {' '.join(command)}", file=log, flush=True)
+            print(f"$ {shlex.join(['instanceformer', *command])}", file=log, flush=True)
             worker.child = child = subprocess.Popen(
                 [PROGRAM, *command],
                 stdin=subprocess.DEVNULL,
@@ -284,103 +185,61 @@ class Sweep:
                 start_new_session=True,  # so that Ctrl-C reaches it once, from here
                 preexec_fn=_end_with_parent,
             )
-        if self.stop.is_set():  # the signal may have come before there was a child
+        if self._stop.is_set():  # the signal may have come before there was a child
             child.terminate()
-        code = child.wait()
+        pruned = False
+        while (code := _wait(child)) is None:
+            if falls_behind is not None and not pruned and falls_behind():
+                pruned = True
+                child.terminate()
         worker.child = None
-        if code in ENDED or (code and self.stop.is_set()):
+        if pruned:
+            raise Pruned
+        if code in ENDED or (code and self._stop.is_set()):
             raise Stopped
         if code:
-            raise RunError(f"{command[0]}: {_last_line(folder / LOG)} (exit code {code})")
+            raise RunError(f"{_last_line(folder / LOG)} (exit code {code}, {folder / LOG})")
         if trains:
             trained.touch()
 
     def _measure(self, run: Trial) -> float:
         """A finished run's metric; of several validations that of the last one."""
         metric = self.study.plan.metric
-        found = read_run(run.folder)
+        values = read_curves(run.folder).get(metric, ([], []))[1]
         if metric.startswith("test/"):
-            value = found.metrics.get(metric)
-        else:
-            value = found.curves().get(metric, ([], [None]))[1][-1]
-        if value is None:
-            raise ValueError(
-                f"{run.folder}: found no {metric} among what it has logged; expected its data to be annotated"
-            )
-        return value
+            values = [value for name, value in read_run(run.folder).metrics.items() if name == metric]
+        if not values:
+            raise ValueError(f"found no {metric} among what was logged, expected it; are the videos annotated?")
+        return values[-1]
 
-    def _report(self, run: Trial, number: int) -> None:
-        """Print a line for a run that has ended."""
-        ended = [trial for trial in self._latest().values() if trial.state.is_finished()]
-        seconds = [t.duration.total_seconds() for t in ended if t.duration is not None]
-        last = next(t.duration for t in ended if t.number == number)
-        took = f" in {last.total_seconds():.0f} s" if last is not None else ""
-        left = (self.total - len(ended)) * median(seconds) / len(self.workers)
-        said = f"{self.study.plan.metric} {run.value:.4f}" if run.value is not None else f"{run.state}: {run.error}"
-        ends = f"; {left / 60:.0f} min left" if len(ended) < self.total else ""
-        print(f"{len(ended)} of {self.total}: {run.setting.name}, seed {run.seed}: {said}{took}{ends}", flush=True)
-
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-def _open(study: Study, url: str | None) -> BaseStorage:
-    if url is not None:
-        return optuna.storages.get_storage(url)
-    study.folder.mkdir(parents=True, exist_ok=True)
-    journal = str(study.folder / "journal.log")
-    lock: Any = FileLock(f"{journal}.lock")  # one that ends with its process; Optuna's own would last half a minute
-    return JournalStorage(JournalFileBackend(journal, lock_obj=lock))
-
-
-def _load(study: Study, storage: BaseStorage, where: str) -> optuna.Study:
-    """The study in a storage, a new one if there is none; refuses another of its name."""
-    plan = study.plan
-    sampler: optuna.samplers.BaseSampler = (
-        optuna.samplers.RandomSampler()
-        if plan.sampler == "random"
-        else optuna.samplers.TPESampler(constant_liar=True)  # others' unfinished trials count
-    )
-    found = optuna.create_study(
-        storage=storage,
-        sampler=sampler,
-        pruner=optuna.pruners.MedianPruner() if plan.pruning else optuna.pruners.NopPruner(),
-        study_name=study.name,
-        direction=plan.direction,
-        load_if_exists=True,
-    )
-    if "plan" not in found.user_attrs:
-        found.set_user_attr("plan", json.dumps(as_json(plan)))
-    elif unlike := differences(plan, json.loads(found.user_attrs["plan"])):
-        raise ValueError(
-            f"{study.name}: found another study of this name in {where} ({unlike}); expected the same; give the "
-            "study's file another name"
+    def _report(self, taken: Taken, run: Trial) -> None:
+        """Print a line for a trial that has ended; of several seeds, ``run`` is the last one."""
+        total = self.queue.total
+        ended = {t.number: t for t in self.queue.latest().values() if t.state.is_finished()}
+        seconds = {number: t.duration.total_seconds() for number, t in ended.items() if t.duration is not None}
+        value = ended[taken.trial.number].value
+        said = run.error if value is None else f"{self.study.plan.metric} {value:.4f}"
+        minutes = (total - len(ended)) * median(seconds.values()) / len(self.workers) / 60
+        left = f"; {minutes:.0f} min left" if len(ended) < total else ""
+        seeds = f"seed {run.seed}" if self.study.plan.search is None else f"{len(taken.runs)} seeds"
+        print(
+            f"{len(ended)} of {total}: {run.setting.name}, {seeds}: {run.state}, {said}, "
+            f"{seconds[taken.trial.number]:.0f} s{left}",
+            flush=True,
         )
-    return found
 
 
-def _distributions(study: Study) -> dict[str, optuna.distributions.BaseDistribution]:
-    """What the sampler of a search chooses from."""
-    found: dict[str, optuna.distributions.BaseDistribution] = {}
-    for option, values in (study.plan.search or {}).items():
-        if not isinstance(values, Range):
-            found[option] = optuna.distributions.CategoricalDistribution(values)
-        elif isinstance(values.low, int) and isinstance(values.high, int):
-            step = int(values.step or 1)
-            found[option] = optuna.distributions.IntDistribution(values.low, values.high, values.log, step)
-        else:
-            found[option] = optuna.distributions.FloatDistribution(values.low, values.high, values.log, values.step)
-    return found
-
-
-def _rounded(value: Any) -> Any:
-    """A number that people can read."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def _wait(child: subprocess.Popen[bytes]) -> int | None:
+    """A process's exit code; None if it has none within a while."""
+    with suppress(subprocess.TimeoutExpired):
+        return child.wait(PAUSE)
+    return None
 
 
 def _last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line and not line.startswith("(--debug")), "nothing")
+    said = next((line for line in reversed(lines) if line and not line.startswith("(--debug")), "")
+    return "it said nothing" if said.startswith("$ instanceformer ") else said
 
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -388,7 +247,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _end_with_parent() -> None:
-    """Between fork and exec: have the kernel tell this process to end when the one that started it dies."""
+    """Between fork and exec: have Linux tell this process to end when the thread that started it dies."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
