@@ -133,10 +133,10 @@ def compare(
     resampled = {run.folder: _resample(run, truth, counts, names) for run in runs}
     for group in groups:
         if group.runs.keys() != base.runs.keys():
-            both = _numbers(group.runs.keys() & base.runs.keys())
+            both = group.runs.keys() & base.runs.keys()
             notes.append(
-                f"{group.name} has seeds {_numbers(group.runs)}, {base.name} has {_numbers(base.runs)}; the difference "
-                + (f"is of seeds {both}" if both else "is of their means")
+                f"{group.name} has {_seeds(group.runs)}, {base.name} has {_seeds(base.runs)}; the difference is of "
+                + (_seeds(both) if both else "their means")
             )
     rows = [Row(group, {name: _measure(name, group, base, resampled) for name in names}) for group in groups]
     return Comparison(rows, names, base.name, len(truth.videos), resamples, notes)
@@ -156,14 +156,17 @@ def find_groups(targets: Sequence[Path]) -> tuple[list[Group], list[str], str]:
         raise ValueError(f"{studies[0]}: found a study among others, expected one study, or the folders of runs")
     study = read_study(studies[0])
     groups: dict[str, Group] = {}
-    notes = []
+    notes: list[str] = []
+    missing: dict[tuple[str, str], list[int]] = {}
     for trial in study.trials():
         group = groups.setdefault(trial.setting.name, Group(trial.setting.name, trial.setting.options, {}))
         if trial.state == "finished":
             group.runs[trial.seed] = read_run(trial.folder)
+        elif trial.error:
+            notes.append(f"{group.name}, seed {trial.seed}: {trial.state} ({trial.error}); left out")
         else:
-            why = f"{trial.state} ({trial.error})" if trial.error else trial.state
-            notes.append(f"{trial.setting.name}, seed {trial.seed}: {why}; left out")
+            missing.setdefault((group.name, trial.state), []).append(trial.seed)
+    notes += [f"{name}, {_seeds(seeds)}: {state}; left out" for (name, state), seeds in missing.items()]
     finished = [group for group in groups.values() if group.runs]
     if not finished:
         raise ValueError(
@@ -339,5 +342,5 @@ def deviation(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _numbers(seeds: Collection[int]) -> str:
-    return ", ".join(map(str, sorted(seeds)))
+def _seeds(seeds: Collection[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))}"
