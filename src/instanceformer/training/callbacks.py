@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,8 +29,9 @@ class ResultsWriter(Callback):
     """Writes the results of ``test`` and ``predict`` in the challenge servers' format, and resumes interrupted runs.
 
     The tracks of a video are saved as soon as it is finished, see ``ResultParts``. A run that was killed picks them up
-    when it is started again. Once all videos are finished, rank 0 writes the result file and, beside it, its zip; for
-    videos without an annotation file also ``results.videos.json``, the path of each video id. All ranks must see the
+    when it is started again. Once all videos are finished, rank 0 writes the result file and, beside it, its zip; after
+    a ``test`` of annotated videos also ``results.metrics.json``, see ``describe_metrics``; for videos without an
+    annotation file also ``results.videos.json``, the path of each video id. All ranks must see the
     same folder; their number may change between runs. Nothing is written if ``limit_test_batches`` or
     ``limit_predict_batches`` leaves videos out. Outside the command line, a run with a checkpoint resumes only if it is
     set as ``trainer.ckpt_path``, which is known in ``setup``, rather than passed to ``trainer.test``.
@@ -101,7 +103,9 @@ class ResultsWriter(Callback):
         if self._parts is not None:
             trainer.strategy.barrier("results")
             if trainer.is_global_zero:
-                pl_module.print(self._parts.merge())
+                assert isinstance(pl_module, InstanceFormerModule)
+                metrics = describe_metrics(pl_module, self._parts.run) if trainer.testing else None
+                pl_module.print(self._parts.merge(metrics))
                 if raw_videos := trainer.datamodule.raw_videos:  # type: ignore[attr-defined]
                     with replacing(self._parts.path.with_suffix(".videos.json")) as temporary:
                         videos = {video.id: str(video.path) for video in raw_videos}
@@ -147,6 +151,29 @@ def describe_run(module: InstanceFormerModule, data: VideoDataModule, stage: str
         "device": trainer.strategy.root_device.type,
         "version": __version__,
         "version of torch": torch.__version__,
+    }
+
+
+def describe_metrics(module: InstanceFormerModule, run: Mapping[str, str]) -> dict[str, object] | None:
+    """What ``test`` measured and on what, for ``results.metrics.json``; None if the videos are not annotated.
+
+    Args:
+        module: after ``test``.
+        run: the text of ``describe_run``; the options that the checkpoint supplied are added to it.
+
+    Returns:
+        ``metrics``: every number that ``test`` logged, by name; ``run``: what the results depend on, by name, as text;
+        ``files``: ``annotations`` and ``images``, the paths as given.
+    """
+    data = module.data
+    if module.metric is None or data is None:
+        return None
+    used = {"data.eval_size": data.eval_size, "data.max_size": data.max_size}
+    used |= {f"model.inference.{name}": value for name, value in vars(module.inference).items()}
+    return {
+        "metrics": {name: float(value) for name, value in module.trainer.callback_metrics.items()},
+        "run": {**run, **{name: str(value) for name, value in used.items()}},
+        "files": {"annotations": str(data.annotations_path("test")), "images": str(data.videos("test")[1])},
     }
 
 
