@@ -18,6 +18,7 @@ COMMANDS = {
     "predict": ("train", "write results for videos without annotations"),
     "segment": ("segment", "segment and follow the objects of a video or stream: a film, results, label images"),
     "evaluate": ("evaluate", "compare a results file with ground truth: the official AP and AR, identity"),
+    "report": ("report", "one page about one or two runs: numbers, curves, videos to play with what went wrong"),
     "synthesize": ("synthesize", "make a dataset of moving, occluding shapes"),
     "check": ("check", "report what is wrong with a dataset before a long run does"),
     "import": ("importing", "turn label images or a labeling tool's export into YouTube-VIS JSON"),

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from instanceformer import __version__
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.evaluation.results import ResultParts, Track
-from instanceformer.files import replacing
+from instanceformer.files import hash_file, replacing
 from instanceformer.inference.render import film_results, select_tracks, select_video
 from instanceformer.model.network import InstanceFormer
 from instanceformer.training.module import InstanceFormerModule
@@ -175,12 +175,6 @@ def describe_metrics(module: InstanceFormerModule, run: Mapping[str, str]) -> di
         "run": {**run, **{name: str(value) for name, value in used.items()}},
         "files": {"annotations": str(data.annotations_path("test")), "images": str(data.videos("test")[1])},
     }
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_weights(network: InstanceFormer) -> str:
