@@ -13,6 +13,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from instanceformer.evaluation.precision_recall import IOU_THRESHOLDS, RECALLS, VideoEvaluation
 
@@ -42,6 +43,9 @@ SETTINGS: dict[str, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
+
+FACTOR = 30.0
+"""Ratio of the highest to the lowest value from which on an axis is logarithmic."""
 
 Points = tuple[Sequence[float], Sequence[float]]
 
@@ -74,10 +78,8 @@ def to_svg(figure: Figure, name: str) -> str:
     return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', text, count=1)
 
 
-def line_chart(
-    name: str, title: str, unit: str, curves: Mapping[str, Points], *, x: str = "step", log: bool = False
-) -> Chart:
-    """A chart with a line for each name.
+def line_chart(name: str, title: str, unit: str, curves: Mapping[str, Points], *, x: str = "step") -> Chart:
+    """A chart with a line for each name; the vertical axis is logarithmic where values differ by orders of magnitude.
 
     Args:
         name: of the chart, for ids.
@@ -85,19 +87,22 @@ def line_chart(
         unit: what the vertical axis shows.
         curves: x and y of the points of each line.
         x: what the horizontal axis shows.
-        log: whether the vertical axis is logarithmic.
     """
     with style.context(SETTINGS):
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
         axes = figure.subplots()
         for index, (label, (xs, ys)) in enumerate(curves.items()):
-            dashes = DASHES[index % len(SERIES) % len(DASHES)]
-            axes.plot(xs, ys, dashes, color=SERIES[index % len(SERIES)], label=label, linewidth=1.6)
-        if log and any(min(ys) > 0 for _, ys in curves.values()):
+            row, column = divmod(index, len(SERIES))  # no two lines have the same color and dashes
+            dashes = DASHES[(row + column) % len(DASHES)]
+            axes.plot(xs, ys, dashes, color=SERIES[column], label=label, linewidth=1.6)
+        every = np.concatenate([ys for _, ys in curves.values()])
+        if every.min() > 0 and every.max() > FACTOR * every.min():
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel=x, ylabel=unit)
         if len(curves) > 1:
-            figure.legend(loc="outside lower center", ncols=2 if len(curves) < 7 else 3)
+            figure.legend(loc="outside lower center", ncols=3 if len(curves) < 7 or len(curves) > 8 else 4)
         svg = to_svg(figure, name)
     return Chart(title, f"{title}. " + "; ".join(_ends(label, ys, x) for label, (_, ys) in curves.items()), svg)
 
@@ -125,29 +130,31 @@ def curve_charts(curves: Mapping[str, Mapping[str, tuple[list[int], list[float]]
         several = len(curves) > 1 and "(" in pattern
         return {f"{label}, {run}" if several else label: points for label, run, points in found}
 
-    charts = [("loss", "Loss", "loss", r"train/loss", False)]
+    charts = [("loss", "Loss", "loss", r"train/loss")]
     if len(curves) == 1:
-        charts.append(("parts", "Parts of the loss, before weighting", "loss", r"train/(?!loss$|grad)(.+)", True))
+        charts.append(("parts", "Parts of the loss, before weighting", "loss", r"train/(?!loss$|grad|replaced)(.+)"))
     charts += [
-        ("rate", "Learning rate", "rate", r"lr-(?:.*/)?(.+)", True),
-        ("norm", "Gradient norm, before clipping", "norm", r"train/grad\w*_norm", True),
-        ("validation", "Validation", "AP", r"val/(AP|AP50|AP75)", False),
+        ("rate", "Learning rate", "rate", r"lr-(?:.*/)?(.+)"),
+        ("norm", "Gradient norm, before clipping", "norm", r"train/grad\w*_norm"),
+        ("validation", "Validation", "AP", r"val/(AP|AP50|AP75)"),
     ]
     return [
-        line_chart(f"curve-{name}", title, unit, lines, log=log)
-        for name, title, unit, pattern, log in charts
+        line_chart(f"curve-{name}", title, unit, lines)
+        for name, title, unit, pattern in charts
         if (lines := chosen(pattern))
     ]
 
 
 def precision_recall_chart(evaluations: Mapping[str, VideoEvaluation]) -> Chart:
-    """Precision over recall, a mean over the categories, at IoUs of 0.5 and 0.75 and as a mean over all thresholds."""
+    """Precision over recall, a mean over the categories, at IoUs of 0.5 (and 0.75) and as a mean over all thresholds."""
     several = len(evaluations) > 1
     lines: dict[str, Points] = {}
     for run, evaluation in evaluations.items():
         if evaluation.precision:
             mean = np.mean([*evaluation.precision.values()], axis=0)
-            rows = {f"IoU {IOU_THRESHOLDS[i]:.2f}": mean[i] for i in (0, 5)} | {"mean over IoUs": mean.mean(axis=0)}
+            rows = {f"IoU {IOU_THRESHOLDS[i]:.2f}": mean[i] for i in ((0,) if several else (0, 5))} | {
+                "mean over IoUs": mean.mean(axis=0)
+            }
             lines |= {
                 f"{label}, {run}" if several else label: (RECALLS.tolist(), row.tolist()) for label, row in rows.items()
             }

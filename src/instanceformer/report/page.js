@@ -45,11 +45,13 @@ function runLengths(text) {
 function readMask(text, height, width) {
   const inside = new Uint8Array(height * width);
   let at = 0;
-  let [area, top, sum] = [0, height, 0];
+  let [area, top, sum, left, right] = [0, height, 0, width, 0];
   runLengths(text).forEach((length, index) => {
     if (index % 2) {
       inside.fill(1, at, at + length);
       area += length;
+      left = Math.min(left, Math.floor(at / height));
+      right = Math.floor((at + length - 1) / height) + 1;
       for (let i = at; i < at + length; i++) {
         top = Math.min(top, i % height);
         sum += Math.floor(i / height);
@@ -57,7 +59,7 @@ function readMask(text, height, width) {
     }
     at += length;
   });
-  return { inside, area, top, center: area ? sum / area : 0 };
+  return { inside, area, top, left, right, center: area ? sum / area : 0 };
 }
 
 function maskPaths(mask, height, width, scale) {
@@ -68,7 +70,7 @@ function maskPaths(mask, height, width, scale) {
     outline.moveTo(x1 * scale, y1 * scale);
     outline.lineTo(x2 * scale, y2 * scale);
   };
-  for (let x = 0; x < width; x++) {
+  for (let x = mask.left; x < mask.right; x++) {
     for (let y = 0; y < height; y++) {
       if (!mask.inside[x * height + y]) continue;
       const start = y;
