@@ -146,7 +146,7 @@ def curve_charts(curves: Mapping[str, Mapping[str, tuple[list[int], list[float]]
 
 
 def precision_recall_chart(evaluations: Mapping[str, VideoEvaluation]) -> Chart:
-    """Precision over recall, a mean over the categories, at IoUs of 0.5 (and 0.75) and as a mean over all thresholds."""
+    """Precision over recall, a mean over the categories, at some IoUs and as a mean over all thresholds."""
     several = len(evaluations) > 1
     lines: dict[str, Points] = {}
     for run, evaluation in evaluations.items():
