@@ -178,7 +178,7 @@ def test_queries_are_followed_on_the_instances_that_their_masks_cover(
     assert [sight.frame for sight in sights][-1] == 2
     for sight in sights:
         differences = np.abs(prediction.queries[0, sight.frame].numpy() - sight.query).max(axis=1)
-        assert differences.min() < 1e-4
+        assert differences.min() < 1e-3  # of other queries, hundreds of times as much
         assert sight.looks is not None
         assert sight.weights.sum() == pytest.approx(1, abs=1e-4)
 
@@ -246,8 +246,8 @@ def test_runs_on_different_videos_are_refused(run: Path, annotations: Path, tmp_
 def test_options_and_outputs_that_cannot_be_are_refused(run: Path, tmp_path: Path, capsys) -> None:
     assert "no video has the id 77" in refusal([run], tmp_path, figures=77)
     assert "videos: found 0, expected at least 1" in refusal([run], tmp_path, videos=0)
-    assert "No such file or directory" in refusal([run], tmp_path, output=tmp_path / "none" / "page.html")
-    with pytest.raises(SystemExit, match=r"instanceformer report: .*no such file or directory$"):
+    assert "found a folder, expected the name of a file" in refusal([run], tmp_path, output=tmp_path)
+    with pytest.raises(SystemExit, match=r"instanceformer report: .*page.html: found no folder .*none, expected"):
         main(["report", str(run), "-o", str(tmp_path / "none" / "page.html")])
 
 

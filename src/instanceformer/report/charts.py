@@ -33,6 +33,7 @@ SETTINGS: dict[str, Any] = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.facecolor": "none",
+    "axes.axisbelow": True,
     "axes.grid": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -192,7 +193,7 @@ def plane_chart(
         for rows, label, color in zip(vectors, labels, colors, strict=True):
             scatter(axes, (rows - center) @ directions[:2].T, color, label)
         axes.set(xlabel=f"first component, {shares[0]:.0%}", ylabel=f"second component, {shares[1]:.0%}")
-        axes.set(xticklabels=[], yticklabels=[])
+        axes.set(xticks=[], yticks=[])
         svg = to_svg(figure, name)
     count = ", ".join(f"{label} in {len(rows)} frames" for label, rows in zip(labels, vectors, strict=True))
     return Chart(title, f"{title}: {count}", svg)

@@ -79,6 +79,9 @@ def write_report(folders: Sequence[Path], output: Path, options: ReportOptions =
     """
     if len(folders) > 2:
         raise ValueError(f"found {len(folders)} runs, expected one or two; `instanceformer compare` takes any number")
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        found = "a folder" if output.is_dir() else f"no folder {output.parent}"
+        raise ValueError(f"{output}: found {found}, expected the name of a file in a folder that exists")
     check_writable(output)
     runs = dict(zip(_names(folders), map(read_run, folders), strict=True))
     first, *others = runs.values()
