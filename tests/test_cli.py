@@ -92,6 +92,10 @@ def test_fit_then_validate_test_predict_and_evaluate(
     config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    older = [tmp_path / "films" / f"step_000000{step}" for step in range(2)]
+    for folder in older:
+        folder.mkdir(parents=True)
+    monkeypatch.setattr("instanceformer.training.callbacks.KEPT_FILMS", 2)
     main(["fit", "--config", str(config)])
     checkpoint = tmp_path / "best.ckpt"
     with (tmp_path / "metrics.csv").open(newline="") as file:
@@ -105,7 +109,10 @@ def test_fit_then_validate_test_predict_and_evaluate(
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert checkpoint.exists()
-    assert list(tmp_path.glob("wandb/offline-run-*/files/media/videos/val/videos/*.mp4"))
+    (to_wandb,) = tmp_path.glob("wandb/offline-run-*/files/media/videos/val/videos/*.mp4")
+    (film,) = tmp_path.glob("films/step_0000002/*.mp4")
+    assert film.read_bytes() == to_wandb.read_bytes()
+    assert [folder.exists() for folder in older] == [False, True]
     resume = [f"--ckpt_path={checkpoint}", "--trainer.max_steps=3", "--model.init_from=nowhere.ckpt"]
     main(["fit", "--config", str(config), *resume, f"--trainer.default_root_dir={tmp_path / 'resumed'}"])  # no init
     with pytest.raises(SystemExit, match=r"nowhere\.ckpt"):
@@ -173,6 +180,8 @@ def test_the_same_command_goes_on_wherever_the_folder_lies(
     command += ["--trainer.logger.init_args.save_dir=."]
     main([*command, "--trainer.default_root_dir=~/first"])
     assert list((tmp_path / "first").glob("wandb/offline-run-*"))
+    logged = (tmp_path / "first" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"lr-AdamW/network", "train/loss", "train/gradient_norm"} <= set(logged)  # W&B or not, callbacks or none
     wandb.finish()
     begun = [*command, "--ckpt_path=first/last.ckpt", "--trainer.max_steps=3"]
     main([*begun, "--trainer.default_root_dir=second"])

@@ -61,6 +61,7 @@ ROWS = [
     Row("make ", left_out="they take minutes; their parts are run by this test, by others and by the rehearsal"),
     Row("pip install", left_out="it changes the environment"),
     Row(r"instanceformer segment rtsp:", left_out="no camera"),
+    Row("instanceformer compare", left_out="it needs studies; tests/studies runs it"),
     Row("instanceformer import"),
     Row("instanceformer check"),
     Row("instanceformer evaluate"),
@@ -254,6 +255,14 @@ def test_design_names_what_is_in_its_files() -> None:
         source = find_named(file)[0].read_text()
         for name in re.findall(r"`(\w+)`", names):
             assert re.search(rf"^ *(class |def |){name}\b *[:(=]", source, re.MULTILINE), f"{file}: {name}"
+
+
+@each_document
+def test_what_ends_in_a_colon_introduces_something(document: Path) -> None:
+    paragraphs = re.sub(r"```.*?```", "    code", document.read_text(), flags=re.DOTALL).split("\n\n")
+    for paragraph, following in zip(paragraphs, [*paragraphs[1:], ""], strict=True):
+        if paragraph.rstrip().endswith(":"):
+            assert re.match(r"[-|>!]|\d+\.|    ", following), f"nothing follows: {paragraph[-80:]}"
 
 
 @each_document

@@ -1,4 +1,4 @@
-"""Files that are never seen half written and never written by two processes at once; the order of file names."""
+"""Files that are never seen half written and never written by two processes at once; their hashes, their order."""
 
 from __future__ import annotations
 

@@ -16,10 +16,17 @@ from torchvision.transforms.v2 import functional as F
 
 from instanceformer.data.augment import IMAGE_MEAN, IMAGE_STD, Augmentation, Geometry
 from instanceformer.data.batch import ClipBatch
-from instanceformer.data.clips import ClipDataset, clip_targets, collate_clips, mask_boxes, with_cut
+from instanceformer.data.clips import (
+    ClipDataset,
+    ClipKey,
+    SeededClips,
+    clip_targets,
+    collate_clips,
+    mask_boxes,
+    with_cut,
+)
 from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.data.images import read_image
-from instanceformer.data.sampling import ClipKey, SeededClips
 
 
 def clips_of(tiny: Any, **options: Any) -> ClipDataset:

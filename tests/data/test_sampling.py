@@ -11,9 +11,9 @@ from tests.data.test_datamodule import split_of
 from torch.utils.data import Dataset
 
 from instanceformer.data.batch import DenseTargets
+from instanceformer.data.clips import MAX_REPLACEMENTS, ClipKey, ClipSampler, SeededClips
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.data.images import ImageError, ImageSizeError
-from instanceformer.data.sampling import MAX_REPLACEMENTS, ClipKey, ClipSampler, SeededClips
 
 
 def sampler(begun: int = 0, rank: int = 0, seed: int = 0) -> ClipSampler:

@@ -22,7 +22,7 @@ from instanceformer.evaluation.results import decode_mask, read_results
 from instanceformer.inference.outputs import SegmentOutputs, TracksWriter, segment_video
 from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.video.films import VideoWriter
-from instanceformer.video.reading import open_video
+from instanceformer.video.frames import open_video
 
 
 def test_a_film_results_and_masks_of_a_video(tmp_path, checkpoint, folder):

@@ -139,3 +139,14 @@ def test_class_probabilities_are_the_mean_over_the_frames_that_show_the_track():
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SegmenterOptions(**options)
+
+
+def test_a_query_that_never_begins_a_track_is_freed_after_patience_where_queries_must_be_confident_to_hold() -> None:
+    video = Video()
+    video.tracks.frees_idle = True
+    for _ in range(5):
+        video.see(0.1, 0.4, 0.1, held=(False,) * 3)  # nothing to free
+        assert not video.ended.any()
+    for frame in range(6):
+        assert video.see(0.1, 0.4, 0.1, held=(True, True, False)) == [0, 0, 0]
+        assert video.ended.tolist() == [frame in (2, 5), False, False]

@@ -345,7 +345,7 @@ def test_released_queries_know_nothing(tiny: Callable[..., InstanceFormer]) -> N
         held=ones.bool(),
         identities=replace(state.identities, sightings=ones, hidden=ones.bool()),
     )
-    released = state.release(torch.arange(N)[None] < 2)
+    released = state.free(torch.arange(N)[None] < 2)
     for found in (released.held, released.hidden, released.identities.sightings > 0):
         assert found[0].tolist() == [False] * 2 + [True] * (N - 2)
 

@@ -254,7 +254,7 @@ def test_no_frame_waits_for_a_gpu(tiny) -> None:
                 prediction = network.decode(features[t], state)
                 shown = prediction.scores.amax(-1).topk(3).indices
                 assert network.segment(features[t], prediction, shown).device.type == "cuda"
-                state = network.advance(state, prediction).release(torch.zeros_like(state.carried))
+                state = network.advance(state, prediction).free(torch.zeros_like(state.carried))
         assert copies.seen == []
         with pytest.raises(DynamicOutputShapeException):
             state.carried.nonzero()
@@ -337,7 +337,7 @@ def test_history_begins_with_the_first_frame_in_which_a_query_is_held(tiny) -> N
         assert state.carried.all()
     assert state.class_filled[0].int().tolist() == [[1, 1] + [0] * 10, [1, 1] + [0] * 10, [1] + [0] * 11]
     assert state.class_logits[0, :, 0, 0].tolist() == [3, 2, 1]
-    released = state.release(torch.arange(12)[None] == 0)
+    released = state.free(torch.arange(12)[None] == 0)
     assert released.held[0].tolist() == [False, True] + [False] * 10
 
 

@@ -23,7 +23,7 @@ def make_outputs(targets: DenseTargets) -> ClipOutputs:
         masks=torch.randn(T, D, B, n, 16, 24),
         queries=torch.randn(T, B, n, 8),
         assigned=torch.tensor([[3, 1, 4], [0, 5, -1]]).expand(D, -1, -1),
-        held=held[:, None].expand(-1, D, -1, -1),
+        has_query=held[:, None].expand(-1, D, -1, -1),
     )
 
 
@@ -57,7 +57,7 @@ def test_classes_are_asked_for_from_the_first_appearance_on_also_while_hidden(ta
 def test_each_layer_has_classes_of_its_own_where_it_was_matched_by_itself(targets) -> None:
     outputs = make_outputs(targets)
     assigned = torch.tensor([[[3, 1, 4], [0, 5, -1]], [[2, 1, 0], [5, 0, -1]]])
-    outputs = ClipOutputs(**{**vars(outputs), "assigned": assigned, "held": (assigned >= 0).expand(T, -1, -1, -1)})
+    outputs = ClipOutputs(**{**vars(outputs), "assigned": assigned, "has_query": (assigned >= 0).expand(T, -1, -1, -1)})
     found = class_targets(outputs, targets.labels)[0]  # (D, B, N, K)
     assert found[:, 0].nonzero().tolist() == [
         [0, 1, 1],
@@ -75,9 +75,9 @@ def test_boxes_count_where_visible_and_masks_where_held(targets) -> None:
     outputs.masks.requires_grad_()
     clip_losses(outputs, targets, torch.tensor(7.0), window=3).total(LossWeights()).backward()
     counted = outputs.boxes.grad.abs().sum(-1).gt(0)
-    assert torch.equal(counted, targets.visible[:, None] & outputs.held)
+    assert torch.equal(counted, targets.visible[:, None] & outputs.has_query)
     counted = outputs.masks.grad.abs().sum((-2, -1)).gt(0)
-    assert torch.equal(counted, outputs.held)
+    assert torch.equal(counted, outputs.has_query)
 
 
 def test_perfect_boxes_and_masks_cost_almost_nothing(targets) -> None:
@@ -88,7 +88,7 @@ def test_perfect_boxes_and_masks_cost_almost_nothing(targets) -> None:
         masks=outputs.masks,
         queries=outputs.queries,
         assigned=outputs.assigned,
-        held=outputs.held,
+        has_query=outputs.has_query,
     )
     sharp = DenseTargets(**{**vars(targets), "masks": targets.masks.gt(8).byte() * 16})
     perfect = ClipOutputs(**{**vars(perfect), "masks": (sharp.masks * 2.5 - 20)[:, None].expand(-1, D, -1, -1, -1, -1)})

@@ -13,7 +13,7 @@ from instanceformer.inference.optimize import keep_memory
 from instanceformer.inference.outputs import SegmentOutputs, refuse_same, segment_video
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
 from instanceformer.inference.tracks import SegmenterOptions
-from instanceformer.video.reading import open_video
+from instanceformer.video.frames import open_video
 
 
 def run(args: Sequence[str]) -> None:

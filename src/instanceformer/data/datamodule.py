@@ -26,11 +26,10 @@ from instanceformer.data.catalog import (
     locate,
     map_categories,
 )
-from instanceformer.data.clips import ClipDataset, collate_clips
+from instanceformer.data.clips import ClipDataset, ClipSampler, SeededClips, collate_clips, leave_signals_to_the_trainer
 from instanceformer.data.images import check_frames
 from instanceformer.data.packed import open_annotations, pack
 from instanceformer.data.pseudo_video import JointImages, PseudoClips
-from instanceformer.data.sampling import ClipSampler, SeededClips, leave_signals_to_the_trainer
 from instanceformer.data.streaming import RawStream, RawVideo, StreamingVideos, find_videos
 
 PAPER_AUGMENTATION = Augmentation()

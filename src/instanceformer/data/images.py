@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from instanceformer.data.formats.run_lengths import show
-from instanceformer.orientation import SIDEWAYS, image_orientation, upright
+from instanceformer.video.frames import SIDEWAYS, image_orientation, upright
 
 if TYPE_CHECKING:
     from torch import Tensor

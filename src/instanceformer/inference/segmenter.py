@@ -22,8 +22,7 @@ from instanceformer.inference.tracks import MIN_SIDE, FrameInstances, SegmenterO
 from instanceformer.model.decoder import FramePrediction
 from instanceformer.model.encoder import FrameFeatures
 from instanceformer.model.network import InstanceFormer
-from instanceformer.video.frames import Frame
-from instanceformer.video.reading import Source, open_video
+from instanceformer.video.frames import Frame, Source, open_video
 
 SPARE = 8
 """On a GPU the number of masks computed for a frame is a multiple of this, and never zero."""
@@ -115,8 +114,9 @@ class VideoInstanceSegmenter:
 
     def reset(self) -> None:
         """Forget the video: the next frame is the first of another one."""
-        self._state = self.network.initial_state(1)
-        self._tracks = Tracks(self.network.num_queries, self.network.num_classes, self.options, self._device)
+        network, confident = self.network, self.network.options.min_confidence > 0
+        self._tracks = Tracks(network.num_queries, network.num_classes, self.options, self._device, confident)
+        self._state = network.initial_state(1)
         self._num_masks = SPARE  # to compute in the next frame on a GPU
         self._size = self._input_size = (0, 0)  # (height, width) of the frames, and of the network's input
         self._video = object()  # identifies the current video
@@ -185,7 +185,7 @@ class VideoInstanceSegmenter:
             state = self.network.advance(self._state, prediction)
             boxes = prediction.boxes[-1, 0].float()
             visible, ended = self._tracks.update(prediction.scores[0], boxes, state.held[0], state.hidden[0])
-            self._state = state.release(ended[None])
+            self._state = state.free(ended[None])
             scores, labels = self._tracks.probabilities.max(dim=-1)
             columns = (visible[:, None], self._tracks.ids[:, None], labels[:, None], scores[:, None], boxes)
             table = torch.cat([column.double() for column in columns], dim=-1)

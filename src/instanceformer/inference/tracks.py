@@ -50,7 +50,8 @@ class SegmenterOptions:
             (``TrackState.held``), as every query does in the paper's network.
         show: confidence in [0, 1] below which a track is hidden in a frame. It keeps its query and its id.
         patience: how many frames in a row a track may be hidden; after one more it ends. Its query starts again from
-            its learned content and may begin another track, with another id.
+            its learned content and may begin another track, with another id. A query that holds an instance and is
+            never confident enough for a track starts again likewise, unless the network's ``min_confidence`` is 0.
         max_overlap: box IoU in (0, 1] with a visible track, or with a more confident new one, above which a query does
             not begin a track: it would be a second one of the same instance.
         max_tracks: most tracks alive at a time; while there are that many, none begins.
@@ -114,15 +115,25 @@ class Tracks:
         num_classes: K.
         options: rules.
         device: of the network.
+        frees_idle: whether patience also frees queries that hold an instance and have no track.
     """
 
-    def __init__(self, num_queries: int, num_classes: int, options: SegmenterOptions, device: torch.device) -> None:
-        self.options = options
+    def __init__(
+        self,
+        num_queries: int,
+        num_classes: int,
+        options: SegmenterOptions,
+        device: torch.device,
+        frees_idle: bool = False,
+    ) -> None:
+        self.options, self.frees_idle = options, frees_idle
         self.ids = torch.zeros(num_queries, dtype=torch.int64, device=device)
         self._last_id = torch.zeros((), dtype=torch.int64, device=device)
         self._total = torch.zeros(num_queries, num_classes, device=device)  # of probabilities while visible
         self._seen = torch.zeros(num_queries, device=device)  # frames in which the track was visible
-        self._unseen = torch.zeros(num_queries, device=device)  # frames since it was last visible
+        self._unseen = torch.zeros(
+            num_queries, device=device
+        )  # frames since a query that holds an instance was confident
 
     @property
     def probabilities(self) -> Tensor:
@@ -139,11 +150,12 @@ class Tracks:
             hidden: (N,) bool, see ``TrackState.hidden``; tracks of these queries are not visible in this frame.
 
         Returns:
-            (N,) bool, queries whose tracks are visible in this frame; (N,) bool, queries whose tracks end with it.
+            (N,) bool, queries whose tracks are visible in this frame; (N,) bool, queries to be freed after it.
         """
         options = self.options
         confidence = scores.amax(dim=-1)
-        visible = (self.ids > 0) & ~hidden & (confidence >= options.show)
+        confident = ~hidden & (confidence >= options.show)
+        visible = (self.ids > 0) & confident
         born = (self.ids == 0) & held & ~hidden & (confidence >= options.birth)
         compared = (born | visible)[None]
         born &= ~duplicates(boxes[None], confidence[None], compared, visible[None], options.max_overlap)[0]
@@ -157,10 +169,11 @@ class Tracks:
         visible |= born
         self._total = self._total + torch.where(visible[:, None], scores, 0.0)
         self._seen = self._seen + visible
-        self._unseen = torch.where(visible, 0.0, self._unseen + 1)
+        self._unseen = torch.where(confident | ~held, 0.0, self._unseen + 1)
 
-        ended = (self.ids > 0) & (self._unseen > options.patience)
+        ended = ((self.ids > 0) | (held & self.frees_idle)) & (self._unseen > options.patience)
         self.ids = torch.where(ended, 0, self.ids)
         self._total = torch.where(ended[:, None], 0.0, self._total)
         self._seen = torch.where(ended, 0.0, self._seen)
+        self._unseen = torch.where(ended, 0.0, self._unseen)
         return visible, ended

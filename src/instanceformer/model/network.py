@@ -301,21 +301,21 @@ class InstanceFormer(nn.Module):
         masks = masks.view(batch, layers, n, *masks.shape[-2:]).transpose(0, 1)
         return masks if all_layers else masks[0]
 
-    def advance(self, state: TrackState, prediction: FramePrediction, held: Tensor | None = None) -> TrackState:
+    def advance(self, state: TrackState, prediction: FramePrediction, matched: Tensor | None = None) -> TrackState:
         """The state for the next frame; decides which queries hold an instance and which enter the memory.
 
         A query that holds an instance keeps it. At inference a query begins to hold one when its score reaches
         ``min_confidence`` and it is neither a duplicate nor hidden; only queries that meet these conditions in this
-        very frame can enter the memory. In training, all of ``held`` can. Of these, the k most confident do; hidden
+        very frame can enter the memory. In training, all of ``matched`` can. Of these, the k most confident do; hidden
         ones never do.
 
         Args:
             state: the one that the prediction was decoded with.
             prediction: of the current frame.
-            held: (B, N) bool, in training the queries that are matched to an instance; None: decide as at inference.
+            matched: (B, N) bool, in training the queries that are matched to an instance; None: decide as at inference.
         """
         scores, boxes, queries = prediction.scores, prediction.boxes[-1], prediction.queries[-1]
-        sighting, remembered = prediction.sighting, held
+        sighting, remembered = prediction.sighting, matched
         if remembered is None:
             confidence = scores.amax(dim=-1)
             remembered = confidence >= self.options.min_confidence

@@ -71,7 +71,7 @@ class TrackState:
             content. All false after a reset.
         held: (B, N) bool, whether the query holds an instance. ``InstanceFormer.advance`` decides: in training, once
             the query is matched; at inference, once its score reaches ``min_confidence`` and it is not a duplicate.
-            Stays true until ``release`` or a reset. This is the only record of it.
+            Stays true until ``free`` or a reset. This is the only record of it.
         class_logits: (B, d, N, K) raw class logits of the previous frames (equation 2).
         class_filled: (B, d, N) bool, the frames that the class prior sees of each query: from the newest, without gaps.
         memory_queries: (B, d, k, C) final content of the remembered queries (equation 3), without gradient.
@@ -130,7 +130,7 @@ class TrackState:
         """(B, N) bool, queries whose instance the last frame did not show where they were."""
         return torch.zeros_like(self.held) if self.identities is None else self.identities.hidden
 
-    def release(self, queries: Tensor) -> TrackState:
+    def free(self, queries: Tensor) -> TrackState:
         """The state with some queries freed: they hold nothing, start afresh, and their memory tokens are gone.
 
         Args:

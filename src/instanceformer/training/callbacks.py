@@ -1,13 +1,13 @@
-"""Callbacks and a logger: result files, a table of logged metrics, films for W&B."""
+"""Callbacks and a logger: result files, a table of logged metrics, films."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from instanceformer.files import hash_file, replacing
 from instanceformer.inference.render import film_results, select_tracks, select_video
 from instanceformer.model.network import InstanceFormer
 from instanceformer.training.module import InstanceFormerModule
+
+KEPT_FILMS = 5
+"""How many validations' films ``VideoLogger`` keeps."""
 
 
 class ResultsWriter(Callback):
@@ -251,7 +254,10 @@ class MetricsFile(Logger):
 
 
 class VideoLogger(Callback):
-    """Logs films of a few videos to W&B after every validation: ground truth beside predictions.
+    """Films a few videos after every validation: ground truth beside predictions.
+
+    The films are files of the run's folder, ``films/step_0000300/ID.mp4`` (``films/validate`` outside of a training),
+    and go to W&B if there is such a logger. The folders of the last five validations stay.
 
     Args:
         videos: how many; the first ones that rank 0 finishes.
@@ -277,27 +283,25 @@ class VideoLogger(Callback):
             self._finished[batch.video_id] = outputs["tracks"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the films and log them on rank 0, if there is a W&B logger."""
+        """Make the films on rank 0."""
         finished, self._finished = self._finished, {}
         data = getattr(trainer, "datamodule", None)
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-        if (
-            trainer.sanity_checking
-            or not trainer.is_global_zero
-            or not loggers
-            or not isinstance(data, VideoDataModule)
-        ):
+        if trainer.sanity_checking or not trainer.is_global_zero or not isinstance(data, VideoDataModule):
             return
         dataset, images = data.videos("validate")
-        with TemporaryDirectory() as folder:
+        all_films = Path(trainer.default_root_dir) / "films"
+        folder = all_films / (f"step_{trainer.global_step:07}" if trainer.state.fn == "fit" else "validate")
+        folder.mkdir(parents=True, exist_ok=True)
+        for video_id, tracks in finished.items():
+            video = select_video(dataset, video_id, images)
+            chosen = select_tracks(tracks, dataset, video, self.threshold)
+            film_results(dataset, video, chosen, images, folder / f"{video_id}.mp4", self.fps, self.threshold)
+        for old in sorted(all_films.glob("step_*"))[:-KEPT_FILMS]:
+            shutil.rmtree(old)
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        if loggers:
             import wandb
 
-            films = {}
-            for video_id, tracks in finished.items():
-                video = select_video(dataset, video_id, images)
-                chosen = select_tracks(tracks, dataset, video, self.threshold)
-                path = Path(folder) / f"{video_id}.mp4"
-                film_results(dataset, video, chosen, images, path, self.fps, self.threshold)
-                films[f"val/videos/{video_id}"] = wandb.Video(str(path), format="mp4")
+            films = {f"val/videos/{id_}": wandb.Video(str(folder / f"{id_}.mp4"), format="mp4") for id_ in finished}
             for logger in loggers:
                 logger.experiment.log({**films, "trainer/global_step": trainer.global_step})

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def temporal_contrastive_loss(queries: Tensor, held: Tensor, window: int, temperature: float = 0.07) -> Tensor:
+def temporal_contrastive_loss(queries: Tensor, has_query: Tensor, window: int, temperature: float = 0.07) -> Tensor:
     """Pull each instance toward its own past and away from the past of all others.
 
     Equation 5 as printed, for instance i at frame t::
@@ -27,7 +27,7 @@ def temporal_contrastive_loss(queries: Tensor, held: Tensor, window: int, temper
 
     Args:
         queries: (T, B, n, C) final content of the instances' queries.
-        held: (T, B, n) bool, whether the instance has a query in that frame.
+        has_query: (T, B, n) bool, whether the instance has a query in that frame.
         window: d, in frames.
         temperature: tau.
 
@@ -40,7 +40,7 @@ def temporal_contrastive_loss(queries: Tensor, held: Tensor, window: int, temper
         similarity = torch.einsum("tbic,fbjc->btifj", unit, unit) / temperature
     time = torch.arange(frames, device=queries.device)
     age = time[:, None] - time[None, :]
-    both = held.permute(1, 0, 2)[:, :, :, None, None] & held.permute(1, 0, 2)[:, None, None, :, :]
+    both = has_query.permute(1, 0, 2)[:, :, :, None, None] & has_query.permute(1, 0, 2)[:, None, None, :, :]
     earlier = both & (age > 0)[None, :, None, :, None]
     same = torch.eye(n, dtype=torch.bool, device=queries.device)[None, None, :, None, :]
     positive = earlier & same & (age <= window)[None, :, None, :, None]

@@ -81,7 +81,7 @@ class ClipOutputs:
         masks: (T, D, B, n, h, w) logits.
         queries: (T, B, n, C) final content.
         assigned: (D, B, n) int64, query of each instance, or -1; the same in all layers if T > 1.
-        held: (T, D, B, n) bool, whether the instance has a query in that frame: from its first appearance on.
+        has_query: (T, D, B, n) bool, whether the instance has a query in that frame: from its first appearance on.
         recognition: one for each frame from a network with ``identity``; empty from others.
     """
 
@@ -90,7 +90,7 @@ class ClipOutputs:
     masks: Tensor
     queries: Tensor
     assigned: Tensor
-    held: Tensor
+    has_query: Tensor
     recognition: Sequence[FrameRecognition] = ()
 
 
@@ -108,8 +108,8 @@ def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normalizer: Tensor,
         window: d of the contrastive loss.
     """
     with torch.autocast(outputs.logits.device.type, enabled=False):
-        held = outputs.held.float()
-        visible = held * targets.visible[:, None]
+        has_query = outputs.has_query.float()
+        visible = has_query * targets.visible[:, None]
         boxes = outputs.boxes.float()
         target_boxes = targets.boxes[:, None]
         focal, dice = mask_losses(outputs.masks.float(), targets.masks[:, None] / 16, targets.pixels.float())
@@ -120,9 +120,9 @@ def clip_losses(outputs: ClipOutputs, targets: DenseTargets, normalizer: Tensor,
             classification=sigmoid_focal_loss(outputs.logits.float(), class_targets(outputs, targets.labels)).sum(),
             box_l1=((boxes - target_boxes).abs().sum(dim=-1) * visible).sum(),
             box_giou=((1 - generalized_box_iou(boxes, target_boxes)) * visible).sum(),
-            mask_focal=(focal * held).sum(),
-            mask_dice=(dice * held).sum(),
-            contrastive=temporal_contrastive_loss(outputs.queries, outputs.held[:, -1], window),
+            mask_focal=(focal * has_query).sum(),
+            mask_dice=(dice * has_query).sum(),
+            contrastive=temporal_contrastive_loss(outputs.queries, outputs.has_query[:, -1], window),
             appearance=appearance,
             recognition=recognition,
         )
@@ -133,7 +133,7 @@ def class_targets(outputs: ClipOutputs, labels: Tensor) -> Tensor:
     """(T, D, B, N, K) float32: 1 for the class of a query's instance, from its first appearance on; otherwise 0."""
     targets = torch.zeros_like(outputs.logits, dtype=torch.float32)
     cells = outputs.assigned.clamp(min=0) * targets.shape[-1] + labels  # unique among instances with a query
-    targets.flatten(3).scatter_add_(3, cells.expand_as(outputs.held), outputs.held.float())
+    targets.flatten(3).scatter_add_(3, cells.expand_as(outputs.has_query), outputs.has_query.float())
     return targets
 
 

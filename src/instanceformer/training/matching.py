@@ -55,12 +55,12 @@ def match_entering(
     # NaN and infinite predictions are left to the gradient scaler: they must not end a run here
     cost = match_cost(logits, boxes, targets.labels, targets.boxes[t], costs).nan_to_num(1e6, 1e6, -1e6).cpu()
     for layer, clip in torch.cartesian_prod(torch.arange(len(cost)), entering.any(dim=1).nonzero().flatten()).tolist():
-        new, held = entering[clip].nonzero().flatten(), assigned[layer, clip]
+        new, taken = entering[clip].nonzero().flatten(), assigned[layer, clip]
         free = torch.ones(cost.shape[2], dtype=torch.bool)
-        free[held[held >= 0]] = False
+        free[taken[taken >= 0]] = False
         candidates = free.nonzero().flatten()
         rows, columns = linear_sum_assignment(cost[layer, clip][candidates][:, new].numpy())
-        held[new[columns]] = candidates[rows]
+        taken[new[columns]] = candidates[rows]
     return assigned
 
 

@@ -18,8 +18,8 @@ from instanceformer import checkpoints
 from instanceformer.checkpoints.checkpoint import take_over
 from instanceformer.data.annotations import Category
 from instanceformer.data.batch import ClipBatch, VideoChunk, to_device
+from instanceformer.data.clips import derive_seed
 from instanceformer.data.datamodule import VideoDataModule
-from instanceformer.data.sampling import derive_seed
 from instanceformer.evaluation.ground_truth import read_ground_truth
 from instanceformer.evaluation.protocol import InferenceOptions, VideoInference
 from instanceformer.evaluation.results import Track
@@ -271,7 +271,7 @@ class InstanceFormerModule(LightningModule):
         layers = slice(0 if frames == 1 else depth - 1, depth)  # that are matched independently
         matched = torch.full((depth, *targets.labels.shape), -1)[layers]
         every_query = torch.arange(network.num_queries, device=device)
-        predictions, held, recognition = [], [], []
+        predictions, has_query, recognition = [], [], []
         for t in range(frames):
             prediction = network.decode(features[t], state)
             matched = match_entering(
@@ -283,7 +283,7 @@ class InstanceFormerModule(LightningModule):
                 recognition.append(recognize_frame(appearance, features[t], seen, state.held, assigned[-1], targets, t))
             state = network.advance(state, prediction, (assigned[-1, ..., None] == every_query).any(dim=1))
             predictions.append(prediction)
-            held.append(assigned >= 0)
+            has_query.append(assigned >= 0)
 
         assigned = assigned.expand(depth, -1, -1)
         chosen = assigned.clamp(min=0)
@@ -295,10 +295,12 @@ class InstanceFormerModule(LightningModule):
             ),
             queries=torch.stack([gather_layers(p.queries[-1:], chosen[-1])[0] for p in predictions]),
             assigned=assigned,
-            held=torch.stack(held).expand(-1, depth, -1, -1),
+            has_query=torch.stack(has_query).expand(-1, depth, -1, -1),
             recognition=recognition,
         )
-        return clip_losses(outputs, targets, self._mean_over_ranks(outputs.held[:, -1].sum()), network.memory_frames)
+        return clip_losses(
+            outputs, targets, self._mean_over_ranks(outputs.has_query[:, -1].sum()), network.memory_frames
+        )
 
     def _mean_over_ranks(self, count: Tensor) -> Tensor:
         """Total over all ranks, at least 1, divided by their number, so that DDP's mean gradient is right."""

@@ -18,7 +18,7 @@ from instanceformer.data.annotations import Category
 from instanceformer.data.formats.records import load_json
 from instanceformer.data.formats.run_lengths import show
 from instanceformer.files import natural_order
-from instanceformer.orientation import upright, upright_size
+from instanceformer.video.frames import upright, upright_size
 
 MAX_SHOWN = 10
 """Maximum number of items listed in a message."""

@@ -22,7 +22,7 @@ from instanceformer.data.formats.records import Problem
 from instanceformer.data.formats.run_lengths import mask_areas, show
 from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.data.images import ImageError, ImageSizeError, frame_path, read_image
-from instanceformer.orientation import image_orientation
+from instanceformer.video.frames import image_orientation
 
 MAX_EXAMPLES = 5
 """Maximum number of examples listed per kind of finding."""
