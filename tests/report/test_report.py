@@ -223,7 +223,7 @@ def test_results_of_other_videos_are_refused(annotations: Path, tmp_path: Path) 
     other.write_text(annotations.read_text())
     changed = make_run(tmp_path / "changed", other, perfect)
     other.write_text(annotations.read_text() + " ")
-    assert "found results of other annotations than" in refusal([changed], tmp_path)
+    assert "found other annotations than" in refusal([changed], tmp_path)
 
     def of_video_nine(path: Path) -> list[dict[str, Any]]:
         return [{**track, "video_id": 9} for track in perfect(path)]
@@ -232,14 +232,14 @@ def test_results_of_other_videos_are_refused(annotations: Path, tmp_path: Path) 
         [make_run(tmp_path / "nine", other, of_video_nine)], tmp_path
     )
     other.unlink()
-    assert "found nothing here, expected the data that" in refusal([changed], tmp_path)
+    assert "expected the annotations that" in refusal([changed], tmp_path)
 
 
 def test_runs_on_different_videos_are_refused(run: Path, annotations: Path, tmp_path: Path) -> None:
     (tmp_path / "JPEGImages").symlink_to(annotations.parent / "JPEGImages")
     (tmp_path / "valid.json").write_text(annotations.read_text() + " ")
     other = make_run(tmp_path / "other", tmp_path / "valid.json", perfect)
-    assert "expected the videos of" in refusal([run, other], tmp_path)
+    assert "expected that of" in refusal([run, other], tmp_path)
     assert "found 3 runs, expected one or two" in refusal([run, other, run], tmp_path)
 
 

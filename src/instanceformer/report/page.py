@@ -20,13 +20,14 @@ from instanceformer.evaluation.decomposition import STATES
 from instanceformer.evaluation.evaluate import evaluate_files
 from instanceformer.evaluation.precision_recall import VideoEvaluation
 from instanceformer.evaluation.results import Track, iterate_results
-from instanceformer.files import check_writable, hash_file, replacing
+from instanceformer.files import check_writable, replacing
 from instanceformer.inference.render import select_video
 from instanceformer.report.charts import curve_charts, precision_recall_chart
 from instanceformer.report.figures import choose_video, make_figures
 from instanceformer.report.numbers import MEANINGS, breakdowns, number_tables, shares
 from instanceformer.report.videos import Film, Followed, make_film, video_name
-from instanceformer.studies.run import Run, read_run
+from instanceformer.studies.compare import check_comparable
+from instanceformer.studies.run import Run, check_annotations, read_run
 
 BUDGET = 12 * 2**20
 """Bytes of the videos in the page, from which on no other is added."""
@@ -75,7 +76,8 @@ def write_report(folders: Sequence[Path], output: Path, options: ReportOptions =
 
     Raises:
         OSError: a file is missing, or the page cannot be written.
-        ValueError: the runs were tested on different videos, or their results belong to other annotations.
+        ValueError: the runs were tested on different videos or under different protocols, or the annotations are not
+            the ones that they were tested on.
     """
     if len(folders) > 2:
         raise ValueError(f"found {len(folders)} runs, expected one or two; `instanceformer compare` takes any number")
@@ -85,20 +87,19 @@ def write_report(folders: Sequence[Path], output: Path, options: ReportOptions =
     check_writable(output)
     runs = dict(zip(_names(folders), map(read_run, folders), strict=True))
     first, *others = runs.values()
-    for run in runs.values():
-        _check_data(run)
-    for run in others:
-        if run.settings.get("annotations") != first.settings.get("annotations"):
-            raise ValueError(
-                f"{run.folder}: found results on {run.annotations}, expected the videos of {first.folder}, "
-                f"{first.annotations}; test both runs on the same"
-            )
+    check_comparable([first, *others])
+    check_annotations(first)
+    if not first.images.is_dir():
+        raise FileNotFoundError(
+            f"{first.images}: found no such folder, expected the frames that {first.folder} was tested on; start where "
+            "that test was started"
+        )
     dataset = read_annotations(first.annotations)
     chosen = choose_video(dataset)
     if options.figures is not None:
         chosen = select_video(dataset, options.figures, first.annotations)
     names = {category.id: category.name for category in dataset.categories}
-    evaluations = {name: evaluate_files(run.annotations, run.results, identity=True) for name, run in runs.items()}
+    evaluations = {name: evaluate_files(first.annotations, run.results, identity=True) for name, run in runs.items()}
     followed = _follow(dataset, runs, evaluations)
     ranked = sorted(
         (video for video in dataset.videos if video.instances),
@@ -149,26 +150,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
     """A name for each run: its folder's, or the whole path where two would have the same."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
-
-
-def _check_data(run: Run) -> None:
-    """Refuse a run whose annotations or images are not there, or are not those of its results.
-
-    Raises:
-        FileNotFoundError: something is missing.
-        ValueError: the annotations have changed.
-    """
-    if not run.annotations.is_file() or not run.images.is_dir():
-        missing = run.images if run.annotations.is_file() else run.annotations
-        raise FileNotFoundError(
-            f"{missing}: found nothing here, expected the data that {run.folder} was tested on; call from the folder "
-            "in which the run was started, or test it again"
-        )
-    if hash_file(run.annotations) != run.settings.get("annotations"):
-        raise ValueError(
-            f"{run.results}: found results of other annotations than {run.annotations} holds now, expected the same; "
-            f"run `instanceformer test --config {run.folder / 'config.yaml'}` again"
-        )
 
 
 def _follow(
