@@ -70,7 +70,7 @@ def report(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def open_page(browser: Browser, report: Path, width: int = 1280, scheme: str = "light") -> Page:
     """The page once its first frame is drawn; anything that it asks for or complains about fails the test."""
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)  # type: ignore[arg-type]
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(60_000)  # on a busy machine
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))

@@ -24,7 +24,7 @@ from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.evaluation.protocol import resize_masks
 from instanceformer.evaluation.results import Track, encode_mask, read_results
 from instanceformer.model.attention import DeformableAttention, Levels
-from instanceformer.report.charts import curve_charts, line_chart, plane_chart
+from instanceformer.report.charts import curve_charts, line_chart, plane_chart, thin
 from instanceformer.report.figures import _sample, choose_video, follow_queries
 from instanceformer.report.page import ReportOptions, write_report
 from instanceformer.report.videos import HIDDEN, LINES, Followed, find_mistakes, make_film
@@ -47,7 +47,7 @@ def test_the_command_writes_a_page_with_the_worst_video_first(run: Path, tmp_pat
     right = [sum(row.count("0") for _, row in film["panels"][0]["rows"]) for film in films]
     seen = [sum(len(row) - row.count(str(HIDDEN)) for _, row in film["panels"][0]["rows"]) for film in films]
     assert right[0] / seen[0] < right[1] / seen[1] < 1
-    assert "1 more videos are not in this page" in text
+    assert "Not in this page: 1 of 3 videos." in text
     assert "The paper's figures, for valid_0001" in text
     assert '<td class="value">0.250' in text  # AP_best_quarter, which only `test` knows
 
@@ -118,6 +118,24 @@ def test_charts_take_their_colors_from_the_page() -> None:
         assert "#0103" not in chart.svg
         assert "<text" in chart.svg
     assert line_chart("a", "t", "u", {"l": ([0], [1.0])}).svg != line_chart("b", "t", "u", {"l": ([0], [1.0])}).svg
+
+
+def test_long_curves_are_thinned_to_means() -> None:
+    assert thin([1.0, 2.0]) == [1.0, 2.0]
+    values = [float(i) for i in range(100_000)]
+    assert len(thin(values)) == 400
+    assert np.mean(thin(values)) == pytest.approx(np.mean(values))
+    chart = line_chart("long", "Loss", "loss", {"a": (values, values)})
+    assert len(chart.svg) < 50_000
+    assert "between 0 and 1e+05" in chart.text
+
+
+def test_the_videos_stay_within_their_budget(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instanceformer.report.page.BUDGET", 10)
+    assert write_report([run], tmp_path / "page.html") == 1  # the first is there whatever it takes
+    text, films = read_page(tmp_path / "page.html")
+    assert len(films) == 1
+    assert "Not in this page: 2 of 3 videos." in text
 
 
 def test_the_plane_is_that_of_the_principal_components() -> None:

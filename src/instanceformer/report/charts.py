@@ -48,6 +48,9 @@ SETTINGS: dict[str, Any] = {
 FACTOR = 30.0
 """Ratio of the highest to the lowest value from which on an axis is logarithmic."""
 
+POINTS = 400
+"""Points of a line; more could not be told apart and would take space."""
+
 Points = tuple[Sequence[float], Sequence[float]]
 
 
@@ -93,9 +96,10 @@ def line_chart(name: str, title: str, unit: str, curves: Mapping[str, Points], *
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
         axes = figure.subplots()
         for index, (label, (xs, ys)) in enumerate(curves.items()):
+            marker = "o" if len(xs) == 1 else None
             row, column = divmod(index, len(SERIES))  # no two lines have the same color and dashes
             dashes = DASHES[(row + column) % len(DASHES)]
-            axes.plot(xs, ys, dashes, color=SERIES[column], label=label, linewidth=1.6)
+            axes.plot(thin(xs), thin(ys), dashes, marker=marker, color=SERIES[column], label=label, linewidth=1.6)
         every = np.concatenate([ys for _, ys in curves.values()])
         if every.min() > 0 and every.max() > FACTOR * every.min():
             axes.set_yscale("log")
@@ -106,6 +110,11 @@ def line_chart(name: str, title: str, unit: str, curves: Mapping[str, Points], *
             figure.legend(loc="outside lower center", ncols=3 if len(curves) < 7 or len(curves) > 8 else 4)
         svg = to_svg(figure, name)
     return Chart(title, f"{title}. " + "; ".join(_ends(label, ys, x) for label, (_, ys) in curves.items()), svg)
+
+
+def thin(values: Sequence[float]) -> list[float]:
+    """At most ``POINTS`` values: means of neighbors where there are more."""
+    return [float(part.mean()) for part in np.array_split(np.asarray(values), min(POINTS, len(values)))]
 
 
 def _ends(label: str, values: Sequence[float], x: str) -> str:

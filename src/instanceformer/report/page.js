@@ -1,12 +1,11 @@
 "use strict";
 
 const FRAMES_PER_SECOND = 8;
-const STATES = ["right", "captured", "lost", "not found", "wrong class", "hidden"];
-const LETTERS = ["R", "C", "L", "N", "W", "–"];
 const OPACITY = 0.45;
 
 const root = document.documentElement;
 const find = (id) => document.getElementById(id);
+const states = JSON.parse(find("states").textContent); // a digit of a row is an index
 const films = [...document.querySelectorAll("script.film")];
 const canvases = [...document.querySelectorAll("#screens canvas")];
 const player = { film: null, images: [], frame: 0, timer: null };
@@ -228,15 +227,16 @@ function timeline(film, panel) {
     head.append(element("th", { scope: "col", "data-head": t }, t === 0 || (t + 1) % 5 === 0 ? String(t + 1) : ""));
   }
   const body = element("tbody");
-  for (const [number, states] of panel.rows) {
+  for (const [number, digits] of panel.rows) {
     const instance = film.instances[number - 1];
     const swatch = element("span", { class: "swatch", style: `background: ${instance.color}` });
     const row = element("tr", {}, element("th", { scope: "row" }, swatch, `#${number} ${instance.name}`));
-    [...states].forEach((state, t) => {
-      const text = `#${number} ${instance.name}, frame ${t + 1}: ${STATES[state]}`;
-      const name = STATES[state].replace(" ", "_");
+    [...digits].forEach((digit, t) => {
+      const state = states[digit];
+      const text = `#${number} ${instance.name}, frame ${t + 1}: ${state.replace("_", " ")}`;
+      const letter = state === "hidden" ? "–" : state[0].toUpperCase();
       row.append(
-        element("td", { class: name, tabindex: -1, "data-frame": t, "aria-label": text, title: text }, LETTERS[state]),
+        element("td", { class: state, tabindex: -1, "data-frame": t, "aria-label": text, title: text }, letter),
       );
     });
     body.append(row);

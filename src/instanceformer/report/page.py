@@ -30,7 +30,7 @@ from instanceformer.studies.compare import check_comparable
 from instanceformer.studies.run import Run, check_annotations, read_run
 
 BUDGET = 12 * 2**20
-"""Bytes of the videos in the page, from which on no other is added."""
+"""Bytes that the videos take in the page, unless the first alone takes more."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,6 @@ def render(**content: object) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["label"] = lambda name: name.replace("_", " ")
-    environment.filters["film"] = _embedded
     template = environment.from_string((folder / "page.html").read_text())
     inlined = {
         name: Markup((folder / file).read_text()) for name, file in (("style", "style.css"), ("script", "page.js"))
@@ -142,7 +141,7 @@ def render(**content: object) -> str:
 
 
 def _embedded(film: Film) -> Markup:
-    """A film as JSON inside a script element, which only ``</`` could end."""
+    """A film as JSON inside a script element, which a ``<`` could end."""
     return Markup(json.dumps(asdict(film), separators=(",", ":")).replace("<", "\\u003c"))
 
 
@@ -174,14 +173,14 @@ def _films(
     images: Path,
     followed: dict[int, dict[str, Followed]],
     names: dict[int, str],
-) -> list[Film]:
-    """The films of the videos, as many as the budget allows, and at least one."""
-    films: list[Film] = []
-    size = 0
+) -> list[Markup]:
+    """The films of the videos as they are in the page, as many as the budget allows, and at least one."""
+    films: list[Markup] = []
     for video in videos:
-        if size < BUDGET:
-            films.append(make_film(dataset, video, images, followed[video.id], names))
-            size += sum(map(len, films[-1].frames))
+        film = _embedded(make_film(dataset, video, images, followed[video.id], names))
+        if films and sum(map(len, films)) + len(film) > BUDGET:
+            break
+        films.append(film)
     return films
 
 
