@@ -26,6 +26,7 @@ from tests.inference.films import moving_square, write_film
 from instanceformer import InstanceFormer, checkpoints
 from instanceformer.checkpoints.sources import RELEASE
 from instanceformer.data.annotations import Category
+from instanceformer.files import hash_file
 
 PROJECT = Path(__file__).parents[1]
 README = PROJECT / "README.md"
@@ -65,6 +66,7 @@ ROWS = [
     Row("instanceformer import"),
     Row("instanceformer check"),
     Row("instanceformer evaluate"),
+    Row("instanceformer report"),
     Row("instanceformer synthesize", ("--train_videos=2", "--valid_videos=1", "--length=8", "--workers=1")),
     Row("instanceformer segment", SMALL_CLIP),
     Row("instanceformer export", ("--height=64", "--width=96")),
@@ -123,6 +125,7 @@ def folder(tmp_path: Path) -> Path:
     (mine / "JPEGImages").symlink_to(root / "data" / "mine" / "JPEGImages")
     write_export(root / "data" / "mine" / "train.json", root / "export.json")
     write_perfect_results(root / "data" / "demo" / "valid.json", root / "runs" / "demo" / "results.json")
+    write_metrics(root / "data" / "demo" / "valid.json", root / "runs" / "demo" / "results.metrics.json")
     names: dict[str, dict[str, str]] = {}
     for split in ("train", "valid"):
         names |= write_labels(root / "data" / "mine" / f"{split}.json", root / "labels" / split)
@@ -165,6 +168,13 @@ def write_perfect_results(annotations: Path, output: Path) -> None:
     keys = ("video_id", "category_id", "segmentations")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps([{key: track[key] for key in keys} | {"score": 1.0} for track in tracks]))
+
+
+def write_metrics(annotations: Path, output: Path) -> None:
+    """What `instanceformer test` writes beside its results."""
+    files = {"annotations": str(annotations), "images": str(annotations.parent / "JPEGImages")}
+    measured = {"metrics": {}, "run": {"annotations": hash_file(annotations)}, "files": files}
+    output.write_text(json.dumps(measured))
 
 
 def write_labels(annotations: Path, folder: Path) -> dict[str, dict[str, str]]:

@@ -20,6 +20,7 @@ COMMANDS = {
     "sweep": ("sweep", "make all runs of a study: a grid, a list or a search of settings, with seeds"),
     "evaluate": ("evaluate", "compare a results file with ground truth: the official AP and AR, identity"),
     "compare": ("compare", "compare the settings of a study, or runs: means over seeds, differences with intervals"),
+    "report": ("report", "one page about one or two runs: numbers, curves, videos to play with what went wrong"),
     "synthesize": ("synthesize", "make a dataset of moving, occluding shapes"),
     "check": ("check", "report what is wrong with a dataset before a long run does"),
     "import": ("importing", "turn label images or a labeling tool's export into YouTube-VIS JSON"),

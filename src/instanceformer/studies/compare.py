@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 
 from instanceformer.commands.parsing import nearest
-from instanceformer.data.formats.records import expect_file
 from instanceformer.evaluation.evaluate import compare_files
 from instanceformer.evaluation.ground_truth import GroundTruth, read_ground_truth
 from instanceformer.evaluation.overlap import FloatArray
 from instanceformer.evaluation.resampling import RESAMPLED, draw_videos, resample
-from instanceformer.files import hash_file
-from instanceformer.studies.run import Run, read_run
+from instanceformer.studies.run import Run, check_annotations, read_run
 from instanceformer.studies.study import FILE, read_study
 
 MAIN = ("AP", "AP50", "AP75", "AR10", "APso", "APmo", "APho", "HOTA", "IDF1", "IDSW")
@@ -276,14 +274,8 @@ def _read_truth(runs: Sequence[Run]) -> GroundTruth:
         FileNotFoundError: they are not where the first run has them.
         ValueError: they have changed since.
     """
-    run = runs[0]
-    expect_file(run.annotations, f"the annotations that {run.folder} was tested on; start where that test was started")
-    if hash_file(run.annotations) != run.settings.get("annotations"):
-        raise ValueError(
-            f"{run.annotations}: found other annotations than {run.folder} was tested on, expected the same file; run "
-            "the test again"
-        )
-    return read_ground_truth(run.annotations)
+    check_annotations(runs[0])
+    return read_ground_truth(runs[0].annotations)
 
 
 def _resample(run: Run, truth: GroundTruth, counts: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:

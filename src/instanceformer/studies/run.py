@@ -11,6 +11,7 @@ import yaml
 
 from instanceformer.data.formats.records import expect_file, load_json
 from instanceformer.evaluation.results import metrics_path
+from instanceformer.files import hash_file
 
 
 @dataclass(frozen=True)
@@ -98,3 +99,18 @@ def read_run(folder: Path) -> Run:
     if not isinstance(given, dict):
         raise ValueError(f"{config}: found no options in YAML, expected the configuration of a training")
     return Run(folder, metrics, settings, annotations, images, given)
+
+
+def check_annotations(run: Run) -> None:
+    """Refuse a run whose annotations are not the ones that it was tested on.
+
+    Raises:
+        FileNotFoundError: they are not where the run has them.
+        ValueError: they have changed since.
+    """
+    expect_file(run.annotations, f"the annotations that {run.folder} was tested on; start where that test was started")
+    if hash_file(run.annotations) != run.settings.get("annotations"):
+        raise ValueError(
+            f"{run.annotations}: found other annotations than {run.folder} was tested on, expected the same file; run "
+            "the test again"
+        )
