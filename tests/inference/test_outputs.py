@@ -18,8 +18,10 @@ from instanceformer.cli import main
 from instanceformer.data.annotations import Category
 from instanceformer.evaluation.results import decode_mask, read_results
 from instanceformer.files import locking
-from instanceformer.inference.outputs import MasksWriter, SegmentOutputs, TracksWriter, segment_video, write_label_image
+from instanceformer.inference.label_images import MasksWriter, write_label_image
+from instanceformer.inference.outputs import SegmentOutputs, segment_video
 from instanceformer.inference.render import instance_color
+from instanceformer.inference.results_files import TracksWriter
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
 from instanceformer.inference.tracks import FrameInstances, SegmenterOptions
 from instanceformer.video import films

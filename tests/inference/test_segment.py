@@ -19,7 +19,8 @@ from tests.inference.films import cut, moving_square, turn, write_film, write_so
 from instanceformer import VideoInstanceSegmenter
 from instanceformer.cli import main
 from instanceformer.evaluation.results import decode_mask, read_results
-from instanceformer.inference.outputs import SegmentOutputs, TracksWriter, segment_video
+from instanceformer.inference.outputs import SegmentOutputs, segment_video
+from instanceformer.inference.results_files import TracksWriter
 from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.video.films import VideoWriter
 from instanceformer.video.frames import open_video
@@ -257,7 +258,7 @@ def test_a_file_that_cannot_be_finished_takes_no_other_with_it(tmp_path, checkpo
     if what == "film":
         monkeypatch.setattr(VideoWriter, "_finish", fails)
     elif what == "results":
-        monkeypatch.setattr("instanceformer.inference.outputs.write_results", fails)
+        monkeypatch.setattr("instanceformer.inference.results_files.write_results", fails)
     else:
         monkeypatch.setattr(TracksWriter, "__enter__", small)
     message = fail(write_film(tmp_path / "video.mp4", moving_square(60)), checkpoint, folder)

@@ -164,6 +164,31 @@ def test_a_query_whose_track_ended_starts_afresh_under_a_new_id(tiny, location, 
     assert (again.masks == begun.masks).all()
 
 
+def test_what_is_forgotten_in_the_middle_comes_again_under_new_ids(tiny):
+    segmenter, frames = VideoInstanceSegmenter(tiny(), options=SegmenterOptions(**EVERYTHING)), noise(3)
+    stream = segmenter.segment(frames)
+    first = next(stream)
+    segmenter.forget()
+    again = next(stream)
+    assert again.ids.min() > first.ids.max()
+    segmenter.reset()
+    torch.testing.assert_close(segmenter.step(frames[1]).masks, again.masks)  # the memory was empty
+
+
+def test_rules_change_between_frames(tiny):
+    segmenter = VideoInstanceSegmenter(tiny(), options=SegmenterOptions(**EVERYTHING))
+    frames, rules = noise(4), {"birth": 1.0, "show": 1.0, "patience": 30}
+    stream = segmenter.segment(frames)
+    first = next(stream)
+    segmenter.change_rules(**rules)
+    assert len(next(stream)) == 0
+    segmenter.change_rules(birth=0.0, show=0.0, patience=30)
+    assert set(next(stream).ids.tolist()) & set(first.ids.tolist())
+    with pytest.raises(ValueError, match=r"show: found 0.5, expected at most birth=0.2"):
+        segmenter.change_rules(birth=0.2, show=0.5, patience=30)
+    assert segmenter.options.birth == 0
+
+
 def test_masks_are_made_of_the_shown_queries_only(tiny, monkeypatch):
     network = tiny()
     asked = []

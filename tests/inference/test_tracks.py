@@ -150,3 +150,11 @@ def test_a_query_that_never_begins_a_track_is_freed_after_patience_where_queries
     for frame in range(6):
         assert video.see(0.1, 0.4, 0.1, held=(True, True, False)) == [0, 0, 0]
         assert video.ended.tolist() == [frame in (2, 5), False, False]
+
+
+def test_all_tracks_end_at_once_and_no_id_is_used_again():
+    video = Video()
+    assert video.see(0.9, 0.9, 0.1) == [1, 2, 0]
+    video.tracks.clear()
+    assert video.tracks.probabilities.sum() == 0
+    assert video.see(0.9, 0.1, 0.9) == [3, 0, 4]

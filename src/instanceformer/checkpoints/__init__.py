@@ -1,4 +1,5 @@
 from instanceformer.checkpoints.checkpoint import PAPER_SIZE, Checkpoint, FrameSize, describe, write
+from instanceformer.checkpoints.hub import find
 from instanceformer.checkpoints.loading import DamagedError, find_newest, from_content, load, load_for_trainer, read
 
 __all__ = [
@@ -7,6 +8,7 @@ __all__ = [
     "DamagedError",
     "FrameSize",
     "describe",
+    "find",
     "find_newest",
     "from_content",
     "load",

@@ -87,6 +87,7 @@ class Checkpoint:
         categories: id and name of every class, in the order of the class indices; empty if unknown.
         frame_size: the size at which its training evaluated it; None if unknown.
         inference: the InferenceOptions, by name, with which its training evaluated it; None if unknown.
+        segmenter: the SegmenterOptions, by name, with which it is to be used online; None if nothing was said.
         name: what messages call it, such as the path of its file.
 
     Raises:
@@ -99,6 +100,7 @@ class Checkpoint:
     frame_size: FrameSize | None = None
     inference: Mapping[str, Any] | None = None
     name: str = "checkpoint"
+    segmenter: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         classes = self.options.get("num_classes")
@@ -197,7 +199,7 @@ class Checkpoint:
 
     def description(self) -> dict[str, Any]:
         """All but the weights, as plain values."""
-        return describe(self.options, self.categories, self.frame_size, self.inference)
+        return describe(self.options, self.categories, self.frame_size, self.inference, self.segmenter)
 
 
 def few(names: Sequence[str]) -> str:
@@ -229,6 +231,7 @@ def describe(
     categories: tuple[Category, ...],
     frame_size: FrameSize | None = None,
     inference: Mapping[str, Any] | None = None,
+    segmenter: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The entries of a checkpoint that describe its network, as plain values; see Checkpoint."""
     description = {"network_options": dict(options), "categories": [vars(category) for category in categories]}
@@ -236,6 +239,8 @@ def describe(
         description["frame_size"] = vars(frame_size)
     if inference is not None:
         description["inference"] = dict(inference)
+    if segmenter is not None:
+        description["segmenter"] = dict(segmenter)
     return description
 
 

@@ -19,6 +19,7 @@ from instanceformer.checkpoints.checkpoint import (
     class_indices,
     write,
 )
+from instanceformer.checkpoints.hub import WEIGHTS, CardOptions, find, save
 from instanceformer.checkpoints.loading import from_content, is_own, load
 from instanceformer.checkpoints.sources import RELEASE, SOURCES, Source
 from instanceformer.data.annotations import Category
@@ -120,14 +121,21 @@ class Conversion:
         return "\n".join(lines)
 
 
-def convert_file(source: Path, output: Path, options: SourceOptions = SourceOptions(), overwrite: bool = False) -> str:
+def convert_file(
+    source: Path,
+    output: Path,
+    options: SourceOptions = SourceOptions(),
+    overwrite: bool = False,
+    card: CardOptions = CardOptions(),
+) -> str:
     """Convert the weights of another project to a checkpoint, or a checkpoint of this package to another format.
 
     Args:
         source: a ``.pth`` whose ``model`` entry is a state dict, a plain state dict, or a checkpoint of this package.
-        output: ``.ckpt`` or ``.safetensors``.
+        output: ``.ckpt`` or ``.safetensors``; without a suffix a folder to share, see ``hub.save``.
         options: for weights of another project.
         overwrite: whether to replace an output that exists.
+        card: of the folder.
 
     Returns:
         A report of a few lines.
@@ -139,16 +147,23 @@ def convert_file(source: Path, output: Path, options: SourceOptions = SourceOpti
         ValueError: the source is damaged or of no known kind, options are given for a checkpoint of this package, or
             the output has another suffix.
     """
-    check_suffix(output)
+    if output.suffix:
+        check_suffix(output)
+        if card != CardOptions():
+            raise ValueError(f"{output}: found a file, expected a folder, since options of a model card are given")
     content = load(source)
     output.parent.mkdir(parents=True, exist_ok=True)
     with locking(output):
-        if output.exists() and (not overwrite or output.samefile(source)):
+        file = output if output.suffix else output / WEIGHTS
+        if file.exists() and (not overwrite or file.samefile(find(source))):
             raise FileExistsError(
-                f"{output} exists; give another output, or --overwrite to replace one of an earlier run"
+                f"{file} exists; give another output, or --overwrite to replace one of an earlier run"
             )
         checkpoint, report = _make(source, content, options)
-        write(checkpoint, output)
+        if output.suffix:
+            write(checkpoint, output)
+        else:
+            save(checkpoint, output, card)
     return f"{report}\n  written to {output}"
 
 

@@ -17,6 +17,7 @@ import safetensors
 import torch
 
 from instanceformer.checkpoints.checkpoint import METADATA, PREFIX, Checkpoint, FrameSize, few
+from instanceformer.checkpoints.hub import find
 from instanceformer.data.annotations import Category
 from instanceformer.files import natural_order
 from instanceformer.model.options import check_type
@@ -36,6 +37,9 @@ class DamagedError(ValueError):
 
 def read(path: str | Path) -> Checkpoint:
     """Read a checkpoint that ``fit`` or ``convert`` wrote, of either format. Nothing in a file is executed.
+
+    Args:
+        path: a file, or a folder or repository of the Hub; see ``hub.find``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -88,7 +92,7 @@ def from_content(content: Mapping[str, Any], name: str) -> Checkpoint:
             "one by `instanceformer convert`"
         )
     try:
-        size, inference = (content.get(key) for key in ("frame_size", "inference"))
+        size, inference, segmenter = (content.get(key) for key in ("frame_size", "inference", "segmenter"))
         state = _mapping("state_dict", content["state_dict"])
         return Checkpoint(
             options=dict(_mapping("network_options", content["network_options"])),
@@ -96,6 +100,7 @@ def from_content(content: Mapping[str, Any], name: str) -> Checkpoint:
             categories=_categories(content.get("categories", [])),
             frame_size=None if size is None else FrameSize(**_mapping("frame_size", size, "size", "max_size")),
             inference=None if inference is None else dict(_mapping("inference", inference)),
+            segmenter=None if segmenter is None else dict(_mapping("segmenter", segmenter)),
             name=name,
         )
     except ValueError as error:
@@ -138,7 +143,7 @@ def load(path: str | Path) -> dict[str, Any]:
         DamagedError: the file is empty, cut off, changed since it was written, or not written by torch.save.
         ValueError: it holds other objects, which would run code, or is not a dictionary.
     """
-    path = Path(path)
+    path = find(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix == ".safetensors":

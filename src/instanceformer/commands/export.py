@@ -14,7 +14,7 @@ from instanceformer.inference.export import ExportOptions, export_files
 def run(args: Sequence[str]) -> None:
     """Export a checkpoint's network as programs that run frame by frame, for torch.export or in ONNX."""
     parser = Parser(prog="instanceformer export", description=run.__doc__)
-    parser.add_argument("checkpoint", type=Path, help="of the network")
+    parser.add_argument("checkpoint", help="of the network: a file, or a folder or repository OWNER/NAME of the Hub")
     parser.add_argument("folder", type=Path, help="where encode, step, about.json and run.py go")
     parser.add_class_arguments(ExportOptions)
     given = parser.parse_args(list(args))

@@ -135,7 +135,7 @@ class InstanceFormerCLI(LightningCLI):
                     remove_leftovers(folder, pattern)
             self.start = self._find_start(folder, config)
         else:
-            self.start = Path(config.ckpt_path or folder / LAST)
+            self.start = checkpoints.find(config.ckpt_path or folder / LAST)
             if config.ckpt_path is None and not self.start.is_file():
                 raise FileNotFoundError(f"--ckpt_path: found none, and no {self.start}; expected a checkpoint")
         for logger in self._unplaced(config):

@@ -146,7 +146,19 @@ class RawVideo:
 
 
 def find_videos(path: Path) -> list[RawVideo]:
-    """Find the videos at a path: the path itself, or the files and folders in it.
+    """Find and open the videos at a path, see ``find_paths``.
+
+    Raises:
+        FileNotFoundError, ValueError: as in ``find_paths``; a file is not a video.
+    """
+    return [
+        RawVideo(number, entry.name, entry, len(find_images(entry)) if entry.is_dir() else open_video(entry).length)
+        for number, entry in enumerate(find_paths(path), 1)
+    ]
+
+
+def find_paths(path: Path) -> list[Path]:
+    """Find the videos at a path: the path itself, or the files and folders in it, in natural order.
 
     Args:
         path: a video file; a folder of images, which is one video; or a folder of video files and image folders, in
@@ -154,7 +166,7 @@ def find_videos(path: Path) -> list[RawVideo]:
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: a file is not a video, a folder contains no video, or it contains both images and videos.
+        ValueError: a folder contains no video, or both images and videos.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such video file or folder")
@@ -171,10 +183,7 @@ def find_videos(path: Path) -> list[RawVideo]:
             f"{path}: found no video, expected files with names that end in {', '.join(VIDEO_SUFFIXES)}, or folders of "
             "images"
         )
-    return [
-        RawVideo(number, entry.name, entry, len(find_images(entry)) if entry.is_dir() else open_video(entry).length)
-        for number, entry in enumerate(entries, 1)
-    ]
+    return entries
 
 
 def _is_video(path: Path) -> bool:

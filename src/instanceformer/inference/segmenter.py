@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class VideoInstanceSegmenter:
         frame_size: of the frames that the network sees.
 
     Raises:
-        ValueError: there are not as many categories as classes.
+        ValueError: there are not as many categories as classes, or ``options.classes`` names one that is not there.
     """
 
     def __init__(
@@ -64,6 +64,13 @@ class VideoInstanceSegmenter:
         if len(categories) != network.num_classes:
             raise ValueError(f"found {len(categories)} categories, expected the network's {network.num_classes}")
         self.categories, self.options, self._device = tuple(categories), options, network.query_content.device
+        names = [category.name for category in categories]
+        for name in options.classes or ():
+            if name not in names:
+                raise ValueError(f"classes: found {name}, expected names of the network's: {', '.join(names)}")
+        self._wanted = torch.tensor([options.classes is None or name in options.classes for name in names]).to(
+            self._device
+        )
         self.frame_size = options.frame_size(checkpoints.PAPER_SIZE)
         packed = packs(self._device) and not options.compile
         self._autocasts = options.precision == "bf16" and not packed
@@ -80,18 +87,21 @@ class VideoInstanceSegmenter:
         cls,
         path: str | Path,
         device: str | torch.device | None = None,
-        options: SegmenterOptions = SegmenterOptions(),
+        options: SegmenterOptions | None = None,
+        **changes: Any,
     ) -> VideoInstanceSegmenter:
         """A segmenter with the network and the categories of a checkpoint.
 
         Args:
-            path: any file that ``InstanceFormer.from_checkpoint`` reads.
+            path: anything that ``InstanceFormer.from_checkpoint`` reads.
             device: to run on; None takes a GPU if there is one.
-            options: rules of the tracks, sizes, speed. Sizes that are None are the checkpoint's; an old checkpoint
-                without sizes gets the paper's, with a warning.
+            options: rules of the tracks, sizes, speed. None: those that the checkpoint records (``model.segmenter`` of
+                its training), else the defaults. Sizes that are None are the checkpoint's; an old checkpoint without
+                sizes gets the paper's, with a warning.
+            **changes: single options by name, in place of those in ``options``.
 
         Raises:
-            ValueError: the file holds no network of this package, or there is no such device.
+            ValueError: the file holds no network of this package, there is no such device, or an option is wrong.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,6 +112,12 @@ class VideoInstanceSegmenter:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"device: found {device}, expected {expected}, which are here ({reason})") from error
         checkpoint = checkpoints.read(path)
+        if options is None:
+            try:
+                options = SegmenterOptions(**checkpoint.segmenter or {})
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{checkpoint.name}: options of a segmenter that no version has; {error}") from error
+        options = replace(options, **changes)
         network = InstanceFormer.from_checkpoint(checkpoint).to(device)
         size = checkpoint.frame_size or checkpoints.PAPER_SIZE
         if checkpoint.frame_size is None and options.size is None:
@@ -120,6 +136,15 @@ class VideoInstanceSegmenter:
         self._num_masks = SPARE  # to compute in the next frame on a GPU
         self._size = self._input_size = (0, 0)  # (height, width) of the frames, and of the network's input
         self._video = object()  # identifies the current video
+
+    def forget(self) -> None:
+        """End all tracks and empty the memory, but stay in the video: what the next frame shows gets new ids."""
+        self._state = self.network.initial_state(1)
+        self._tracks.clear()
+
+    def change_rules(self, *, birth: float, show: float, patience: int) -> None:
+        """Apply other rules to the tracks from the next frame on; see ``SegmenterOptions``, also for the errors."""
+        self.options = self._tracks.options = replace(self.options, birth=birth, show=show, patience=patience)
 
     def step(self, frame: Frame) -> FrameInstances:
         """Process the next frame of the video.
@@ -187,7 +212,9 @@ class VideoInstanceSegmenter:
             visible, ended = self._tracks.update(prediction.scores[0], boxes, state.held[0], state.hidden[0])
             self._state = state.free(ended[None])
             scores, labels = self._tracks.probabilities.max(dim=-1)
-            columns = (visible[:, None], self._tracks.ids[:, None], labels[:, None], scores[:, None], boxes)
+            wanted = self._wanted[labels]
+            visible, ids = visible & wanted, self._tracks.ids * wanted
+            columns = (visible[:, None], ids[:, None], labels[:, None], scores[:, None], boxes)
             table = torch.cat([column.double() for column in columns], dim=-1)
             order = visible.byte().argsort(descending=True, stable=True)
             # Asking for the number of masks would make the host wait for the GPU: take the previous one, rounded up.

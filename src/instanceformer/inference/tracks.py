@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +40,27 @@ class FrameInstances:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def to_supervision(self, class_names: Sequence[str] | None = None) -> Any:
+        """The same as supervision's Detections: boxes, masks, scores, labels as ``class_id``, ids as ``tracker_id``.
+
+        Args:
+            class_names: by class index; they become ``data["class_name"]``, which supervision's labels show.
+
+        Raises:
+            ModuleNotFoundError: supervision is not installed.
+        """
+        from supervision import Detections  # here alone: jsonargparse would follow an import for types
+
+        labels = self.labels.numpy()
+        return Detections(
+            xyxy=self.boxes.numpy(),
+            mask=self.masks.numpy(),
+            confidence=self.scores.numpy(),
+            class_id=labels,
+            tracker_id=self.ids.numpy(),
+            data={} if class_names is None else {"class_name": np.array(class_names)[labels]},
+        )
+
 
 @dataclass(frozen=True)
 class SegmenterOptions:
@@ -63,6 +86,8 @@ class SegmenterOptions:
             chunk is full, but never depend on later frames.
         precision: ``bf16`` computes the large products in bfloat16, on a GPU under autocast; on a processor with AVX512
             but no bfloat16 products it is several times slower, and a processor with less is refused.
+        classes: names of the classes whose instances are shown; None: all. The others have tracks, too, so that
+            identities do not depend on what is shown.
         compile: compile the network's parts: the first frames become slow, all others faster.
     """
 
@@ -75,6 +100,7 @@ class SegmenterOptions:
     max_size: int | None = None
     chunk: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+    classes: tuple[str, ...] | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -139,6 +165,11 @@ class Tracks:
     def probabilities(self) -> Tensor:
         """(N, K) mean class probabilities of each track over the frames in which it was visible; 0 without a track."""
         return self._total / self._seen.clamp(min=1)[:, None]
+
+    def clear(self) -> None:
+        """End all tracks; no id is used again."""
+        for tensor in (self.ids, self._total, self._seen, self._unseen):
+            tensor.zero_()
 
     def update(self, scores: Tensor, boxes: Tensor, held: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Begin and end tracks with the next frame.

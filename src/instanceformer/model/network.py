@@ -88,6 +88,7 @@ class InstanceFormer(nn.Module):
         self.class_prior = ClassPrior(o.num_classes) if o.class_prior else None
         self.mask_head = parts.mask_head(o.dim, o.mask_stride, self.backbone.channels[0])
         self.identity = Identity(o.dim, self.backbone.channels[0], o.mask_stride) if o.identity != "none" else None
+        self.origin: Checkpoint | None = None  # that it was loaded from, without weights
 
     @classmethod
     def from_checkpoint(cls, source: str | Path | Checkpoint) -> InstanceFormer:
@@ -95,10 +96,11 @@ class InstanceFormer(nn.Module):
 
         Args:
             source: path of a Lightning checkpoint or safetensors file that ``fit`` or ``instanceformer convert`` wrote;
-                or the result of ``checkpoints.read``.
+                a folder that ``save_pretrained`` wrote, or its repository ``OWNER/NAME`` on the Hub; or the result of
+                ``checkpoints.read``.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: there is no such file or repository.
             ValueError: it is damaged, or holds no network of this package.
         """
         from instanceformer import checkpoints
@@ -111,7 +113,33 @@ class InstanceFormer(nn.Module):
             raise ValueError(f"{checkpoint.name}: options that no network of this version has; {error}") from error
         checkpoint.check_weights(network.state_dict())
         network.to_empty(device="cpu").load_state_dict(checkpoint.weights)
+        network.origin = replace(checkpoint, weights={})
         return network.eval()
+
+    from_pretrained = from_checkpoint
+
+    def save_pretrained(self, folder: str | Path, **card: Any) -> None:
+        """Write the weights, with all that is known of them, and a model card; ``from_pretrained`` reads the folder.
+
+        Args:
+            folder: created if missing.
+            card: of CardOptions: ``license``, ``trained_on``, ``run``.
+        """
+        from instanceformer.checkpoints import hub
+
+        hub.save(self._checkpoint(), Path(folder), hub.CardOptions(**card))
+
+    def push_to_hub(self, repository: str, *, private: bool | None = None, **card: Any) -> str:
+        """Upload what ``save_pretrained`` writes to the repository ``OWNER/NAME``: the address of the commit."""
+        from instanceformer.checkpoints import hub
+
+        return hub.push(self._checkpoint(), repository, hub.CardOptions(**card), private)
+
+    def _checkpoint(self) -> Checkpoint:
+        from instanceformer.checkpoints import Checkpoint
+
+        origin = self.origin or Checkpoint(vars(self.options), {}, name="")
+        return replace(origin, weights=self.state_dict())
 
     def compile_parts(self, **options: Any) -> None:
         """Compile the parts that see every frame, in place; names of weights do not change.

@@ -24,6 +24,7 @@ from instanceformer.evaluation.ground_truth import read_ground_truth
 from instanceformer.evaluation.protocol import InferenceOptions, VideoInference
 from instanceformer.evaluation.results import Track
 from instanceformer.evaluation.video_ap import VideoAveragePrecision
+from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.model.decoder import gather_layers
 from instanceformer.model.network import InstanceFormer
 from instanceformer.training.losses import ClipOutputs, LossTerms, LossWeights, clip_losses
@@ -64,6 +65,7 @@ class InstanceFormerModule(LightningModule):
         optimizer: optimizer and schedule.
         inference: protocol of validation, test and prediction; null: that of the evaluated checkpoint, or the paper's.
         backbone_weights: ``imagenet`` loads torchvision's weights into the backbone before training.
+        segmenter: rules by which `segment` and the online segmenter use the checkpoints unless told otherwise.
         init_from: checkpoint of an earlier training, for instance on COCO, to take weights from before this one starts:
             those of a class by its category's name or a synonym, all others where shapes agree. What it has nothing for
             starts new, and a line says what. If it does not name its categories, all classes start new.
@@ -86,6 +88,7 @@ class InstanceFormerModule(LightningModule):
         costs: MatchCosts = MatchCosts(),
         optimizer: OptimizerOptions = OptimizerOptions(),
         inference: InferenceOptions | None = None,
+        segmenter: SegmenterOptions | None = None,
         backbone_weights: Literal["imagenet", "none"] = "none",
         init_from: Path | None = None,
         compile: bool = False,
@@ -94,6 +97,7 @@ class InstanceFormerModule(LightningModule):
         self.network = network
         self.losses, self.costs, self.optimizer_options = losses, costs, optimizer
         self.inference, self.given_inference = inference or InferenceOptions(), inference
+        self.segmenter = None if segmenter is None else vars(segmenter)
         self.backbone_weights, self.init_from = backbone_weights, init_from
         if compile:
             network.compile_parts()
@@ -188,7 +192,8 @@ class InstanceFormerModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the network's options, its classes and how it is evaluated; see ``checkpoints``."""
         size = None if self.data is None else checkpoints.FrameSize(self.data.eval_size, self.data.max_size)
-        checkpoint.update(checkpoints.describe(vars(self.network.options), self.categories, size, vars(self.inference)))
+        options = (vars(self.network.options), self.categories, size, vars(self.inference), self.segmenter)
+        checkpoint.update(checkpoints.describe(*options))
         limits = (self.trainer.max_steps, self.trainer.max_epochs)
         epochs: Any = self.trainer.fit_loop.epoch_progress.current
         done = (self.trainer.global_step, epochs.processed)

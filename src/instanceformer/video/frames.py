@@ -46,10 +46,12 @@ class TimedFrame:
     Attributes:
         image: (H, W, 3) uint8 RGB.
         seconds: since the video's first frame.
+        name: of the image in a folder of images; otherwise empty.
     """
 
     image: Frame
     seconds: float
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def _read_images(files: list[Path], fps: float) -> Iterator[TimedFrame]:
         except IMAGE_ERRORS as error:
             kind = BrokenVideo if index else ValueError
             raise kind(f"{file}: cannot be read as an image ({error})") from error
-        yield TimedFrame(pixels, index / fps)
+        yield TimedFrame(pixels, index / fps, file.name)
 
 
 def open_animation(path: Path) -> OpenVideo | None:

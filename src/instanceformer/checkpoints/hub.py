@@ -1,0 +1,192 @@
+"""Checkpoints to share: a folder of weights and a model card, and its repository on the Hub of Hugging Face."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import yaml
+
+from instanceformer.checkpoints.checkpoint import Checkpoint, write
+
+WEIGHTS = "model.safetensors"
+CARD = "README.md"
+METRICS = ("AP", "AP50", "AP75", "AR1", "AR10", "HOTA", "IDF1", "IDSW")
+"""Those of a test's metrics that a model card shows."""
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What the model card of shared weights says beside what the checkpoint knows.
+
+    Attributes:
+        license: of the weights, such as cc-by-4.0, by the Hub's name for it; null: the card says that none is stated.
+        trained_on: what the weights were trained on; null: the data in the configuration of ``run``.
+        run: folder of the training and test; null: that of the checkpoint. Metrics are taken from it if its test was of
+            these very weights.
+    """
+
+    license: str | None = None
+    trained_on: str | None = None
+    run: Path | None = None
+
+
+def find(source: str | Path) -> Path:
+    """The file of weights that a name means.
+
+    Args:
+        source: a file; a folder with ``model.safetensors``; or, if nothing here has this name, the repository
+            ``OWNER/NAME`` of such a folder on the Hub, which is downloaded into the Hub's cache. HF_TOKEN, HF_ENDPOINT
+            and so on count.
+
+    Raises:
+        FileNotFoundError: a repository cannot be had.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path / WEIGHTS
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in (".ckpt", ".safetensors", ".pth")
+    if path.exists() or not is_name:
+        return path
+    try:
+        from huggingface_hub import hf_hub_download
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError(
+            f"{source}: no such file or folder; to look for it on the Hub, pip install 'instanceformer[hub]'"
+        ) from error
+    try:
+        return Path(hf_hub_download(str(source), WEIGHTS))
+    except (OSError, ValueError) as error:  # all of the Hub's errors are of these two kinds
+        reason = " ".join(str(error).split())[:200]
+        raise FileNotFoundError(
+            f"{source}: no such file or folder, and no {WEIGHTS} in a repository of this name on the Hub ({reason}); "
+            "expected a checkpoint, or OWNER/NAME of weights that you may read"
+        ) from error
+
+
+def save(checkpoint: Checkpoint, folder: Path, options: CardOptions = CardOptions(), name: str | None = None) -> None:
+    """Write ``model.safetensors`` and a model card, ``README.md``, unless one is there that somebody may have edited.
+
+    Args:
+        checkpoint: to share.
+        folder: created if missing.
+        options: of the card.
+        name: by which the card loads the weights; None: that of the folder.
+
+    Raises:
+        OSError: a file cannot be written.
+        ValueError: the run's files are damaged.
+    """
+    card = write_card(checkpoint, options, name or folder.name)
+    write(checkpoint, folder / WEIGHTS)
+    if not (folder / CARD).exists():
+        (folder / CARD).write_text(card)
+
+
+def push(
+    checkpoint: Checkpoint, repository: str, options: CardOptions = CardOptions(), private: bool | None = None
+) -> str:
+    """Upload what ``save`` writes to the Hub, in one commit.
+
+    Args:
+        checkpoint: to share.
+        repository: ``OWNER/NAME``, created if missing.
+        options: of the card.
+        private: whether a new repository is; None: as its owner's settings say.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ModuleNotFoundError: huggingface_hub is not installed.
+        OSError: the Hub refuses it or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with TemporaryDirectory() as folder:
+        save(checkpoint, Path(folder), options, repository)
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Weights and model card"))
+
+
+def write_card(checkpoint: Checkpoint, options: CardOptions, name: str) -> str:
+    """The text of a model card: how to use the weights, data, metrics and license."""
+    head = {"library_name": "instanceformer", "tags": ["video-instance-segmentation", "instanceformer"]}
+    if options.license is not None:
+        head["license"] = options.license
+    file = Path(checkpoint.name)
+    run = options.run or (file.parent if file.is_file() else None)
+    classes = ", ".join(category.name for category in checkpoint.categories) or "not named"
+    size = "" if checkpoint.frame_size is None else f"Frames are seen at {checkpoint.frame_size.size} pixels.\n"
+    return f"""---
+{yaml.safe_dump(head, sort_keys=True).strip()}
+---
+
+# {name}
+
+[InstanceFormer](https://arxiv.org/abs/2208.10547) for online video instance segmentation: finds, segments, classifies
+and follows objects frame by frame.
+
+## Use
+
+```python
+from instanceformer import VideoInstanceSegmenter
+for instances in VideoInstanceSegmenter.from_checkpoint("{name}").segment("street.mp4"):
+    print(instances.ids, instances.labels, instances.scores, instances.boxes, instances.masks.shape)
+```
+
+## Data
+
+Trained on {options.trained_on or (run and _find_data(run)) or "data that is not stated"}. Classes: {classes}.
+{size}
+## Metrics
+
+{(run and _find_metrics(run, checkpoint)) or "None are stated."}
+
+## License
+
+{options.license or "None is stated: ask the authors before you use the weights."}
+"""
+
+
+def _find_data(run: Path) -> str | None:
+    """The training data in a run's configuration: the dataset's name, or the end of the annotations' path."""
+    path = run / "config.yaml"
+    try:
+        data = yaml.safe_load(path.read_text())["data"] if path.is_file() else {}
+        if data.get("name"):
+            return str(data["name"])
+        annotations = (data.get("train") or {}).get("annotations")
+        return None if annotations is None else "/".join(Path(annotations).parts[-2:])
+    except (yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{path}: found no configuration of a training; give --trained_on and another --run"
+        ) from error
+
+
+def _find_metrics(run: Path, checkpoint: Checkpoint) -> str | None:
+    """A table of the metrics of a run's test if it was of the checkpoint's file, and this has its weights still."""
+    path, file = run / "results.metrics.json", Path(checkpoint.name)
+    if not path.is_file() or not file.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        metrics, tested = content["metrics"], content["run"]["weights"]
+        rows = [f"| {name} | {metrics[f'test/{name}']:.3f} |" for name in METRICS if f"test/{name}" in metrics]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: found no metrics of a test; run `instanceformer test` again") from error
+    from instanceformer.checkpoints.loading import read  # which finds files by this module
+
+    with file.open("rb") as opened:
+        if hashlib.file_digest(opened, "sha256").hexdigest() != tested:
+            return None
+    weights = read(file).weights
+    if not all(torch.equal(weight.cpu(), weights[name]) for name, weight in checkpoint.weights.items()):
+        return None
+    return "\n".join(["| of its test | figure |", "| --- | --- |", *rows])
