@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from instanceformer import checkpoints
+from instanceformer.checkpoints.backbones import load_backbone
 from instanceformer.checkpoints.checkpoint import take_over
 from instanceformer.data.annotations import Category
 from instanceformer.data.batch import ClipBatch, VideoChunk, to_device
@@ -63,7 +64,8 @@ class InstanceFormerModule(LightningModule):
         costs: weights of the matching cost.
         optimizer: optimizer and schedule.
         inference: protocol of validation, test and prediction; null: that of the evaluated checkpoint, or the paper's.
-        backbone_weights: ``imagenet`` loads torchvision's weights into the backbone before training.
+        backbone_weights: what the backbone starts from: ``none``, random weights; ``imagenet``, the pretrained ones
+            that its library (torchvision or timm) downloads; or a file of such weights, which is checked and reported.
         init_from: checkpoint of an earlier training, for instance on COCO, to take weights from before this one starts:
             those of a class by its category's name or a synonym, all others where shapes agree. What it has nothing for
             starts new, and a line says what. If it does not name its categories, all classes start new.
@@ -86,7 +88,7 @@ class InstanceFormerModule(LightningModule):
         costs: MatchCosts = MatchCosts(),
         optimizer: OptimizerOptions = OptimizerOptions(),
         inference: InferenceOptions | None = None,
-        backbone_weights: Literal["imagenet", "none"] = "none",
+        backbone_weights: Literal["imagenet", "none"] | Path = "none",
         init_from: Path | None = None,
         compile: bool = False,
     ) -> None:
@@ -145,20 +147,21 @@ class InstanceFormerModule(LightningModule):
         """
         if self.trainer.ckpt_path is not None:
             return
-        options = self.network.options
         if self.init_from is not None:
             self._take_over(self.init_from)
+        elif isinstance(self.backbone_weights, Path):
+            self.print(load_backbone(self.network.backbone, self.backbone_weights))
         elif self.backbone_weights == "imagenet":
             if self.trainer.local_rank == 0:  # downloads what the others then find
                 self.network.backbone.load_imagenet_weights()
             self.trainer.strategy.barrier("imagenet")
             if self.trainer.local_rank > 0:
                 self.network.backbone.load_imagenet_weights(progress=False)
-        elif options.backbone_norm == "frozen" and options.backbone.startswith("res"):
+        elif not all(parameter.requires_grad for parameter in self.network.backbone.parameters()):
             raise ValueError(
                 "model.network.backbone_norm: found frozen on a backbone with random weights, whose first stage would "
-                "never learn; expected --model.backbone_weights imagenet, --model.init_from or --ckpt_path, or "
-                "--model.network.backbone_norm batch to train from random weights"
+                "never learn; expected --model.backbone_weights imagenet or a file, --model.init_from or --ckpt_path, "
+                "or --model.network.backbone_norm batch to train from random weights"
             )
 
     def print(self, *args: Any, **kwargs: Any) -> None:
