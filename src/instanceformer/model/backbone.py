@@ -164,7 +164,7 @@ class TimmFeatures(nn.Module):
                 "and 32, or a ViT with 16"
             )
         finest = self.model.feature_info[self.indices[0]]["module"]
-        self.model.prune_intermediate_layers(self.indices, prune_head=True)
+        self.model.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         if norm == "frozen" and freeze_norms(self.model):
             names = [name for name, _ in self.model.named_parameters()]  # in the order of their use
             last = max(i for i, name in enumerate(names) if name.startswith(f"{finest}."))
