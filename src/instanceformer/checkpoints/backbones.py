@@ -49,6 +49,10 @@ def load_backbone(backbone: Backbone, path: Path) -> str:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or would run code, shapes differ, or half of the weights or more are missing.
     """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"model.backbone_weights: found {path}, which is no file; expected none, imagenet or a file of weights"
+        )
     content = load(path)
     if is_own(content):
         raise ValueError(
