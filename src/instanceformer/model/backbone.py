@@ -224,10 +224,8 @@ def create_timm(name: str, pretrained: bool) -> Any:
             f"backbone: found {TIMM}{name}, expected a model of timm {timm.__version__}"
             + (f", such as {', '.join(f'{TIMM}{other}' for other in nearest)}" if nearest else "")
         )
-    options: dict[str, Any]
-    for options in ({"dynamic_img_size": True}, {"strict_img_size": False}):  # ViTs; Swins of releases before 1.0.31
-        with suppress(TypeError):  # a model without that option
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    with suppress(TypeError):  # only models that are made for one size otherwise have that option
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
     return timm.create_model(name, pretrained=pretrained, num_classes=0)
 
 
