@@ -72,7 +72,9 @@ def optimize(network: InstanceFormer, dtype: torch.dtype = torch.float32) -> Ins
     body = trace(network.backbone.body)
     if body is not None:
         body = fold_batch_norm(body)
-        network.backbone.body = pack_convolutions(body, dtype) if packs(device) else body
+        if packs(device) and (dtype == torch.float32 or narrows(body)):
+            body = pack_convolutions(body, dtype)
+        network.backbone.body = body
     if packs(device):
         for part in (network.projection, network.encoder, network.decoder.layers, network.mask_head):
             pack_layers(part, dtype)
@@ -106,9 +108,35 @@ def trace(body: nn.Module) -> fx.GraphModule | None:
     if isinstance(body, fx.GraphModule):
         return body
     try:
-        return fx.GraphModule(body, _Tracer().trace(body))
+        graph = _Tracer().trace(body)
     except (TraceError, TypeError):
         return None
+    return split_padding(fx.GraphModule(body, graph))
+
+
+def split_padding(body: fx.GraphModule) -> fx.GraphModule:
+    """Make each convolution with TensorFlow's padding, which depends on the size, a padding and a plain convolution."""
+    from timm.layers import Conv2dSame, pad_same
+
+    modules = dict(body.named_modules())
+    for node in body.graph.nodes:
+        conv = modules.get(node.target)
+        if not isinstance(conv, Conv2dSame):
+            continue
+        with body.graph.inserting_before(node):
+            node.args = (
+                body.graph.call_function(pad_same, (*node.args, conv.kernel_size, conv.stride, conv.dilation)),
+            )
+        shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, 0, conv.dilation, conv.groups)
+        plain = nn.Conv2d(*shape, bias=conv.bias is not None)
+        plain.weight, plain.bias = conv.weight, conv.bias
+        body.set_submodule(node.target, plain)
+    return fx.GraphModule(body, body.graph)
+
+
+def narrows(body: fx.GraphModule) -> bool:
+    """Whether every layer with weights is a convolution that can be packed, so that all can compute in bfloat16."""
+    return all(type(m) is nn.Conv2d or not [*m.parameters(recurse=False)] for m in body.modules())
 
 
 def fold_batch_norm(body: fx.GraphModule) -> fx.GraphModule:
