@@ -117,9 +117,8 @@ def command(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 
 def begun(folder: Path) -> list[int]:
     """Ids of the videos that were begun since the last call, in order."""
-    path = folder / "begun"
-    ids = [int(word) for word in path.read_text().split()]
-    path.write_text("")
+    ids = [int(word) for word in (folder / "begun").read_text().split()]
+    (folder / "begun").write_text("")
     return ids
 
 
