@@ -86,7 +86,7 @@ WRONG = {
     "did you mean --model.network.memory_frames?": {"grid": {"model.network.memory_frmes": [2]}},
     "--model.network.memory_frames: found two, expected int": {"grid": {key: ["two"] for key in GRID}},
     "did you mean --trainer.max_steps?": {"grid": GRID, "base": ["--trainer.max_stps=3"]},
-    "found --data.clip_frame": {"grid": GRID, "stages": {"images": ["--data.clip_frame=1"]}},
+    "found --data.clp_frames": {"grid": GRID, "stages": {"images": ["--data.clp_frames=1"]}},
     "found --model.lr": {"search": {"model.lr": {"low": 1e-4, "high": 1e-3, "log": True}}},
 }
 

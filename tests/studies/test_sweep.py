@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import shlex
 import signal
 import time
@@ -243,9 +244,9 @@ data:
   valid: {annotations: data/valid.json, images: data/JPEGImages}
   test: {annotations: data/valid.json, images: data/JPEGImages}
   augmentation: {sizes: [], crop: 0.0}
-  batch_size: 1
+  batch_size: 2
   clip_frames: 3
-  eval_size: 48
+  eval_size: 64
   num_workers: 0
 """
 
@@ -258,7 +259,7 @@ def test_killed_five_times_a_study_ends_as_its_commands_typed_one_by_one(
     (tmp_path / "network.yaml").write_text(NETWORK)
     path = tmp_path / "memory.yaml"
     path.write_text(REAL.format(folder=tmp_path))
-    videos = ["--train_videos=2", "--valid_videos=1", "--length=8", "--height=48", "--width=64", "--workers=1"]
+    videos = ["--train_videos=2", "--valid_videos=1", "--length=8", "--height=64", "--width=96", "--workers=1"]
     main(["synthesize", "data", *videos])
     capfd.readouterr()
     main(["sweep", str(path), "--dry_run", "--folder=typed"])
@@ -275,11 +276,12 @@ def test_killed_five_times_a_study_ends_as_its_commands_typed_one_by_one(
 
     assert kill_often(start, begun, times=5, latest=12) == 5
     assert sweeping.end(start()) == 0, log.read_text()
-    assert "| memory_frames=2,memory_tokens=2 | 2 |" in log.read_text()
+    assert re.search(r"^\| memory_frames=2,memory_tokens=2 +\| 2 ", log.read_text(), re.MULTILINE), log.read_text()
     assert [trial.state.name for trial in study_of(path).trials] == ["COMPLETE"] * 8
     for ours, typed in zip(trials(path), trials(path, tmp_path / "typed"), strict=True):
         numbers = [json.loads((t.folder / "results.metrics.json").read_text())["metrics"] for t in (ours, typed)]
         assert numbers[0] == numbers[1]
+        assert json.loads((ours.folder / "results.json").read_text())  # there are tracks to compare
         assert (ours.folder / "results.json").read_bytes() == (typed.folder / "results.json").read_bytes()
         steps = [[row["step"] for row in csv.DictReader((t.folder / "metrics.csv").open())] for t in (ours, typed)]
         assert steps[0] == steps[1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -19,13 +20,13 @@ from filelock import FileLock
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from instanceformer.files import locking
 from instanceformer.studies.study import OUTCOME, Range, Setting, Study, Trial, as_json, check_same
 
 NEW = timedelta(seconds=10)
-"""Age up to which whoever has asked for a trial may still be about to lock its folder."""
+"""Age up to which whoever has asked for a trial may still be about to say where it runs."""
 
 PAUSE = 2.0
 """Seconds between two looks at what others do."""
@@ -87,11 +88,13 @@ class Queue:
                     trial = self._optuna.ask(_distributions(self.study))
                     if self._entry(trial) >= self.total:  # another process was faster
                         self._optuna.tell(trial, state=TrialState.FAIL)
-                    elif (lock := self._lock(trial)) is not None:
-                        runs = self._runs(trial)
-                        trial.set_user_attr("runs", [str(run.folder) for run in runs])
-                        return Taken(trial, runs, lock)
-                    continue
+                        continue
+                    runs = self._runs(trial)
+                    runs[0].folder.mkdir(parents=True, exist_ok=True)
+                    trial.set_user_attr("runs", [str(run.folder) for run in runs])
+                    if (lock := self._lock(trial)) is None:  # a search may choose a setting twice
+                        continue
+                    return Taken(trial, runs, lock)
             if not any(self._is_here(frozen) for frozen in running):
                 return None
             stop.wait(PAUSE)
@@ -168,9 +171,9 @@ class Queue:
         return [self.study.trial(self.study.settings[place], plan.seeds[seed])]
 
     def _lock(self, trial: optuna.Trial | FrozenTrial) -> ExitStack | None:
-        """The lock of a trial's folder, which is made; None if another worker has it."""
+        """The lock of a trial's folder; None if another worker has it."""
         folder = self._runs(trial)[0].folder
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
                 stack.enter_context(locking(folder))
@@ -186,15 +189,23 @@ def _is_new(trial: FrozenTrial) -> bool:
 
 def _open(study: Study, url: str | None) -> BaseStorage:
     if url is not None:
-        try:
-            return optuna.storages.get_storage(url)
-        except SQLAlchemyError as error:
-            expected = "expected the URL of a database that Optuna takes, such as sqlite:///study.db"
-            raise ValueError(f"--storage: found {url}, {expected} ({error})") from error
+        return _connect(url)
     study.folder.mkdir(parents=True, exist_ok=True)
     journal = str(study.folder / "journal.log")
     lock: Any = FileLock(f"{journal}.lock")  # one that ends with its process; Optuna's own would last half a minute
     return JournalStorage(JournalFileBackend(journal, lock_obj=lock))
+
+
+def _connect(url: str, attempts: int = 5) -> BaseStorage:
+    """A database's storage; tried again, since another process may be making the same tables."""
+    try:
+        return optuna.storages.get_storage(url)
+    except SQLAlchemyError as error:
+        if isinstance(error, DBAPIError) and attempts > 1:
+            time.sleep(1)
+            return _connect(url, attempts - 1)
+        expected = "expected the URL of a database that Optuna takes, such as sqlite:///study.db"
+        raise ValueError(f"--storage: found {url}, {expected} ({error})") from error
 
 
 def _load(study: Study, storage: BaseStorage, where: str) -> optuna.Study:

@@ -223,7 +223,7 @@ def read_study(path: Path, folder: Path | None = None) -> Study:
     parser = Parser(prog="instanceformer sweep")
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(Plan)
-    plan = pick(Plan, parser.instantiate_classes(parser.parse_args([f"--config={path}"])))
+    plan = pick(Plan, parser.instantiate(parser.parse_args([f"--config={path}"])))
     study = Study(folder.name, folder, plan)
     if problem := next(_problems(study), None):
         raise ValueError(f"{path}: {problem}")
