@@ -14,7 +14,7 @@ import pytest
 import torch
 import wandb
 
-from instanceformer import InstanceFormer
+from instanceformer import InstanceFormer, VideoInstanceSegmenter
 from instanceformer.cli import main
 from instanceformer.files import locking
 from instanceformer.training.module import InstanceFormerModule
@@ -198,6 +198,14 @@ def test_the_same_command_goes_on_wherever_the_folder_lies(
     assert (tmp_path / "third" / "results.json").exists()
     assert not (tmp_path / "~").exists()
     assert not (tmp_path / "wandb").exists()
+
+
+def test_a_checkpoint_brings_the_rules_of_the_segmenter_that_its_training_set(config: Path, tmp_path: Path) -> None:
+    command = ["fit", "--config", str(config), "--trainer.callbacks=[]", "--trainer.limit_val_batches=0"]
+    rules = ["--model.segmenter.birth=0.75", "--model.segmenter.show=0.125"]
+    main([*command, *rules, f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false"])
+    options = VideoInstanceSegmenter.from_checkpoint(tmp_path / "last.ckpt", "cpu", patience=3).options
+    assert (options.birth, options.show, options.patience, options.max_tracks) == (0.75, 0.125, 3, 50)
 
 
 def optimizer_groups(run: Path) -> list[dict[str, Any]]:

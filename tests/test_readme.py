@@ -63,6 +63,8 @@ ROWS = [
     Row(r"instanceformer segment rtsp:", left_out="no camera"),
     Row("instanceformer sweep", ("--dry_run",)),
     Row("instanceformer compare", left_out="it needs studies; tests/studies runs it"),
+    Row("hf upload", left_out="it needs an account"),
+    Row("(srun|torchrun) ", left_out="their launchers are not everywhere; DDP has tests of its own"),
     Row("instanceformer import"),
     Row("instanceformer check"),
     Row("instanceformer evaluate"),
@@ -131,7 +133,7 @@ def folder(tmp_path: Path) -> Path:
         names |= write_labels(root / "data" / "mine" / f"{split}.json", root / "labels" / split)
     (root / "names.json").write_text(json.dumps(names))
     (root / "new_videos").mkdir()
-    for name in ("street.mp4", "new_videos/street.mp4"):
+    for name in ("street.mp4", "a.mp4", "b.mp4", "new_videos/street.mp4"):
         write_film(root / name, moving_square(6, 64, 96))
     torch.manual_seed(0)
     network = InstanceFormer(4, **TINY).eval()

@@ -152,7 +152,7 @@ def test_a_killed_call_goes_on_and_two_broken_videos_do_not_end_it(tmp_path, che
     assert all(before.items() <= after.items() for before in done)
     lines = [line for line in log.read_text().replace("\r", "\n").splitlines() if line.startswith("instanceformer")]
     assert len(lines) == 2
-    assert f"{folder / '3.mp4'}: the file is cut off" in lines[0]
+    assert f"{folder / '3.mp4'}: no frame can be decoded; the file is cut off" in lines[0]
     assert f"{folder / '11.mp4'}: cannot be opened as a video" in lines[1]
     assert f"20 videos, {len(done[-1])} of them finished before, 2 not" in log.read_text()
     assert not list(folder.glob(".*"))

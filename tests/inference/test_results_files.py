@@ -77,7 +77,7 @@ def test_coco_vid_is_read_by_pycocotools_and_by_our_importer(tmp_path):
     assert dataset.categories == tuple(CATEGORIES)
     (video,) = dataset.videos
     assert [(track.id, track.category_id) for track in video.instances] == [(1, 4), (2, 9)]
-    assert [mask is not None for mask in video.instances[0].counts] == [True, False]
+    assert [mask is not None for mask in video.instances[0].segmentations] == [True, False]
 
 
 def test_a_line_says_all_of_a_frame():

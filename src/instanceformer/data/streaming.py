@@ -128,6 +128,10 @@ VIDEO_SUFFIXES = (
 )
 
 
+FILM = "_instances.mp4"
+"""What follows a video's name in that of the film that ``segment`` writes beside it."""
+
+
 @dataclass(frozen=True)
 class RawVideo:
     """A video without annotations.
@@ -162,7 +166,7 @@ def find_paths(path: Path) -> list[Path]:
 
     Args:
         path: a video file; a folder of images, which is one video; or a folder of video files and image folders, in
-            which other entries are ignored.
+            which other entries are ignored, also the films of ``segment`` beside their videos.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -177,13 +181,19 @@ def find_paths(path: Path) -> list[Path]:
             raise ValueError(
                 f"{path}: found images beside {inside[0].name}; expected the frames of one video, or videos"
             )
-        entries += sorted(inside, key=lambda entry: natural_order(entry.name))
+        films = {film_of(entry) for entry in inside}
+        entries += sorted(set(inside) - films, key=lambda entry: natural_order(entry.name))
     if not entries:
         raise ValueError(
             f"{path}: found no video, expected files with names that end in {', '.join(VIDEO_SUFFIXES)}, or folders of "
             "images"
         )
     return entries
+
+
+def film_of(video: Path) -> Path:
+    """The film that ``segment`` writes beside a video file or a folder of images."""
+    return video.with_name(f"{video.name if video.is_dir() else video.stem}{FILM}")
 
 
 def _is_video(path: Path) -> bool:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from instanceformer.data.streaming import find_paths
+from instanceformer.data.streaming import FILM, film_of, find_paths
 from instanceformer.inference.outputs import SegmentOutputs
 from instanceformer.inference.results_files import ResultsFormat
-
-FILM = "_instances.mp4"
-"""What follows a video's name in that of its film."""
 
 
 def find_sources(given: Sequence[str]) -> list[str]:
@@ -22,8 +19,8 @@ def find_sources(given: Sequence[str]) -> list[str]:
         ValueError: a folder contains no video, or both images and videos.
     """
     sources = [str(path) for name in given for path in (find_paths(Path(name)) if Path(name).is_dir() else [name])]
-    films = {str(_output(source, None, FILM)) for source in sources if _is_path(source)}
-    return list(dict.fromkeys(source for source in sources if source not in films))
+    films = {film_of(_path(source)) for source in sources if _is_path(source)}
+    return list(dict.fromkeys(source for source in sources if Path(source) not in films))
 
 
 def place_outputs(
@@ -64,8 +61,10 @@ def place_outputs(
     for source in sources:
         if not _is_path(source):
             raise ValueError(f"{source}: found a stream, expected a file to write a film beside; give --output")
-        outputs = {name: _output(source, folder, suffixes[name]) for name, folder in given.items()}
-        outputs = outputs or {"output": _output(source, None, FILM)}
+        path = _path(source)
+        name = path.name if path.is_dir() else path.stem
+        outputs = {option: folder / f"{name}{suffixes[option]}" for option, folder in given.items()}
+        outputs = outputs or {"output": film_of(path)}
         for path in outputs.values():
             if path in owners:
                 raise ValueError(
@@ -84,8 +83,6 @@ def _is_path(source: str) -> bool:
     return ("://" not in source or source.startswith("file://")) and (not source.isdecimal() or Path(source).exists())
 
 
-def _output(source: str, folder: Path | None, suffix: str) -> Path:
-    """The path of a video's output in a folder, or beside it."""
+def _path(source: str) -> Path:
     path = Path(source.removeprefix("file://"))
-    path = path if path.name else path.resolve()  # . and ..
-    return (path.parent if folder is None else folder) / f"{path.name if path.is_dir() else path.stem}{suffix}"
+    return path if path.name else path.resolve()  # . and ..
