@@ -178,7 +178,7 @@ class LiveView:
         while not self._ended:
             await self._news.wait()
         if self._drawn is not None:
-            await asyncio.sleep(0.3)  # browsers that are displaying a frame ask for the next, and hear of the end
+            await asyncio.sleep(1.0)  # browsers that are displaying a frame ask for the next, and hear of the end
         await runner.cleanup()
 
     async def _next(self, request: web.Request) -> web.Response:

@@ -95,7 +95,7 @@ async function watch() {
       await display(state);
       if (state.ended) return;
     } catch {
-      displayStatus("not connected; trying again", false);
+      displayStatus("not connected: ended, or out of reach", false);
       [version, changed] = [0, 0]; // of another run, when it answers again
       await new Promise((resume) => setTimeout(resume, 1000));
     }
