@@ -120,6 +120,7 @@ def test_fit_then_validate_test_predict_and_evaluate(
     for command in ("validate", "test", "predict"):
         main([command, "--config", str(config), "--ckpt_path", str(checkpoint), f"--results.path={command}.json"])
     assert not (tmp_path / "validate.json").exists()
+    assert len(list(tmp_path.glob("films/validate/*.mp4"))) == 1
     tested, predicted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("test", "predict"))
     assert tested == predicted
     assert {track["video_id"] for track in tested} == {1, 2}

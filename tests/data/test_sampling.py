@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -107,3 +109,19 @@ def test_frames_outside_the_folder_are_refused_unless_allowed(tiny_dataset: Call
     with pytest.raises(ValueError, match=r"00003\.jpg.*leads out of this folder, to .*elsewhere\.jpg"):
         VideoDataModule(videos, clip_frames=2, num_workers=0).setup("fit")
     VideoDataModule(videos, clip_frames=2, num_workers=0, outside_images=True).setup("fit")
+
+
+ENDS_EARLY = """
+from torch.utils.data import DataLoader
+from instanceformer.data.clips import leave_signals_to_the_trainer
+loader = DataLoader(range(8), num_workers=2, worker_init_fn=leave_signals_to_the_trainer)
+iterator = iter(loader)
+next(iterator)
+raise RuntimeError("while workers are running")
+"""
+
+
+def test_a_program_that_ends_early_does_not_wait_for_its_workers() -> None:
+    ended = subprocess.run([sys.executable, "-c", ENDS_EARLY], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "while workers are running" in ended.stderr

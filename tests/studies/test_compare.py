@@ -82,7 +82,7 @@ def test_settings_with_other_seeds_are_compared_by_those_that_both_have(six: lis
     values = [read_run(folder).metrics["test/AP"] for folder in six]
     assert comparison.rows[1].metrics["AP"].difference == pytest.approx(sum(values[4:]) / 2 - sum(values[1:3]) / 2)
     (note,) = comparison.notes
-    assert note.endswith(f"has seeds 1, 2, {six[0]} has 0, 1, 2; the difference is of seeds 1, 2")
+    assert note.endswith(f"has seeds 1, 2, {six[0]} has seeds 0, 1, 2; the difference is of seeds 1, 2")
     assert compare([six[0], six[5]], metrics=["AP"], resamples=10).notes[0].endswith("the difference is of their means")
 
 
@@ -97,15 +97,16 @@ def test_a_study_that_is_not_complete_is_compared_as_far_as_it_goes(make_study: 
     assert [row.group.name for row in comparison.rows] == ["two", "three"]
     assert comparison.baseline == "three"
     assert comparison.notes[:3] == [
-        "three, seed 1: unfinished; left out",
         "four, seed 0: failed (no space left); left out",
+        "three, seed 1: unfinished; left out",
         "four, seed 1: unfinished; left out",
     ]
+    assert comparison.notes[3:] == ["two has seeds 0, 1, three has seed 0; the difference is of seed 0"]
     assert "- four, seed 1: unfinished; left out" in as_markdown(comparison).splitlines()
 
 
 def test_the_tables_hold_the_same_numbers(six: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["compare", *map(str, six), "--metrics", "AP", "IDSW", "--resamples=20"]
+    given = ["compare", *map(str, six), "--metrics", "test/AP", "IDSW", "--resamples=20"]
     main([*given, f"--output={tmp_path / 'out'}"])
     assert [Path(line).name for line in capsys.readouterr().out.split()] == [
         "table.md",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import replace
 from itertools import groupby
-from multiprocessing import Value
+from multiprocessing import Value, active_children
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -379,3 +380,14 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     """Make a worker process ignore SIGTERM and SIGINT, so that the trainer can finish its step first."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers() -> None:
+    """End worker processes that are left when the program ends, which else would wait for them forever.
+
+    multiprocessing would end them by SIGTERM, which they ignore.
+    """
+    for process in active_children():
+        if process.daemon:
+            process.kill()

@@ -114,7 +114,7 @@ def compare(
     Args:
         targets: a study's file or folder, or the folders of runs; runs that differ in their seed alone are one setting.
         baseline: a setting's name, or the folder of one of its runs; None: the first setting.
-        metrics: names such as AP, without ``test/``; empty: the study's and those of ``MAIN`` that all runs have.
+        metrics: names such as AP or test/AP; empty: the study's and those of ``MAIN`` that all runs have.
         resamples: number of resampled sets of videos.
 
     Raises:
@@ -133,10 +133,10 @@ def compare(
     resampled = {run.folder: _resample(run, truth, counts, names) for run in runs}
     for group in groups:
         if group.runs.keys() != base.runs.keys():
-            both = _numbers(group.runs.keys() & base.runs.keys())
+            both = group.runs.keys() & base.runs.keys()
             notes.append(
-                f"{group.name} has seeds {_numbers(group.runs)}, {base.name} has {_numbers(base.runs)}; the difference "
-                + (f"is of seeds {both}" if both else "is of their means")
+                f"{group.name} has {_seeds(group.runs)}, {base.name} has {_seeds(base.runs)}; the difference is of "
+                + (_seeds(both) if both else "their means")
             )
     rows = [Row(group, {name: _measure(name, group, base, resampled) for name in names}) for group in groups]
     return Comparison(rows, names, base.name, len(truth.videos), resamples, notes)
@@ -156,14 +156,17 @@ def find_groups(targets: Sequence[Path]) -> tuple[list[Group], list[str], str]:
         raise ValueError(f"{studies[0]}: found a study among others, expected one study, or the folders of runs")
     study = read_study(studies[0])
     groups: dict[str, Group] = {}
-    notes = []
+    notes: list[str] = []
+    missing: dict[tuple[str, str], list[int]] = {}
     for trial in study.trials():
         group = groups.setdefault(trial.setting.name, Group(trial.setting.name, trial.setting.options, {}))
         if trial.state == "finished":
             group.runs[trial.seed] = read_run(trial.folder)
+        elif trial.error:
+            notes.append(f"{group.name}, seed {trial.seed}: {trial.state} ({trial.error}); left out")
         else:
-            why = f"{trial.state} ({trial.error})" if trial.error else trial.state
-            notes.append(f"{trial.setting.name}, seed {trial.seed}: {why}; left out")
+            missing.setdefault((group.name, trial.state), []).append(trial.seed)
+    notes += [f"{name}, {_seeds(seeds)}: {state}; left out" for (name, state), seeds in missing.items()]
     finished = [group for group in groups.values() if group.runs]
     if not finished:
         raise ValueError(
@@ -252,6 +255,7 @@ def _find_metrics(runs: Sequence[Run], asked: Sequence[str], main: str) -> list[
     """
     of_runs = [[name.removeprefix("test/") for name, value in run.metrics.items() if value >= 0] for run in runs]
     shared = set(of_runs[0]).intersection(*of_runs)
+    asked = [name.removeprefix("test/") for name in asked]
     for name in asked:
         for run, names in zip(runs, of_runs, strict=True):
             if name not in names:
@@ -338,5 +342,5 @@ def deviation(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _numbers(seeds: Collection[int]) -> str:
-    return ", ".join(map(str, sorted(seeds)))
+def _seeds(seeds: Collection[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))}"
