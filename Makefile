@@ -23,11 +23,12 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: runs/demo/results.json ## synthetic videos, a short training on the CPU, a test and a film, in a quarter of an hour
+demo: runs/demo/results.json ## synthetic videos, a short training on the CPU, a test, a film, a report: a quarter of an hour
 	$(BIN)/instanceformer evaluate data/demo/valid.json runs/demo/results.json
 	$(BIN)/python scripts/render_results.py data/demo/valid.json runs/demo/results.json --images data/demo/JPEGImages \
 		--output runs/demo/film.mp4 --sheet runs/demo/film.png
-	@echo 'Look at runs/demo/film.mp4 and runs/demo/film.png: ground truth on the left, predictions on the right.'
+	$(BIN)/instanceformer report runs/demo --output runs/demo/report.html --videos 24
+	@echo 'Open runs/demo/report.html in a browser. The film, runs/demo/film.mp4, has the ground truth on the left.'
 
 data/demo/valid.json: | $(INSTALLED)
 	$(BIN)/instanceformer synthesize data/demo --overwrite

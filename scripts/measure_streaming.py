@@ -2,6 +2,7 @@
 
     python scripts/measure_streaming.py                  # 2,000 frames of 96x160 through the demo's network
     python scripts/measure_streaming.py full --frames 80 # frames of 360x640 through the paper's network
+    python scripts/measure_streaming.py fast --frames 80 # frames of 288x512 through that of configs/fast.yaml
 
 Random weights and moving squares, with thresholds such that tracks come and go. Memory is the peak of the process
 (VmHWM) after 50 frames and at the end, with the film, results file and label images of `instanceformer segment`. Time
@@ -32,7 +33,7 @@ from instanceformer.inference.outputs import SegmentOutputs, segment_video
 from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.video.frames import Frame, open_video
 
-DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs"
 EARLY = 50  # frames after which memory should no longer grow
 TURN = 5  # frames of a segmenter's turn
 
@@ -69,7 +70,9 @@ def build(name: str) -> tuple[InstanceFormer, int, int]:
     torch.manual_seed(0)
     if name == "full":
         return InstanceFormer().eval(), 360, 640
-    return InstanceFormer(4, **yaml.safe_load(DEMO.read_text())["model"]["network"]).eval(), 96, 160
+    config, size = ("fast", (288, 512)) if name == "fast" else ("demo", (96, 160))
+    options = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())["model"]["network"]
+    return InstanceFormer(4, **options).eval(), *size
 
 
 def threshold(network: InstanceFormer, frame: Frame, shown: int) -> float:
@@ -82,7 +85,7 @@ def threshold(network: InstanceFormer, frame: Frame, shown: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", choices=["small", "full"], default="small")
+    parser.add_argument("name", nargs="?", choices=["small", "full", "fast"], default="small")
     parser.add_argument("--frames", type=int, default=2000)
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

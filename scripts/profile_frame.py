@@ -1,13 +1,14 @@
 """Time of a frame by module, as it streams, and its distance from what the machine's matrix products alone would take.
 
     python scripts/profile_frame.py [plain optimized identity bf16 compiled] [--size 360 640] [--shown 10] [--rounds 9]
+    python scripts/profile_frame.py --size 288 512 --config configs/fast.yaml
 
 One frame at a time: encode, decode, segment the shown queries, advance. ``plain`` is the network as it is,
 ``optimized`` and ``bf16`` are what ``instanceformer.inference.optimize`` makes of it, ``compiled`` is the plain one
 through torch.compile with frozen weights, which takes minutes; ``identity`` is the optimized one that also recognizes
 instances. They take turns, round by round, on the same frames.
 If ``plain`` is the first, their outputs are compared with its, for the same queries. Without ``--checkpoint`` it is the
-paper's network with random weights; without ``--video`` the frames are noise.
+paper's network or that of ``--config``, with random weights; without ``--video`` the frames are noise.
 
 Wall time is the median and the best of the rounds. Processor time is that of all threads, and hardly changes when other
 processes share the machine, provided that threads do not spin while they wait: measure with OMP_WAIT_POLICY=passive.
@@ -23,10 +24,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -213,7 +216,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(360, 640), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--shown", type=int, default=10, help="queries whose masks are made")
     parser.add_argument("--rounds", type=int, default=9, help="frames, the first of which is not timed")
-    parser.add_argument("--checkpoint", help="of the network to profile")
+    network_from = parser.add_mutually_exclusive_group()
+    network_from.add_argument("--checkpoint", help="of the network to profile")
+    network_from.add_argument("--config", type=Path, help="configuration of the network to profile")
     parser.add_argument("--video", help="film to take the frames from")
     options = parser.parse_args()
     unknown = set(options.variants) - set(VARIANTS)
@@ -223,9 +228,11 @@ def main() -> None:
         )
 
     torch.manual_seed(0)
-    network = (
-        InstanceFormer(40).eval() if options.checkpoint is None else InstanceFormer.from_checkpoint(options.checkpoint)
-    )
+    if options.checkpoint is not None:
+        network = InstanceFormer.from_checkpoint(options.checkpoint)
+    else:
+        config = {} if options.config is None else yaml.safe_load(options.config.read_text())["model"]["network"]
+        network = InstanceFormer(40, **config).eval()
     frames = load_frames(options)
     rates = measure_rates()
     with FlopCounterMode(display=False) as counter:
@@ -235,7 +242,9 @@ def main() -> None:
     height, width = options.size
     capability, load = torch.backends.cpu.get_cpu_capability(), os.getloadavg()[0]
     print(f"{Machine.this()}; {capability}, load {load:.1f}")
-    print(f"{height}x{width}, {options.shown} masks: {operations / 1e9:.1f} GFLOP a frame by PyTorch's counter")
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    print(f"{height}x{width}, {options.shown} masks, {parameters / 1e6:.2f} M parameters")
+    print(f"{operations / 1e9:.1f} GFLOP a frame by PyTorch's counter")
     print(", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()))
 
     streams = [Stream(network, variant, options.shown) for variant in options.variants]

@@ -9,7 +9,8 @@ joint data, losses, schedule, strategy, callbacks and loggers. These are made sm
 
 - the Trainer: 4 steps, or 2 epochs of 2; a CPU, with 2 processes for ovis and 1 for the rest; every step is logged;
 - the network: 64 channels, 20 queries, 1 + 2 layers; ResNet-18 in place of ResNet-50, without ImageNet's weights, so
-  that nothing is downloaded: pretraining has ordinary batch norm instead, and what starts from it the frozen one;
+  that nothing is downloaded: what would have them has ordinary batch norm instead, and what starts from it the frozen
+  one;
 - the data: the miniatures of scripts/miniatures.py, frames of 64x96, resized to sides of 48 and 64.
 
 YouTube-VIS 2022, which has no configuration, runs with that of 2021. A sweep runs with its first values, offline.
@@ -179,7 +180,7 @@ def small_flags(rehearsal: Rehearsal, real_size: bool) -> dict[str, list[str]]:
     if rehearsal.start is None and config["model"].get("backbone_weights") == "imagenet":
         every.append("--model.network.backbone_norm=batch")
     if not real_size:
-        if config.get("model", {}).get("network", {}).get("backbone") != "small":
+        if "backbone" not in config.get("model", {}).get("network", {}):  # ResNet-50
             every.append("--model.network.backbone=resnet18")
         sizes = {"dim": 64, "num_heads": 4, "num_queries": 20, "feedforward_dim": 48}
         layers = {"encoder_layers": 1, "decoder_layers": 2}

@@ -43,7 +43,7 @@ class StopAt(Callback):
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["instanceformer.commands.train", "tests.processes"])
+CONTEXT.set_forkserver_preload(["instanceformer.commands.train", "instanceformer.studies.sweep", "tests.processes"])
 
 
 def start(arguments: Sequence[str], log: Path, die_while_saving: bool = False, **environment: str) -> BaseProcess:

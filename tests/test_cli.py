@@ -92,6 +92,10 @@ def test_fit_then_validate_test_predict_and_evaluate(
     config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    older = [tmp_path / "films" / f"step_000000{step}" for step in range(2)]
+    for folder in older:
+        folder.mkdir(parents=True)
+    monkeypatch.setattr("instanceformer.training.callbacks.KEPT_FILMS", 2)
     main(["fit", "--config", str(config)])
     checkpoint = tmp_path / "best.ckpt"
     with (tmp_path / "metrics.csv").open(newline="") as file:
@@ -105,14 +109,20 @@ def test_fit_then_validate_test_predict_and_evaluate(
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert checkpoint.exists()
-    assert list(tmp_path.glob("wandb/offline-run-*/files/media/videos/val/videos/*.mp4"))
+    (to_wandb,) = tmp_path.glob("wandb/offline-run-*/files/media/videos/val/videos/*.mp4")
+    (film,) = tmp_path.glob("films/step_0000002/*.mp4")
+    assert film.read_bytes() == to_wandb.read_bytes()
+    assert [folder.exists() for folder in older] == [False, True]
     resume = [f"--ckpt_path={checkpoint}", "--trainer.max_steps=3", "--model.init_from=nowhere.ckpt"]
     main(["fit", "--config", str(config), *resume, f"--trainer.default_root_dir={tmp_path / 'resumed'}"])  # no init
     with pytest.raises(SystemExit, match=r"nowhere\.ckpt"):
         main(["fit", "--config", str(config), "--model.init_from=nowhere.ckpt", "--trainer.default_root_dir=new"])
+    with pytest.raises(SystemExit, match="found imagnet, which is no file; expected none, imagenet or a file"):
+        main(["fit", "--config", str(config), "--model.backbone_weights=imagnet", "--trainer.default_root_dir=new"])
     for command in ("validate", "test", "predict"):
         main([command, "--config", str(config), "--ckpt_path", str(checkpoint), f"--results.path={command}.json"])
     assert not (tmp_path / "validate.json").exists()
+    assert len(list(tmp_path.glob("films/validate/*.mp4"))) == 1
     tested, predicted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("test", "predict"))
     assert tested == predicted
     assert {track["video_id"] for track in tested} == {1, 2}
@@ -173,6 +183,8 @@ def test_the_same_command_goes_on_wherever_the_folder_lies(
     command += ["--trainer.logger.init_args.save_dir=."]
     main([*command, "--trainer.default_root_dir=~/first"])
     assert list((tmp_path / "first").glob("wandb/offline-run-*"))
+    logged = (tmp_path / "first" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"lr-AdamW/network", "train/loss", "train/gradient_norm"} <= set(logged)  # W&B or not, callbacks or none
     wandb.finish()
     begun = [*command, "--ckpt_path=first/last.ckpt", "--trainer.max_steps=3"]
     main([*begun, "--trainer.default_root_dir=second"])

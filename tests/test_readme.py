@@ -26,6 +26,7 @@ from tests.inference.films import moving_square, write_film
 from instanceformer import InstanceFormer, checkpoints
 from instanceformer.checkpoints.sources import RELEASE
 from instanceformer.data.annotations import Category
+from instanceformer.files import hash_file
 
 PROJECT = Path(__file__).parents[1]
 README = PROJECT / "README.md"
@@ -60,11 +61,14 @@ ROWS = [
     Row("make ", left_out="they take minutes; their parts are run by this test, by others and by the rehearsal"),
     Row("pip install", left_out="it changes the environment"),
     Row(r"instanceformer segment rtsp:", left_out="no camera"),
+    Row("instanceformer sweep", ("--dry_run",)),
+    Row("instanceformer compare", left_out="it needs studies; tests/studies runs it"),
     Row("hf upload", left_out="it needs an account"),
     Row("(srun|torchrun) ", left_out="their launchers are not everywhere; DDP has tests of its own"),
     Row("instanceformer import"),
     Row("instanceformer check"),
     Row("instanceformer evaluate"),
+    Row("instanceformer report"),
     Row("instanceformer synthesize", ("--train_videos=2", "--valid_videos=1", "--length=8", "--workers=1")),
     Row("instanceformer segment .*--view", (*SMALL_CLIP, "--view_port=0")),
     Row("instanceformer segment", SMALL_CLIP),
@@ -124,6 +128,7 @@ def folder(tmp_path: Path) -> Path:
     (mine / "JPEGImages").symlink_to(root / "data" / "mine" / "JPEGImages")
     write_export(root / "data" / "mine" / "train.json", root / "export.json")
     write_perfect_results(root / "data" / "demo" / "valid.json", root / "runs" / "demo" / "results.json")
+    write_metrics(root / "data" / "demo" / "valid.json", root / "runs" / "demo" / "results.metrics.json")
     names: dict[str, dict[str, str]] = {}
     for split in ("train", "valid"):
         names |= write_labels(root / "data" / "mine" / f"{split}.json", root / "labels" / split)
@@ -166,6 +171,13 @@ def write_perfect_results(annotations: Path, output: Path) -> None:
     keys = ("video_id", "category_id", "segmentations")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps([{key: track[key] for key in keys} | {"score": 1.0} for track in tracks]))
+
+
+def write_metrics(annotations: Path, output: Path) -> None:
+    """What `instanceformer test` writes beside its results."""
+    files = {"annotations": str(annotations), "images": str(annotations.parent / "JPEGImages")}
+    measured = {"metrics": {}, "run": {"annotations": hash_file(annotations)}, "files": files}
+    output.write_text(json.dumps(measured))
 
 
 def write_labels(annotations: Path, folder: Path) -> dict[str, dict[str, str]]:

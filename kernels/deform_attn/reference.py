@@ -27,7 +27,7 @@ def ms_deform_attn_reference(
     if reference is None:
         weights = weights.to(dtype)
     else:
-        locations = _locations(spatial_shapes, reference.to(dtype), locations)
+        locations = sampling_points(spatial_shapes, reference.to(dtype), locations)
         weights = weights.flatten(3).softmax(-1, dtype=dtype).view(weights.shape)
     # A point a whole map's size outside reads only zeros, so points that are not finite can be put there.
     locations = locations.nan_to_num(nan=-1.0).clamp(-1, 2)
@@ -44,7 +44,8 @@ def ms_deform_attn_reference(
     return output.view(batch, heads * channels, queries).transpose(1, 2).to(value.dtype).contiguous()
 
 
-def _locations(spatial_shapes: Sequence[tuple[int, int]], reference: Tensor, offsets: Tensor) -> Tensor:
+def sampling_points(spatial_shapes: Sequence[tuple[int, int]], reference: Tensor, offsets: Tensor) -> Tensor:
+    """(B, Q, M, L, P, 2) locations (x, y), as fractions of each level; arguments as in ``fused_ms_deform_attn``."""
     center = reference[:, :, None, :, None, :2]
     if reference.shape[-1] == 4:
         scale = reference[:, :, None, :, None, 2:] * (0.5 / offsets.shape[4])

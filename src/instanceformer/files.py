@@ -1,8 +1,9 @@
-"""Files that are never seen half written and never written by two processes at once; the order of file names."""
+"""Files that are never seen half written and never written by two processes at once; their hashes, their order."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -20,6 +21,12 @@ FULL = 2**16
 def natural_order(name: str) -> tuple[Any, ...]:
     """Key that sorts names by the numbers in them: frame2 before frame10."""
     return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name)))
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_writable(path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.conftest import needs_bfloat16
+from tests.conftest import TINY, needs_bfloat16
 from torch import nn
 
 from instanceformer import InstanceFormer
@@ -116,6 +116,24 @@ def test_bfloat16_is_close_and_keeps_state_and_locations_in_float32(tiny: Callab
     assert found.boxes.dtype == found.masks.dtype == found.queries.dtype == torch.float32
     a, b = (masks > masks.median() for masks in (expected.masks, found.masks))
     assert (a & b).sum() / (a | b).sum() > 0.95
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("tf_efficientnet_lite0", torch.bfloat16),
+        ("test_convnext", torch.float32),  # layer norm and linear layers stay as they are
+        ("test_vit", torch.float32),
+    ],
+)
+@torch.no_grad()
+def test_in_bfloat16_a_body_of_timm_is_narrowed_if_all_of_it_can_be(name: str, dtype: torch.dtype) -> None:
+    network, images = InstanceFormer(**{**TINY, "backbone": f"timm/{name}"}).eval(), torch.randn(1, 3, 64, 96)
+    found = optimize(network, torch.bfloat16).backbone(images)
+    for a, b in zip(found, network.backbone(images), strict=True):
+        assert a.dtype == dtype
+        assert (a - b).norm() < 0.1 * b.norm()
 
 
 def test_what_cannot_be_optimized_is_refused(

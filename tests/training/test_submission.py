@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from instanceformer.cli import main
 from instanceformer.data.annotations import Category
 from instanceformer.data.formats.youtube_vis import read_annotations
 from instanceformer.evaluation.results import decode_mask, read_results
+from instanceformer.studies.run import read_run
 
 VIDEOS = [1, 2, 3, 4]
 RECORDER = """
@@ -115,9 +117,8 @@ def command(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 
 def begun(folder: Path) -> list[int]:
     """Ids of the videos that were begun since the last call, in order."""
-    path = folder / "begun"
-    ids = [int(word) for word in path.read_text().split()]
-    path.write_text("")
+    ids = [int(word) for word in (folder / "begun").read_text().split()]
+    (folder / "begun").write_text("")
     return ids
 
 
@@ -128,13 +129,10 @@ def parts(folder: Path) -> set[int]:
 def start(arguments: list[str], data: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the program as a group of processes of its own."""
     (data / "run.py").write_text("from instanceformer.cli import main\n\nmain()\n")
+    command = [sys.executable, str(data / "run.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
-        [sys.executable, str(data / "run.py"), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        start_new_session=True,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        command, env=environment, start_new_session=True, capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -154,14 +152,20 @@ def test_a_killed_run_ends_like_one_that_was_not(command, data: Path, tmp_path: 
     main(arguments)
     assert begun(folder) == [3, 4]
     assert "2 of 4 videos taken over from" in capsys.readouterr().out
-    for name in ("results.json", "results.zip", "metrics.json"):
+    for name in ("results.json", "results.zip", "results.metrics.json"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     assert not (folder / "results.parts").exists()
     with ZipFile(folder / "results.zip") as archive:
         assert archive.namelist() == ["results.json"]
         assert archive.read("results.json") == (folder / "results.json").read_bytes()
-    names = json.loads((folder / "metrics.json").read_text()).keys()
-    assert {"test/AP", "test/AP_best_quarter", "test/HOTA", "test/IDSW", "test/captured", "test/AP_identity"} <= names
+    run = read_run(folder)
+    assert run.metrics == json.loads((folder / "metrics.json").read_text())
+    names = {"test/AP", "test/AP_best_quarter", "test/HOTA", "test/IDSW", "test/captured", "test/AP_identity"}
+    assert names <= run.metrics.keys()
+    assert run.settings["annotations"] == hashlib.sha256((data / "valid.json").read_bytes()).hexdigest()
+    assert run.settings["data.eval_size"] == "96"
+    assert run.settings["model.inference.score"] == "mean"  # the default, which was not given
+    assert (run.annotations, run.images, run.seed) == (data / "valid.json", data / "JPEGImages", 0)
 
     main(arguments)  # a finished run is not resumed
     assert begun(folder) == VIDEOS
@@ -183,7 +187,7 @@ def test_a_killed_run_of_two_ranks_is_resumed_by_one_or_two(command, data: Path,
     assert resumed.returncode == 0, resumed.stderr
     for folder in (one, two):
         assert begun(folder) == [4]
-        for name in ("results.json", "results.zip", "metrics.json"):
+        for name in ("results.json", "results.zip", "results.metrics.json"):
             assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
@@ -202,13 +206,14 @@ def test_what_is_finished_but_not_merged_is_merged(command, tmp_path: Path, monk
         with pytest.raises(ZeroDivisionError):
             main(arguments)
     assert parts(folder) == set(VIDEOS)
-    metrics = (folder / "metrics.json").read_text()
+    metrics = json.loads((folder / "metrics.json").read_text())
     assert not (folder / "results.json").exists()
+    assert not (folder / "results.metrics.json").exists()
     assert begun(folder) == VIDEOS
     main(arguments)
     assert begun(folder) == []
     assert [track.video_id for track in read_results(folder / "results.json")] == sorted(5 * VIDEOS)
-    assert (folder / "metrics.json").read_text() == metrics
+    assert read_run(folder).metrics == metrics
 
 
 @pytest.mark.parametrize(
@@ -277,18 +282,18 @@ def test_both_scores_are_measured_and_the_results_are_of_the_one_that_is_chosen(
     assert read_results(tmp_path / "mean" / "results.json") != tracks
 
 
-def test_without_annotations_results_are_written_and_nothing_is_measured(
-    command, data: Path, tmp_path: Path, capsys
-) -> None:
+def test_without_annotations_nothing_is_measured(command, data: Path, tmp_path: Path, capsys) -> None:
     arguments, folder = command(), tmp_path / "results"
     content = json.loads((data / "valid.json").read_text())
     del content["annotations"]
+    (folder / "results.metrics.json").write_text("{}")  # of an earlier run, whose results are replaced
     (tmp_path / "unannotated.json").write_text(json.dumps(content))
     main([*arguments, f"--data.test.annotations={tmp_path / 'unannotated.json'}"])
     said = capsys.readouterr().out
     assert "unannotated.json has no annotations, so that no AP is computed" in said
     assert "20 tracks of 4 videos written to" in said
     assert json.loads((folder / "metrics.json").read_text()) == {}
+    assert not (folder / "results.metrics.json").exists()
     assert {track.video_id for track in read_results(folder / "results.json")} == set(VIDEOS)
     written = (folder / "results.json").read_bytes()
     main(["predict", *arguments[1:]])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class SaveTrainingConfig(SaveConfigCallback):
         if self.config.overwrite and trainer.ckpt_path is None:
             for name in (LAST, "metrics.csv"):
                 (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / "films", ignore_errors=True)
         text = _dump(self.parser, self.config)
         with replacing(folder / CONFIG) as temporary:
             temporary.write_text(text)
@@ -150,15 +152,16 @@ class InstanceFormerCLI(LightningCLI):
             self.trainer.ckpt_path = self.start
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add CheckpointFiles and a table of logged metrics; keep everything in the run's folder."""
+        """Add CheckpointFiles and a table of metrics and learning rates; keep everything in the run's folder."""
         config = self.config_init[self.subcommand].trainer
-        loggers = config.logger
+        loggers, callbacks = config.logger, _as_list(config.callbacks)
         if loggers is not False and self.subcommand == "fit":
             given = [logger for logger in _as_list(loggers) if logger is not True]
             loggers = [*given, MetricsFile(config.default_root_dir)]
+            if not any(isinstance(callback, LearningRateMonitor) for callback in callbacks):
+                callbacks.append(LearningRateMonitor())
         elif not _as_list(loggers) or loggers is True:
             loggers = False
-        callbacks = _as_list(config.callbacks)
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = config.default_root_dir
@@ -207,6 +210,27 @@ class InstanceFormerCLI(LightningCLI):
         if config.ckpt_path is not None and str(config.ckpt_path) != theirs.get("ckpt_path"):
             unlike.append(f"ckpt_path: {config.ckpt_path} here, {theirs.get('ckpt_path')} there")
         return ", ".join(unlike[:3])
+
+
+class _AllRead(Exception):  # noqa: N818
+    """Command lines have been read; nothing is to be run."""
+
+
+def check_options(commands: Sequence[Sequence[str]]) -> None:
+    """Read command lines as ``run`` would, but run nothing.
+
+    Raises:
+        SystemExit: one has an unknown option or a wrong value; code 2, one line on stderr.
+    """
+
+    class Reader(InstanceFormerCLI):
+        def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+            for command in commands:  # with one parser, which takes longer to make than to use
+                parser.parse_args(list(command))
+            raise _AllRead
+
+    with ExitStack() as stack, suppress(_AllRead):
+        Reader(stack, args=[])
 
 
 def run(args: Sequence[str]) -> None:

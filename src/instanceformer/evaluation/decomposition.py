@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from instanceformer.evaluation.overlap import (
     LEVELS,
+    BoolArray,
     ComposedTrack,
     FloatArray,
     FrameComparison,
@@ -63,11 +64,29 @@ class Decomposition:
         return cls(**dict(zip(STATES, fractions, strict=True)), pairs=total)
 
 
-def count_states(video: FrameComparison, tracks: int) -> IntArray:
-    """(GROUPS, 5) counts of ``STATES`` in a video, using its first ``tracks`` predicted tracks; crowds are left out.
+@dataclass(frozen=True, eq=False)
+class Fates:
+    """What became of the G instances of a video, without its crowds, in each of its T frames.
 
-    A pair without an occlusion label is in no level; a pair whose instance has not been found yet is in no age group.
+    Attributes:
+        instances: (G,) int64, their indices among all instances of the video.
+        owners: (G,) int64, the predicted track that found each; 0 where none did.
+        first_frames: (G,) int64, the frame in which it did; T where none did.
+        states: (T, G) int64, indices into ``STATES``; only frames in which the instance is visible count.
+        visible: (T, G) bool, whether the instance is visible.
+        covered: (T, G) int64, in [0, G), the instance that its track covers; -1 where it covers none.
     """
+
+    instances: IntArray
+    owners: IntArray
+    first_frames: IntArray
+    states: IntArray
+    visible: BoolArray
+    covered: IntArray
+
+
+def find_fates(video: FrameComparison, tracks: int) -> Fates:
+    """What became of the instances of a video, according to its first ``tracks`` predicted tracks."""
     true = np.flatnonzero(~video.is_crowd)
     ious = video.ious[:, :tracks][:, :, true]
     owners, first_frames = _find_owners(ious)
@@ -76,18 +95,28 @@ def count_states(video: FrameComparison, tracks: int) -> IntArray:
     covers_its = owned.diagonal(axis1=1, axis2=2) > 0.5
     covers_any = (owned > 0.5).any(axis=2)
     right_class = video.classes[owners] == video.true_classes[true] if tracks else np.zeros(len(true), dtype=np.bool_)
-    ages = np.arange(video.num_frames)[:, None] - first_frames
+    found = np.arange(video.num_frames)[:, None] >= first_frames
     states = np.select(
-        [ages < 0, covers_its & right_class, covers_its, covers_any],
+        [~found, covers_its & right_class, covers_its, covers_any],
         [STATES.index(name) for name in ("not_found", "right", "wrong_class", "captured")],
         STATES.index("lost"),
     )
-    visible = video.true_areas[:, true] > 0
-    levels = video.occlusion[:, true]
+    covered = np.where(found & covers_any, owned.argmax(axis=2), -1) if len(true) else np.zeros(states.shape, np.int64)
+    return Fates(true, owners, first_frames, states, video.true_areas[:, true] > 0, covered)
+
+
+def count_states(video: FrameComparison, tracks: int) -> IntArray:
+    """(GROUPS, 5) counts of ``STATES`` in a video, using its first ``tracks`` predicted tracks; crowds are left out.
+
+    A pair without an occlusion label is in no level; a pair whose instance has not been found yet is in no age group.
+    """
+    fates = find_fates(video, tracks)
+    ages = np.arange(video.num_frames)[:, None] - fates.first_frames
+    levels = video.occlusion[:, fates.instances]
     age_groups = np.searchsorted([*AGES.values()], ages, side="right") - 1
-    groups = [visible, *(levels == level for level in range(len(LEVELS)))]
+    groups = [fates.visible, *(levels == level for level in range(len(LEVELS)))]
     groups += [(ages >= 0) & (age_groups == group) for group in range(len(AGES))]
-    return np.stack([np.bincount(states[visible & group], minlength=len(STATES)) for group in groups])
+    return np.stack([np.bincount(fates.states[fates.visible & group], minlength=len(STATES)) for group in groups])
 
 
 def _find_owners(ious: FloatArray) -> tuple[IntArray, IntArray]:

@@ -43,6 +43,30 @@ def evaluate_files(
     """
     expect_file(Path(results), "a results file")  # fail before reading the ground truth
     truth = read_ground_truth(ground_truth)
+    compared, identities = compare_files(truth, results, identity=identity)
+    evaluation = summarize(truth, compared, truth.videos.keys(), truth.long_videos(long_frames, long_videos))
+    if not identity:
+        return evaluation
+    return replace(evaluation, identity=summarize_identity(truth, identities, truth.videos.keys()))
+
+
+def compare_files(
+    truth: GroundTruth, results: str | Path, *, identity: bool
+) -> tuple[dict[int, list[ComparedTrack]], dict[int, VideoIdentity]]:
+    """Compare a result file with the ground truth, video by video.
+
+    Args:
+        truth: the ground truth.
+        results: result file.
+        identity: whether to compare every frame as well.
+
+    Returns:
+        The compared tracks and, if asked for, what identity metrics need, by video id; of videos with tracks only.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is malformed, or does not match the ground truth.
+    """
     compared: dict[int, list[ComparedTrack]] = defaultdict(list)
     identities: dict[int, VideoIdentity] = {}
     scattered: dict[int, list[Track]] = {}  # tracks of videos whose entries are not consecutive in the file
@@ -54,15 +78,12 @@ def evaluate_files(
         compared[video_id] += compare_tracks(truth, video_id, tracks)
         if identity and video_id not in scattered:
             identities[video_id] = compare_identity(truth.videos[video_id], [track for _, track in tracks])
-    evaluation = summarize(truth, compared, truth.videos.keys(), truth.long_videos(long_frames, long_videos))
-    if not identity:
-        return evaluation
-    if scattered:
+    if identity and scattered:
         for track in iterate_results(results):
             if track.video_id in scattered:
                 scattered[track.video_id].append(track)
         identities |= {id_: compare_identity(truth.videos[id_], tracks) for id_, tracks in scattered.items()}
-    return replace(evaluation, identity=summarize_identity(truth, identities, truth.videos.keys()))
+    return compared, identities
 
 
 def compare_tracks(

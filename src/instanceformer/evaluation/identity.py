@@ -130,12 +130,12 @@ def hota_counts(sequence: TrackSequence) -> FloatArray:
     return np.stack([right, true_lengths.sum() - right, lengths.sum() - right, association.sum(axis=(1, 2))])
 
 
-def hota(counts: FloatArray) -> tuple[float, float, float]:
-    """HOTA, DetA and AssA, averaged over ``ALPHAS``, from (4, 19) counts, which may be summed over sequences."""
-    right, missed, wrong, association = counts
+def hota(counts: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """HOTA, DetA and AssA, averaged over ``ALPHAS``: (...) each, from (..., 4, 19) counts or sums of them."""
+    right, missed, wrong, association = np.moveaxis(counts, -2, 0)
     detection = right / np.maximum(1, right + missed + wrong)
     association = association / np.maximum(1, right)
-    return float(np.sqrt(detection * association).mean()), float(detection.mean()), float(association.mean())
+    return np.sqrt(detection * association).mean(axis=-1), detection.mean(axis=-1), association.mean(axis=-1)
 
 
 def identity_counts(sequence: TrackSequence) -> tuple[int, int, int]:
@@ -271,14 +271,17 @@ def summarize_identity(
         name: summarize(ground_truth, {id_: video.perfect[name] for id_, video in videos.items()}, video_ids)
         for name in PERFECTIONS
     }
-    by_score = [hota(counts) for counts in total.hota]
-    best = int(np.argmax([values[0] for values in by_score]))
+    by_score = np.stack(hota(total.hota))
+    best = int(np.argmax(by_score[0]))
     right, missed, wrong, switches = total.identity[best].tolist()
     is_defined = right + missed > 0
     groups = [Decomposition.of(counts) for counts in total.states[best]]
     levels, ages = groups[1 : 1 + len(LEVELS)], groups[1 + len(LEVELS) :]
+    hota_, det_a, ass_a = by_score[:, best].tolist() if is_defined else (-1.0, -1.0, -1.0)
     return IdentityMetrics(
-        *(by_score[best] if is_defined else (-1.0, -1.0, -1.0)),
+        hota_,
+        det_a,
+        ass_a,
         idf1=right / (right + 0.5 * (missed + wrong)) if is_defined else -1.0,
         hota_score=float(SCORES[best]) if is_defined else -1.0,
         idsw=switches if is_defined else -1,

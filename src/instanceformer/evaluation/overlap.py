@@ -213,6 +213,16 @@ class FrameComparison:
         return ious
 
 
+def distinct_tracks(tracks: Sequence[Track]) -> list[Track]:
+    """The best track of each distinct mask sequence, in descending order of score."""
+    best: dict[Masks, Track] = {}
+    for track in tracks:
+        masks = track.counts
+        if masks not in best or track.score > best[masks].score:
+            best[masks] = track
+    return sorted(best.values(), key=lambda track: -track.score)
+
+
 def compare_frames(video: Video, tracks: Sequence[Track]) -> FrameComparison:
     """Compare all tracks of a video with all its instances in every frame.
 
@@ -223,12 +233,8 @@ def compare_frames(video: Video, tracks: Sequence[Track]) -> FrameComparison:
     Raises:
         ValueError: a mask is damaged.
     """
-    best: dict[Masks, Track] = {}
-    for track in tracks:
-        masks = track.counts
-        if masks not in best or track.score > best[masks].score:
-            best[masks] = track
-    predicted = sorted(best, key=lambda masks: -best[masks].score)
+    distinct = distinct_tracks(tracks)
+    predicted = [track.counts for track in distinct]
     index = {masks: i for i, masks in enumerate(predicted)}
     truth = [instance.segmentations for instance in video.instances]
     areas, intersections = _overlaps([*predicted, *truth, (None,) * video.length], truth, (video.height, video.width))
@@ -239,8 +245,8 @@ def compare_frames(video: Video, tracks: Sequence[Track]) -> FrameComparison:
             ComposedTrack(track.category_id, track.score, np.full(video.length, index[track.counts]))
             for track in tracks
         ],
-        scores=np.array([best[masks].score for masks in predicted], dtype=np.float64),
-        classes=np.array([best[masks].category_id for masks in predicted], dtype=np.int64),
+        scores=np.array([track.score for track in distinct], dtype=np.float64),
+        classes=np.array([track.category_id for track in distinct], dtype=np.int64),
         true_classes=np.array([instance.category_id for instance in video.instances], dtype=np.int64),
         is_crowd=np.array([instance.is_crowd for instance in video.instances], dtype=np.bool_),
         occlusion=np.array(levels, dtype=np.int64).reshape(len(levels), video.length).T,

@@ -6,7 +6,7 @@ and all selections of the ground truth at once, and skip whatever has nothing to
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +28,8 @@ MAX_TRACKS = 100
 AREA_RANGES = ((0, 1e10), (0, 128**2), (128**2, 256**2), (256**2, 1e10))  # all, small, medium, large
 OCCLUSION_RANGES = ((0, 0.25), (0.25, 0.5), (0.5, 1))  # slight, moderate, heavy
 
-_WRONG, _RIGHT, _IGNORED = 0, 1, 2
+WRONG, RIGHT, IGNORED = 0, 1, 2
+"""Outcomes of a predicted track."""
 
 
 class ComparedTrack(NamedTuple):
@@ -76,7 +77,7 @@ class Curves:
 
 
 @dataclass(frozen=True)
-class _Metric:
+class Metric:
     """Defines a metric as a mean of precision or recall.
 
     Attributes:
@@ -99,23 +100,23 @@ class _Metric:
         return float(values.mean() if self.threshold is None else values[self.threshold].mean())
 
 
-_OFFICIAL = {
-    "AP": _Metric(),
-    "AP50": _Metric(threshold=0),
-    "AP75": _Metric(threshold=5),
-    "APs": _Metric(selection=1),
-    "APm": _Metric(selection=2),
-    "APl": _Metric(selection=3),
-    "AR1": _Metric(is_recall=True, max_tracks=1),
-    "AR10": _Metric(is_recall=True, max_tracks=10),
-    "AR100": _Metric(is_recall=True),
-    "ARs": _Metric(is_recall=True, selection=1),
-    "ARm": _Metric(is_recall=True, selection=2),
-    "ARl": _Metric(is_recall=True, selection=3),
+OFFICIAL = {
+    "AP": Metric(),
+    "AP50": Metric(threshold=0),
+    "AP75": Metric(threshold=5),
+    "APs": Metric(selection=1),
+    "APm": Metric(selection=2),
+    "APl": Metric(selection=3),
+    "AR1": Metric(is_recall=True, max_tracks=1),
+    "AR10": Metric(is_recall=True, max_tracks=10),
+    "AR100": Metric(is_recall=True),
+    "ARs": Metric(is_recall=True, selection=1),
+    "ARm": Metric(is_recall=True, selection=2),
+    "ARl": Metric(is_recall=True, selection=3),
 }
-_OCCLUSION = {"APso": _Metric(selection=4), "APmo": _Metric(selection=5), "APho": _Metric(selection=6)}
-_LONG = {f"{name}_L": _OFFICIAL[name] for name in ("AP", "AP50", "AP75", "AR1", "AR10")}
-NAMES = tuple(_OFFICIAL)
+OCCLUSION = {"APso": Metric(selection=4), "APmo": Metric(selection=5), "APho": Metric(selection=6)}
+_LONG = {f"{name}_L": OFFICIAL[name] for name in ("AP", "AP50", "AP75", "AR1", "AR10")}
+NAMES = tuple(OFFICIAL)
 
 
 @dataclass(frozen=True)
@@ -160,28 +161,15 @@ def summarize(
         video_ids: ids of the videos to include.
         long_videos: ids of the long videos; None: no metrics for long videos.
     """
-    by_category: dict[int, dict[int, list[ComparedTrack]]] = {}  # categories with ground truth, then by video
-    for video_id, category_id in ground_truth.tracks:
-        if video_id in video_ids:
-            by_category.setdefault(category_id, {})[video_id] = []
-    for video_id in video_ids:
-        for track in compared.get(video_id, ()):
-            if track.category_id in by_category:
-                by_category[track.category_id].setdefault(video_id, []).append(track)
-
-    occlusion = _OCCLUSION if ground_truth.has_occlusion else {}
+    occlusion = OCCLUSION if ground_truth.has_occlusion else {}
     long = {} if long_videos is None else _LONG
     per_category: dict[int, dict[str, float]] = {}
     extras: list[dict[str, float]] = []
     precision: dict[int, FloatArray] = {}
-    for category_id, videos in sorted(by_category.items()):
-        matches = {
-            video_id: match(tracks, ground_truth.tracks.get((video_id, category_id), ()), ground_truth.has_occlusion)
-            for video_id, tracks in sorted(videos.items())
-        }
+    for category_id, matches in match_all(ground_truth, compared, video_ids):
         every = [*matches.values()]
         of_long = [matched for video_id, matched in matches.items() if video_id in (long_videos or ())]
-        per_category[category_id] = _measure(every, _OFFICIAL)
+        per_category[category_id] = _measure(every, OFFICIAL)
         extras.append(_measure(every, occlusion) | _measure(of_long, long))
         curves = accumulate(every)
         if curves is not None:
@@ -193,6 +181,34 @@ def summarize(
         per_category=dict.fromkeys(sorted(ground_truth.category_ids), undefined) | per_category,
         precision=precision,
     )
+
+
+def match_all(
+    ground_truth: GroundTruth, compared: Mapping[int, Sequence[ComparedTrack]], video_ids: Collection[int]
+) -> Iterator[tuple[int, dict[int, Match]]]:
+    """Match the tracks of each category that has ground truth, by video id; both in ascending order.
+
+    Args:
+        ground_truth: what the tracks were compared with.
+        compared: the tracks by video id; equal scores rank in the order given.
+        video_ids: ids of the videos to include.
+    """
+    by_category: dict[int, dict[int, list[ComparedTrack]]] = {}  # categories with ground truth, then by video
+    for video_id, category_id in ground_truth.tracks:
+        if video_id in video_ids:
+            by_category.setdefault(category_id, {})[video_id] = []
+    for video_id in video_ids:
+        for track in compared.get(video_id, ()):
+            if track.category_id in by_category:
+                by_category[track.category_id].setdefault(video_id, []).append(track)
+    for category_id, videos in sorted(by_category.items()):
+        yield (
+            category_id,
+            {
+                id_: match(tracks, ground_truth.tracks.get((id_, category_id), ()), ground_truth.has_occlusion)
+                for id_, tracks in sorted(videos.items())
+            },
+        )
 
 
 def match(tracks: Iterable[ComparedTrack], truth: Sequence[TrueTrack], has_occlusion: bool) -> Match:
@@ -217,7 +233,7 @@ def match(tracks: Iterable[ComparedTrack], truth: Sequence[TrueTrack], has_occlu
         outside += [np.zeros(len(tracks), dtype=np.bool_)] * len(OCCLUSION_RANGES)
         ignored += [_is_outside([track.occlusion for track in truth], *limits) for limits in OCCLUSION_RANGES]
     outcomes = np.empty((len(ignored), len(IOU_THRESHOLDS), len(tracks)), dtype=np.int8)
-    outcomes[:] = np.where(outside, _IGNORED, _WRONG)[:, None]
+    outcomes[:] = np.where(outside, IGNORED, WRONG)[:, None]
     is_ignored = np.stack(ignored) | is_crowd  # (S, G)
     ranks = ious.argsort(axis=1, kind="stable").argsort(axis=1)  # of equal IoUs, the last ranks highest
     preference = np.where(is_ignored, 0, len(truth))
@@ -227,7 +243,7 @@ def match(tracks: Iterable[ComparedTrack], truth: Sequence[TrueTrack], has_occlu
         best = np.where(fits, (preference + ranks[d])[:, None], -1).argmax(axis=2)
         selection, threshold = np.nonzero(fits.any(axis=2))
         taken = best[selection, threshold]
-        outcomes[selection, threshold, d] = np.where(is_ignored[selection, taken], _IGNORED, _RIGHT)
+        outcomes[selection, threshold, d] = np.where(is_ignored[selection, taken], IGNORED, RIGHT)
         free[selection, threshold, taken] = is_crowd[taken]
     scores = np.array([track.score for track in tracks], dtype=np.float64)
     return Match(scores, (~is_ignored).sum(axis=1), outcomes)
@@ -249,7 +265,7 @@ def accumulate(matches: Sequence[Match], selection: int = 0, max_tracks: int = M
         return None
     order = np.argsort(-np.concatenate([matched.scores[:max_tracks] for matched in matches]), kind="stable")
     outcomes = np.concatenate([matched.outcomes[selection, :, :max_tracks] for matched in matches], axis=1)[:, order]
-    right, wrong = (np.cumsum(outcomes == kind, axis=1) for kind in (_RIGHT, _WRONG))
+    right, wrong = (np.cumsum(outcomes == kind, axis=1) for kind in (RIGHT, WRONG))
     recall = right / num_true
     precision = right / np.maximum(right + wrong, 1)
     precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
@@ -264,7 +280,7 @@ def _is_outside(values: Sequence[float | None], low: float, high: float) -> Bool
     return ~((numbers >= low) & (numbers <= high))
 
 
-def _measure(matches: Sequence[Match], metrics: Mapping[str, _Metric]) -> dict[str, float]:
+def _measure(matches: Sequence[Match], metrics: Mapping[str, Metric]) -> dict[str, float]:
     """Compute the metrics for one category."""
     keys = {(metric.selection, metric.max_tracks) for metric in metrics.values()}
     curves = {key: accumulate(matches, *key) for key in keys}

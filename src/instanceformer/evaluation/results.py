@@ -237,6 +237,11 @@ def _is_compressed(segmentation: Any) -> bool:
     return type(size) is list and len(size) == 2 and type(size[0]) is type(size[1]) is int
 
 
+def metrics_path(results: Path) -> Path:
+    """The file beside a result file that says what ``test`` measured, such as ``results.metrics.json``."""
+    return results.with_suffix(".metrics.json")
+
+
 class ResultParts:
     """Results of a run that may be interrupted: one file per finished video, merged once all videos are finished.
 
@@ -295,8 +300,11 @@ class ResultParts:
         """The ``others`` stored with the tracks of a finished video."""
         return list(iterate_results(self._part(video_id, "others")))
 
-    def merge(self) -> str:
-        """Write the result file, ordered by video id, and its zip archive, and remove the folder.
+    def merge(self, metrics: Mapping[str, object] | None = None) -> str:
+        """Write the result file, ordered by video id, its zip archive and what was measured, and remove the folder.
+
+        Args:
+            metrics: content of ``metrics_path``; None removes what an earlier run left there.
 
         Returns:
             A message that says what was written.
@@ -314,6 +322,11 @@ class ResultParts:
         merged = self.folder / self.path.name
         count = write_results(merged, (track for video_id in sorted(self.video_ids) for track in self.read(video_id)))
         archive = zip_results(merged)
+        if metrics is None:
+            metrics_path(self.path).unlink(missing_ok=True)
+        else:
+            with replacing(metrics_path(self.path)) as temporary:
+                temporary.write_text(json.dumps(metrics, indent=1) + "\n")
         merged.replace(self.path)
         archive.replace(self._archive(self.path.parent))
         shutil.rmtree(self.folder)

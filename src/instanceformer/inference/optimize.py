@@ -1,10 +1,10 @@
 """Rewrites a loaded network so that inference takes less work; there is no second network.
 
 Batch norm is folded into the convolutions before it. On a CPU with oneDNN, convolutions and linear layers then keep
-their weights in oneDNN's layout, and sum and ReLU are computed while the result is in the cache. These are the private
-operators that PyTorch's compiler uses (``torch.ops.mkldnn``), without minutes of compilation. Speed on a frame of
-360x640 in processor time, relative to folded batch norm alone (the paper's network, AVX512, median ratio of alternating
-frames):
+their weights in oneDNN's layout, and sum and activation are computed while the result is in the cache. These are the
+private operators that PyTorch's compiler uses (``torch.ops.mkldnn``), without minutes of compilation. Speed on a frame
+of 360x640 in processor time, relative to folded batch norm alone (the paper's network, AVX512, median ratio of
+alternating frames):
 
     packed           two threads   one thread
     linear layers    1.48          1.38
@@ -24,12 +24,21 @@ from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from instanceformer.model.attention import Attention
 from instanceformer.model.heads import MLP
 from instanceformer.model.network import InstanceFormer
+
+ACTIVATIONS: dict[type, tuple[str, list[float]]] = {
+    nn.ReLU: ("relu", []),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
+    nn.SiLU: ("swish", []),
+    nn.Hardswish: ("hardswish", []),
+}
+"""oneDNN's name of each activation that a convolution can compute as well, and its bounds."""
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from malloc.h
 
@@ -60,9 +69,13 @@ def optimize(network: InstanceFormer, dtype: torch.dtype = torch.float32) -> Ins
             "AVX512 or AMX; on a GPU run the float32 network under torch.autocast"
         )
     network = copy.deepcopy(network).eval().requires_grad_(False)
-    network.backbone.body = fold_batch_norm(network.backbone.body)
+    body = trace(network.backbone.body)
+    if body is not None:
+        body = fold_batch_norm(body)
+        if packs(device) and (dtype == torch.float32 or narrows(body)):
+            body = pack_convolutions(body, dtype)
+        network.backbone.body = body
     if packs(device):
-        network.backbone.body = pack_convolutions(network.backbone.body, dtype)
         for part in (network.projection, network.encoder, network.decoder.layers, network.mask_head):
             pack_layers(part, dtype)
     return network
@@ -77,8 +90,60 @@ def packs(device: torch.device) -> bool:
     )
 
 
+class _Tracer(fx.Tracer):
+    """Keeps convolutions and norms whole, and what timm declares to be untraceable."""
+
+    def __init__(self) -> None:
+        from timm.layers import get_notrace_functions, get_notrace_modules
+
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self.leaves = (nn.Conv2d, nn.BatchNorm2d, FrozenBatchNorm2d, *get_notrace_modules())
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(body: nn.Module) -> fx.GraphModule | None:
+    """A backbone's body as a graph of modules; None where its code depends on values, as in timm's Swin and ViT."""
+    if isinstance(body, fx.GraphModule):
+        return body
+    try:
+        graph = _Tracer().trace(body)
+    except (TraceError, TypeError):
+        return None
+    return split_padding(fx.GraphModule(body, graph))
+
+
+def split_padding(body: fx.GraphModule) -> fx.GraphModule:
+    """Make each convolution with TensorFlow's padding, which depends on the size, a padding and a plain convolution."""
+    from timm.layers import Conv2dSame, pad_same
+
+    modules = dict(body.named_modules())
+    for node in body.graph.nodes:
+        conv = modules.get(node.target)
+        if not isinstance(conv, Conv2dSame):
+            continue
+        with body.graph.inserting_before(node):
+            node.args = (
+                body.graph.call_function(pad_same, (*node.args, conv.kernel_size, conv.stride, conv.dilation)),
+            )
+        shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, 0, conv.dilation, conv.groups)
+        plain = nn.Conv2d(*shape, bias=conv.bias is not None)
+        plain.weight, plain.bias = conv.weight, conv.bias
+        body.set_submodule(node.target, plain)
+    return fx.GraphModule(body, body.graph)
+
+
+def narrows(body: fx.GraphModule) -> bool:
+    """Whether every layer with weights is a convolution that can be packed, so that all can compute in bfloat16."""
+    return all(type(m) is nn.Conv2d or not [*m.parameters(recurse=False)] for m in body.modules())
+
+
 def fold_batch_norm(body: fx.GraphModule) -> fx.GraphModule:
-    """Fold each batch norm, frozen or not, into the convolution before it, whose weights are overwritten."""
+    """Fold each batch norm, frozen or not, into the convolution before it, whose weights are overwritten.
+
+    The activation that a norm of timm includes stays, as a module of its own.
+    """
     modules = dict(body.named_modules())
     for node in body.graph.nodes:
         conv, after = modules.get(node.target), _only_user(node)
@@ -90,26 +155,32 @@ def fold_batch_norm(body: fx.GraphModule) -> fx.GraphModule:
             conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
         )
         after.replace_all_uses_with(node)
+        if not isinstance(getattr(norm, "act", nn.Identity()), nn.Identity):
+            with body.graph.inserting_after(node):
+                act = body.graph.call_module(f"{after.target}.act", (node,))
+            node.replace_all_uses_with(act, delete_user_cb=lambda user, act=act: user is not act)
         body.graph.erase_node(after)
     return fx.GraphModule(body, body.graph)
 
 
 def pack_convolutions(body: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    """Replace each convolution, with the sum and the ReLU after it, by a PackedConv2d."""
+    """Replace each convolution, with the sum or activation after it, or a sum and a ReLU, by a PackedConv2d."""
     modules = dict(body.named_modules())
     for node in body.graph.nodes:
         conv = modules.get(node.target)
-        if not isinstance(conv, nn.Conv2d):
+        if type(conv) is not nn.Conv2d:  # subclasses pad or standardize their weights
             continue
         inputs, end = [*node.args], node
         after = _only_user(end)
         if after is not None and after.target in (operator.add, operator.iadd):
             inputs += [summand for summand in after.args if summand is not end]
             end, after = after, _only_user(after)
-        relu = after is not None and isinstance(modules.get(str(after.target)), nn.ReLU)
-        if after is not None and relu:
+        act = None if after is None else modules.get(str(after.target))
+        if after is not None and (isinstance(act, nn.ReLU) if len(inputs) > 1 else type(act) in ACTIVATIONS):
             end = after
-        body.add_submodule(f"packed.{node.name}", PackedConv2d(conv, dtype, relu))
+        else:
+            act = None
+        body.add_submodule(f"packed.{node.name}", PackedConv2d(conv, dtype, act))
         with body.graph.inserting_after(end):
             packed = body.graph.call_module(f"packed.{node.name}", tuple(inputs))
         end.replace_all_uses_with(packed)
@@ -126,7 +197,7 @@ def pack_layers(module: nn.Module, dtype: torch.dtype) -> None:
     children = list(module.named_children())
     for i, (name, child) in enumerate(children):
         if isinstance(child, nn.Conv2d):
-            setattr(module, name, PackedConv2d(child, dtype, relu=False))
+            setattr(module, name, PackedConv2d(child, dtype))
         elif isinstance(child, nn.Linear):
             relu = isinstance(module, nn.Sequential) and isinstance(module[(i + 1) % len(module)], nn.ReLU)
             setattr(module, name, PackedLinear(child, dtype, relu))
@@ -154,14 +225,15 @@ class PackedLinear(nn.Module):
 
 
 class PackedConv2d(nn.Module):
-    """relu(conv(x) + other) in oneDNN, with optional sum and ReLU, in ``dtype`` and channels last.
+    """act(conv(x) + other) in oneDNN, with optional sum and activation, in ``dtype`` and channels last.
 
     The fastest layout depends on the input's size and the number of threads: if they change, weights are packed again.
     """
 
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, relu: bool) -> None:
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, act: nn.Module | None = None) -> None:
         super().__init__()
-        self.dtype, self.activation = dtype, "relu" if relu else "none"
+        self.dtype = dtype
+        self.activation, self.bounds = ("none", []) if act is None else ACTIVATIONS[type(act)]
         self.geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
         self.weight = conv.weight.detach().to(dtype)
         self.bias = None if conv.bias is None else conv.bias.detach().to(dtype)
@@ -177,7 +249,7 @@ class PackedConv2d(nn.Module):
         convolve, weights = torch.ops.mkldnn._convolution_pointwise, (self.weight, self.bias, *self.geometry)
         y: Tensor
         if other is None:
-            y = convolve(x, *weights, self.activation, [], "")
+            y = convolve(x, *weights, self.activation, self.bounds, "")
         else:
             relu = None if self.activation == "none" else self.activation
             y = convolve.binary(x, other.to(self.dtype), *weights, "add", 1.0, relu, [], None)

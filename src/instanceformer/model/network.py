@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from instanceformer.model import release
 from instanceformer.model.attention import narrowed
-from instanceformer.model.backbone import Backbone
+from instanceformer.model.backbone import TIMM, Backbone
 from instanceformer.model.boxes import duplicates
 from instanceformer.model.decoder import Decoder, FramePrediction, gather_layers
 from instanceformer.model.encoder import Encoder, FrameFeatures, Projection
@@ -112,7 +112,11 @@ class InstanceFormer(nn.Module):
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint.name}: options that no network of this version has; {error}") from error
         checkpoint.check_weights(network.state_dict())
-        network.to_empty(device="cpu").load_state_dict(checkpoint.weights)
+        if checkpoint.options.get("backbone", "").startswith(TIMM):
+            network = cls(**checkpoint.options)  # timm computes buffers that no state dict has
+        else:
+            network.to_empty(device="cpu")
+        network.load_state_dict(checkpoint.weights)
         network.origin = replace(checkpoint, weights={})
         return network.eval()
 

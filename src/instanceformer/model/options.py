@@ -42,8 +42,9 @@ class NetworkOptions:
 
     Attributes:
         num_classes: classes K; each has its own sigmoid, there is no background class.
-        backbone: a torchvision ResNet or Swin by name, or ``small``, a narrow ResNet.
-        backbone_norm: for a ResNet: ``frozen`` for pretrained weights, ``batch`` for random ones.
+        backbone: a torchvision ResNet or Swin by name; ``timm/NAME``, a model of timm with features at strides 4 to 32,
+            or a ViT with patches of 16 pixels; or ``small``, a narrow ResNet.
+        backbone_norm: for a backbone with batch norm: ``frozen`` for pretrained weights, ``batch`` for random ones.
         num_queries: queries N, the maximum number of instances in a video.
         dim: channels C.
         num_heads: attention heads.

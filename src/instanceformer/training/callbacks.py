@@ -1,12 +1,13 @@
-"""Callbacks and a logger: result files, a table of logged metrics, films for W&B."""
+"""Callbacks and a logger: result files, a table of logged metrics, films."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,18 +19,22 @@ from lightning.pytorch.utilities import rank_zero_only
 from instanceformer import __version__
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.evaluation.results import ResultParts, Track
-from instanceformer.files import replacing
+from instanceformer.files import hash_file, replacing
 from instanceformer.inference.render import film_results, select_tracks, select_video
 from instanceformer.model.network import InstanceFormer
 from instanceformer.training.module import InstanceFormerModule
+
+KEPT_FILMS = 5
+"""How many validations' films ``VideoLogger`` keeps."""
 
 
 class ResultsWriter(Callback):
     """Writes the results of ``test`` and ``predict`` in the challenge servers' format, and resumes interrupted runs.
 
     The tracks of a video are saved as soon as it is finished, see ``ResultParts``. A run that was killed picks them up
-    when it is started again. Once all videos are finished, rank 0 writes the result file and, beside it, its zip; for
-    videos without an annotation file also ``results.videos.json``, the path of each video id. All ranks must see the
+    when it is started again. Once all videos are finished, rank 0 writes the result file and, beside it, its zip; after
+    a ``test`` of annotated videos also ``results.metrics.json``, see ``describe_metrics``; for videos without an
+    annotation file also ``results.videos.json``, the path of each video id. All ranks must see the
     same folder; their number may change between runs. Nothing is written if ``limit_test_batches`` or
     ``limit_predict_batches`` leaves videos out. Outside the command line, a run with a checkpoint resumes only if it is
     set as ``trainer.ckpt_path``, which is known in ``setup``, rather than passed to ``trainer.test``.
@@ -101,7 +106,9 @@ class ResultsWriter(Callback):
         if self._parts is not None:
             trainer.strategy.barrier("results")
             if trainer.is_global_zero:
-                pl_module.print(self._parts.merge())
+                assert isinstance(pl_module, InstanceFormerModule)
+                metrics = describe_metrics(pl_module, self._parts.run) if trainer.testing else None
+                pl_module.print(self._parts.merge(metrics))
                 if raw_videos := trainer.datamodule.raw_videos:  # type: ignore[attr-defined]
                     with replacing(self._parts.path.with_suffix(".videos.json")) as temporary:
                         videos = {video.id: str(video.path) for video in raw_videos}
@@ -150,10 +157,27 @@ def describe_run(module: InstanceFormerModule, data: VideoDataModule, stage: str
     }
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def describe_metrics(module: InstanceFormerModule, run: Mapping[str, str]) -> dict[str, object] | None:
+    """What ``test`` measured and on what, for ``results.metrics.json``; None if the videos are not annotated.
+
+    Args:
+        module: after ``test``.
+        run: the text of ``describe_run``; the options that the checkpoint supplied are added to it.
+
+    Returns:
+        ``metrics``: every number that ``test`` logged, by name; ``run``: what the results depend on, by name, as text;
+        ``files``: ``annotations`` and ``images``, the paths as given.
+    """
+    data = module.data
+    if module.metric is None or data is None:
+        return None
+    used = {"data.eval_size": data.eval_size, "data.max_size": data.max_size}
+    used |= {f"model.inference.{name}": value for name, value in vars(module.inference).items()}
+    return {
+        "metrics": {name: float(value) for name, value in module.trainer.callback_metrics.items()},
+        "run": {**run, **{name: str(value) for name, value in used.items()}},
+        "files": {"annotations": str(data.annotations_path("test")), "images": str(data.videos("test")[1])},
+    }
 
 
 def hash_weights(network: InstanceFormer) -> str:
@@ -230,7 +254,10 @@ class MetricsFile(Logger):
 
 
 class VideoLogger(Callback):
-    """Logs films of a few videos to W&B after every validation: ground truth beside predictions.
+    """Films a few videos after every validation: ground truth beside predictions.
+
+    The films are files of the run's folder, ``films/step_0000300/ID.mp4`` (``films/validate`` outside of a training),
+    and go to W&B if there is such a logger. The folders of the last five validations stay.
 
     Args:
         videos: how many; the first ones that rank 0 finishes.
@@ -256,27 +283,25 @@ class VideoLogger(Callback):
             self._finished[batch.video_id] = outputs["tracks"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the films and log them on rank 0, if there is a W&B logger."""
+        """Make the films on rank 0."""
         finished, self._finished = self._finished, {}
         data = getattr(trainer, "datamodule", None)
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-        if (
-            trainer.sanity_checking
-            or not trainer.is_global_zero
-            or not loggers
-            or not isinstance(data, VideoDataModule)
-        ):
+        if trainer.sanity_checking or not trainer.is_global_zero or not isinstance(data, VideoDataModule):
             return
         dataset, images = data.videos("validate")
-        with TemporaryDirectory() as folder:
+        all_films = Path(trainer.default_root_dir) / "films"
+        folder = all_films / (f"step_{trainer.global_step:07}" if trainer.state.fn == "fit" else "validate")
+        folder.mkdir(parents=True, exist_ok=True)
+        for video_id, tracks in finished.items():
+            video = select_video(dataset, video_id, images)
+            chosen = select_tracks(tracks, dataset, video, self.threshold)
+            film_results(dataset, video, chosen, images, folder / f"{video_id}.mp4", self.fps, self.threshold)
+        for old in sorted(all_films.glob("step_*"))[:-KEPT_FILMS]:
+            shutil.rmtree(old)
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        if loggers:
             import wandb
 
-            films = {}
-            for video_id, tracks in finished.items():
-                video = select_video(dataset, video_id, images)
-                chosen = select_tracks(tracks, dataset, video, self.threshold)
-                path = Path(folder) / f"{video_id}.mp4"
-                film_results(dataset, video, chosen, images, path, self.fps, self.threshold)
-                films[f"val/videos/{video_id}"] = wandb.Video(str(path), format="mp4")
+            films = {f"val/videos/{id_}": wandb.Video(str(folder / f"{id_}.mp4"), format="mp4") for id_ in finished}
             for logger in loggers:
                 logger.experiment.log({**films, "trainer/global_step": trainer.global_step})

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from instanceformer import checkpoints
+from instanceformer.checkpoints.backbones import load_backbone
 from instanceformer.checkpoints.checkpoint import take_over
 from instanceformer.data.annotations import Category
 from instanceformer.data.batch import ClipBatch, VideoChunk, to_device
@@ -64,17 +65,16 @@ class InstanceFormerModule(LightningModule):
         costs: weights of the matching cost.
         optimizer: optimizer and schedule.
         inference: protocol of validation, test and prediction; null: that of the evaluated checkpoint, or the paper's.
-        backbone_weights: ``imagenet`` loads torchvision's weights into the backbone before training.
-        segmenter: rules by which `segment` and the online segmenter use the checkpoints unless told otherwise.
+        backbone_weights: ``none``: random; ``imagenet``: those that torchvision or timm downloads; or a file of such.
         init_from: checkpoint of an earlier training, for instance on COCO, to take weights from before this one starts:
             those of a class by its category's name or a synonym, all others where shapes agree. What it has nothing for
             starts new, and a line says what. If it does not name its categories, all classes start new.
         compile: put backbone, encoder and decoder through ``torch.compile``, which takes minutes at the start, and
             again for each new frame size; a step then launches few kernels.
+        segmenter: rules by which `segment` and the online segmenter use the checkpoints unless told otherwise.
 
     Attributes:
-        inference: the protocol in use.
-        given_inference: ``inference`` as it was given.
+        inference: the protocol in use; ``given_inference`` is what was given.
         categories: one for each class, in class order, from the data or else the checkpoint; empty if neither has them,
             and then results use the ids 1 to K.
         metric: of validation and test, made from the data's annotations if there are any, or assigned by the caller.
@@ -88,10 +88,10 @@ class InstanceFormerModule(LightningModule):
         costs: MatchCosts = MatchCosts(),
         optimizer: OptimizerOptions = OptimizerOptions(),
         inference: InferenceOptions | None = None,
-        segmenter: SegmenterOptions | None = None,
-        backbone_weights: Literal["imagenet", "none"] = "none",
+        backbone_weights: Literal["imagenet", "none"] | Path = "none",
         init_from: Path | None = None,
         compile: bool = False,
+        segmenter: SegmenterOptions | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -149,20 +149,21 @@ class InstanceFormerModule(LightningModule):
         """
         if self.trainer.ckpt_path is not None:
             return
-        options = self.network.options
         if self.init_from is not None:
             self._take_over(self.init_from)
+        elif isinstance(self.backbone_weights, Path):
+            self.print(load_backbone(self.network.backbone, self.backbone_weights))
         elif self.backbone_weights == "imagenet":
             if self.trainer.local_rank == 0:  # downloads what the others then find
                 self.network.backbone.load_imagenet_weights()
             self.trainer.strategy.barrier("imagenet")
             if self.trainer.local_rank > 0:
                 self.network.backbone.load_imagenet_weights(progress=False)
-        elif options.backbone_norm == "frozen" and options.backbone.startswith("res"):
+        elif not all(parameter.requires_grad for parameter in self.network.backbone.parameters()):
             raise ValueError(
                 "model.network.backbone_norm: found frozen on a backbone with random weights, whose first stage would "
-                "never learn; expected --model.backbone_weights imagenet, --model.init_from or --ckpt_path, or "
-                "--model.network.backbone_norm batch to train from random weights"
+                "never learn; expected --model.backbone_weights imagenet or a file, --model.init_from or --ckpt_path, "
+                "or --model.network.backbone_norm batch to train from random weights"
             )
 
     def print(self, *args: Any, **kwargs: Any) -> None:
