@@ -176,7 +176,7 @@ def write_perfect_results(annotations: Path, output: Path) -> None:
 def write_metrics(annotations: Path, output: Path) -> None:
     """What `instanceformer test` writes beside its results."""
     files = {"annotations": str(annotations), "images": str(annotations.parent / "JPEGImages")}
-    measured = {"metrics": {}, "run": {"annotations": hash_file(annotations)}, "files": files}
+    measured = {"metrics": {}, "run": {"annotations": hash_file(annotations), "weights": "?"}, "files": files}
     output.write_text(json.dumps(measured))
 
 
