@@ -34,10 +34,10 @@ class SegmentOutputs:
             ends in .mp4. Frames are shown at the same times as in the video.
         results: file to write: the tracks of the frames that were looked at, as video 1. A track has the category and
             score of the last frame that shows it.
-        format: of ``results``: the JSON of YouTube-VIS, the text of MOTS, or COCO's JSON of videos.
         masks: folder for a PNG of ids for each frame, named by the frame's number in the video, from 0.
         jsonl: file for a line of JSON a frame, written as soon as the frame is done; ``-`` is the standard output,
             which then carries nothing else.
+        format: of ``results``: the JSON of YouTube-VIS, the text of MOTS, or COCO's JSON of videos.
         overwrite: replace the outputs of an earlier run once those of this run are complete.
         view: whether they are shown as they come, so that none need be written.
 
@@ -47,9 +47,9 @@ class SegmentOutputs:
 
     output: Path | None = None
     results: Path | None = None
-    format: ResultsFormat = "youtube_vis"
     masks: Path | None = None
     jsonl: Path | None = None
+    format: ResultsFormat = "youtube_vis"
     overwrite: bool = False
     view: bool = False
 

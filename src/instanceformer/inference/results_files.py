@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Literal, Self, TextIO
 
 import numpy as np
-from pycocotools import mask as mask_utils
 
 from instanceformer.data.annotations import Category
 from instanceformer.evaluation.results import RLE, Track, decode_mask, encode_mask, write_results
@@ -152,6 +151,8 @@ class TracksWriter:
 
     def _coco_vid(self) -> Iterator[str]:
         """The text of a JSON file, piece by piece."""
+        from pycocotools import mask as mask_utils  # here: only this format needs it
+
         head = {
             "categories": [vars(category) for category in self.categories],
             "videos": [{"id": self.video_id, "name": self.path.stem}],
