@@ -31,7 +31,8 @@ from instanceformer.evaluation.results import iterate_results
 from instanceformer.inference.optimize import keep_memory
 from instanceformer.inference.outputs import SegmentOutputs, segment_video
 from instanceformer.inference.tracks import SegmenterOptions
-from instanceformer.video.frames import Frame, open_video
+from instanceformer.video.frames import Frame
+from instanceformer.video.reading import open_video
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EARLY = 50  # frames after which memory should no longer grow

@@ -38,7 +38,7 @@ from instanceformer.data.augment import normalize
 from instanceformer.inference.optimize import keep_memory, optimize
 from instanceformer.model.attention import DeformableAttention
 from instanceformer.model.encoder import FeedForward
-from instanceformer.video.frames import open_video
+from instanceformer.video.reading import open_video
 from timing import Machine, table
 
 VARIANTS = ("plain", "optimized", "identity", "bf16", "compiled")

@@ -9,7 +9,7 @@ from PIL import ExifTags, Image
 
 from instanceformer.data.formats.folders import find_frames, read_labels
 from instanceformer.data.images import FrameFolder, ImageError, ImageSizeError, frame_path, read_image
-from instanceformer.video.frames import open_video
+from instanceformer.video.reading import open_video
 
 HEIGHT, WIDTH = 24, 40  # as stored
 UPRIGHT = {  # by orientation, after the standard: where the stored picture's first row and first column are shown

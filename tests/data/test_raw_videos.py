@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from instanceformer.data.augment import normalize, resize
 from instanceformer.data.batch import VideoChunk
 from instanceformer.data.streaming import RawStream, RawVideo, find_videos
-from instanceformer.video.frames import open_video
+from instanceformer.video.reading import open_video
 
 
 @pytest.fixture

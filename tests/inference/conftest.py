@@ -10,7 +10,7 @@ import torch
 
 from instanceformer import InstanceFormer
 from instanceformer.cli import main
-from instanceformer.video.frames import open_video
+from instanceformer.video.reading import open_video
 
 SHOW_ALL = ["--birth=0", "--show=0", "--max_overlap=1", "--size=64", "--device=cpu"]
 

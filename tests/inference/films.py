@@ -14,7 +14,8 @@ import av
 import numpy as np
 import pytest
 
-from instanceformer.video.frames import BrokenVideo, Frame, open_video
+from instanceformer.video.frames import BrokenVideo, Frame
+from instanceformer.video.reading import open_video
 
 
 def moving_square(count: int = 6, height: int = 48, width: int = 64) -> list[Frame]:

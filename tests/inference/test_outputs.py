@@ -25,7 +25,7 @@ from instanceformer.inference.results_files import TracksWriter
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
 from instanceformer.inference.tracks import FrameInstances, SegmenterOptions
 from instanceformer.video import films
-from instanceformer.video.frames import open_video
+from instanceformer.video.reading import open_video
 
 CATEGORIES = [Category(4, "cat"), Category(9, "dog")]
 OUTPUTS = {"output": "film.mp4", "results": "results.json", "masks": "masks"}

@@ -23,7 +23,7 @@ from instanceformer.inference.outputs import SegmentOutputs, segment_video
 from instanceformer.inference.results_files import TracksWriter
 from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.video.films import VideoWriter
-from instanceformer.video.frames import open_video
+from instanceformer.video.reading import open_video
 
 
 def test_a_film_results_and_masks_of_a_video(tmp_path, checkpoint, folder):

@@ -10,7 +10,7 @@ from torchvision.io import decode_image, write_jpeg
 
 from instanceformer.evaluation.results import Track, encode_mask, write_results
 from instanceformer.inference.render import instance_color
-from instanceformer.video.frames import open_video
+from instanceformer.video.reading import open_video
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "render_results.py"
 HEIGHT, WIDTH, FRAMES, SCALE = 48, 80, 3, 8  # 48 rows are enlarged to about 360

@@ -11,7 +11,8 @@ from tests.inference.films import cut, difference, moving_square, read, read_unt
 
 from instanceformer.video import films
 from instanceformer.video.films import VideoWriter
-from instanceformer.video.frames import BrokenVideo, open_video
+from instanceformer.video.frames import BrokenVideo
+from instanceformer.video.reading import open_video
 
 
 @pytest.mark.parametrize(

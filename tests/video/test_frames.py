@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from tests.inference.films import cut, difference, read, read_until_broken
 
-from instanceformer.video.frames import BrokenVideo, open_video
+from instanceformer.video.frames import BrokenVideo
+from instanceformer.video.reading import open_video
 
 
 def test_a_folder_of_images_is_read_in_the_order_of_its_numbers(tmp_path):

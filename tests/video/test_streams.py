@@ -10,7 +10,8 @@ import pytest
 from tests.inference.films import difference, moving_square, read, read_until_broken, serve, write_film
 
 from instanceformer.video import films
-from instanceformer.video.frames import BrokenVideo, open_video
+from instanceformer.video.frames import BrokenVideo
+from instanceformer.video.reading import open_video
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from instanceformer.inference.outputs import SegmentOutputs, refuse_same, segmen
 from instanceformer.inference.results_files import STANDARD_OUTPUT
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
 from instanceformer.inference.tracks import SegmenterOptions
-from instanceformer.video.frames import open_video
+from instanceformer.video.reading import open_video
 
 T = TypeVar("T")
 OUTPUTS = ("output", "results", "masks", "jsonl")

@@ -19,7 +19,8 @@ from instanceformer.data.batch import VideoChunk
 from instanceformer.data.clips import read_frames
 from instanceformer.data.packed import pack
 from instanceformer.files import natural_order
-from instanceformer.video.frames import BrokenVideo, Frame, TimedFrame, find_images, open_video
+from instanceformer.video.frames import BrokenVideo, Frame, TimedFrame, find_images
+from instanceformer.video.reading import open_video
 
 NO_CHUNK = VideoChunk(torch.empty(1, 0, 3, 0, 0), video_id=-1, start=0, length=0, size=(0, 0))
 """Yielded by a rank without videos: without batches, Lightning would skip its hooks, and other ranks would hang."""

@@ -22,7 +22,8 @@ from instanceformer.inference.tracks import MIN_SIDE, FrameInstances, SegmenterO
 from instanceformer.model.decoder import FramePrediction
 from instanceformer.model.encoder import FrameFeatures
 from instanceformer.model.network import InstanceFormer
-from instanceformer.video.frames import Frame, Source, open_video
+from instanceformer.video.frames import Frame
+from instanceformer.video.reading import Source, open_video
 
 SPARE = 8
 """On a GPU the number of masks computed for a frame is a multiple of this, and never zero."""
