@@ -88,6 +88,7 @@ def kill(process: BaseProcess, number: int = signal.SIGKILL) -> int:
 
 def _run(arguments: list[str], log: Path, die_while_saving: bool, environment: dict[str, str]) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     os.environ |= {"OMP_NUM_THREADS": "1", **environment}  # Lightning's launcher goes by it
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
