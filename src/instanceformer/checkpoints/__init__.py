@@ -1,6 +1,13 @@
 from instanceformer.checkpoints.checkpoint import PAPER_SIZE, Checkpoint, FrameSize, describe, write
-from instanceformer.checkpoints.hub import find
-from instanceformer.checkpoints.loading import DamagedError, find_newest, from_content, load, load_for_trainer, read
+from instanceformer.checkpoints.loading import (
+    DamagedError,
+    find,
+    find_newest,
+    from_content,
+    load,
+    load_for_trainer,
+    read,
+)
 
 __all__ = [
     "PAPER_SIZE",

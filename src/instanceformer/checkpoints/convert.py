@@ -19,8 +19,8 @@ from instanceformer.checkpoints.checkpoint import (
     class_indices,
     write,
 )
-from instanceformer.checkpoints.hub import WEIGHTS, CardOptions, find, save
-from instanceformer.checkpoints.loading import from_content, is_own, load
+from instanceformer.checkpoints.hub import CardOptions, save
+from instanceformer.checkpoints.loading import WEIGHTS, find, from_content, is_own, load
 from instanceformer.checkpoints.sources import RELEASE, SOURCES, Source
 from instanceformer.data.annotations import Category
 from instanceformer.data.catalog import CATALOG, DatasetName

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,8 +11,9 @@ import torch
 import yaml
 
 from instanceformer.checkpoints.checkpoint import Checkpoint, write
+from instanceformer.checkpoints.loading import WEIGHTS, read
+from instanceformer.files import hash_file
 
-WEIGHTS = "model.safetensors"
 CARD = "README.md"
 METRICS = ("AP", "AP50", "AP75", "AR1", "AR10", "HOTA", "IDF1", "IDSW")
 """Those of a test's metrics that a model card shows."""
@@ -34,39 +33,6 @@ class CardOptions:
     license: str | None = None
     trained_on: str | None = None
     run: Path | None = None
-
-
-def find(source: str | Path) -> Path:
-    """The file of weights that a name means.
-
-    Args:
-        source: a file; a folder with ``model.safetensors``; or, if nothing here has this name, the repository
-            ``OWNER/NAME`` of such a folder on the Hub, which is downloaded into the Hub's cache. HF_TOKEN, HF_ENDPOINT
-            and so on count.
-
-    Raises:
-        FileNotFoundError: a repository cannot be had.
-    """
-    path = Path(source)
-    if path.is_dir():
-        return path / WEIGHTS
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in (".ckpt", ".safetensors", ".pth")
-    if path.exists() or not is_name:
-        return path
-    try:
-        from huggingface_hub import hf_hub_download
-    except ModuleNotFoundError as error:
-        raise FileNotFoundError(
-            f"{source}: no such file or folder; to look for it on the Hub, pip install 'instanceformer[hub]'"
-        ) from error
-    try:
-        return Path(hf_hub_download(str(source), WEIGHTS))
-    except (OSError, ValueError) as error:  # all of the Hub's errors are of these two kinds
-        reason = " ".join(str(error).split())[:200]
-        raise FileNotFoundError(
-            f"{source}: no such file or folder, and no {WEIGHTS} in a repository of this name on the Hub ({reason}); "
-            "expected a checkpoint, or OWNER/NAME of weights that you may read"
-        ) from error
 
 
 def save(checkpoint: Checkpoint, folder: Path, options: CardOptions = CardOptions(), name: str | None = None) -> None:
@@ -181,11 +147,8 @@ def _find_metrics(run: Path, checkpoint: Checkpoint) -> str | None:
         rows = [f"| {name} | {metrics[f'test/{name}']:.3f} |" for name in METRICS if f"test/{name}" in metrics]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: found no metrics of a test; run `instanceformer test` again") from error
-    from instanceformer.checkpoints.loading import read  # which finds files by this module
-
-    with file.open("rb") as opened:
-        if hashlib.file_digest(opened, "sha256").hexdigest() != tested:
-            return None
+    if hash_file(file) != tested:
+        return None
     weights = read(file).weights
     if not all(torch.equal(weight.cpu(), weights[name]) for name, weight in checkpoint.weights.items()):
         return None

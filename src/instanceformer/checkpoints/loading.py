@@ -17,7 +17,6 @@ import safetensors
 import torch
 
 from instanceformer.checkpoints.checkpoint import METADATA, PREFIX, Checkpoint, FrameSize, few
-from instanceformer.checkpoints.hub import find
 from instanceformer.data.annotations import Category
 from instanceformer.files import natural_order
 from instanceformer.model.options import check_type
@@ -30,16 +29,52 @@ _HARMLESS = re.compile(
 _RUNS = {"REDUCE", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "STOP"}
 """Pickle opcodes at which the names read so far become objects; without one of them no object is made of a name."""
 
+WEIGHTS = "model.safetensors"
+"""Name of the file of weights in a folder or repository that is shared."""
+
 
 class DamagedError(ValueError):
     """A file is incomplete, or not of the kind that its name says."""
+
+
+def find(source: str | Path) -> Path:
+    """The file of weights that a name means.
+
+    Args:
+        source: a file; a folder with ``model.safetensors``; or, if nothing here has this name, the repository
+            ``OWNER/NAME`` of such a folder on the Hub, which is downloaded into the Hub's cache. HF_TOKEN, HF_ENDPOINT
+            and so on count.
+
+    Raises:
+        FileNotFoundError: a repository cannot be had.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path / WEIGHTS
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in (".ckpt", ".safetensors", ".pth")
+    if path.exists() or not is_name:
+        return path
+    try:
+        from huggingface_hub import hf_hub_download
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError(
+            f"{source}: no such file or folder; to look for it on the Hub, pip install 'instanceformer[hub]'"
+        ) from error
+    try:
+        return Path(hf_hub_download(str(source), WEIGHTS))
+    except (OSError, ValueError) as error:  # all of the Hub's errors are of these two kinds
+        reason = " ".join(str(error).split())[:200]
+        raise FileNotFoundError(
+            f"{source}: no such file or folder, and no {WEIGHTS} in a repository of this name on the Hub ({reason}); "
+            "expected a checkpoint, or OWNER/NAME of weights that you may read"
+        ) from error
 
 
 def read(path: str | Path) -> Checkpoint:
     """Read a checkpoint that ``fit`` or ``convert`` wrote, of either format. Nothing in a file is executed.
 
     Args:
-        path: a file, or a folder or repository of the Hub; see ``hub.find``.
+        path: a file, or a folder or repository of the Hub; see ``find``.
 
     Raises:
         FileNotFoundError: there is no such file.

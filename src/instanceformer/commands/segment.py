@@ -13,7 +13,6 @@ from typing import TypeVar
 
 from instanceformer.commands.parsing import Parser, one_line
 from instanceformer.inference.batch import find_sources, place_outputs
-from instanceformer.inference.live import LiveView, address, listen
 from instanceformer.inference.optimize import keep_memory
 from instanceformer.inference.outputs import SegmentOutputs, refuse_same, segment_video
 from instanceformer.inference.results_files import STANDARD_OUTPUT
@@ -87,7 +86,10 @@ def run(args: Sequence[str]) -> None:
             outputs.refuse_existing()  # before the network is loaded
     if not given.view and any(given[name] != parser.get_default(name) for name in ("view_host", "view_port")):
         raise ValueError("view_host, view_port: found an address for a page, expected --view with it")
-    listener = listen(given.view_host, given.view_port) if given.view else None
+    if given.view:
+        from instanceformer.inference import live  # here, since importing its server takes a while
+
+    listener = live.listen(given.view_host, given.view_port) if given.view else None
     keep_memory()
     for name in ("SIGTERM", "SIGHUP"):  # complete the outputs, as after Ctrl-C
         number = getattr(signal, name, None)
@@ -122,8 +124,8 @@ def run(args: Sequence[str]) -> None:
             if segmenter is None:
                 segmenter = VideoInstanceSegmenter.from_checkpoint(given.checkpoint, given.device, **options)
                 if listener is not None:
-                    on_frame = stack.enter_context(LiveView(listener, segmenter)).show
-                    print(f"live at {address(listener)}", file=sys.stderr)
+                    on_frame = stack.enter_context(live.LiveView(listener, segmenter)).show
+                    print(f"live at {live.address(listener)}", file=sys.stderr)
             if several:
                 outputs = replace(outputs, overwrite=True)  # where only some of them are there
             segment = partial(segment_video, **part, whole=several, on_frame=on_frame, progress=True)

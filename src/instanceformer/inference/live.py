@@ -7,11 +7,9 @@ import ipaddress
 import socket
 import threading
 import time
-from base64 import b64encode
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
@@ -21,7 +19,7 @@ import numpy as np
 from aiohttp import web
 from PIL import Image
 
-from instanceformer.inference.render import draw_instances, instance_color, readable_scale
+from instanceformer.inference.render import css_color, data_uri, draw_instances, readable_scale
 from instanceformer.inference.segmenter import VideoInstanceSegmenter
 from instanceformer.inference.tracks import FrameInstances
 from instanceformer.video.frames import Frame
@@ -224,7 +222,7 @@ class LiveView:
         """What the page lists, in the order of ids."""
         columns = zip(*(x.tolist() for x in (instances.ids, instances.labels, instances.scores)), strict=True)
         return [
-            {"id": id_, "name": self._names[label], "score": score, "color": f"#{bytes(instance_color(id_)).hex()}"}
+            {"id": id_, "name": self._names[label], "score": score, "color": css_color(id_)}
             for id_, label, score in sorted(columns)
         ]
 
@@ -244,9 +242,7 @@ def draw(shown: Shown, names: list[str]) -> str:
         masks = instances.masks[:, ::factor, ::factor]
         instances = replace(instances, masks=masks, boxes=instances.boxes / factor)
     picture = draw_instances(image, instances, names, boxes=True, scale=readable_scale(image.shape[0]))
-    buffer = BytesIO()
-    Image.fromarray(picture).save(buffer, format="JPEG", quality=85)
-    return f"data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"
+    return data_uri(picture, "jpeg", quality=85)
 
 
 async def index(request: web.Request) -> web.FileResponse:

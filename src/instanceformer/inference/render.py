@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import colorsys
+import io
 import unicodedata
+from base64 import b64encode
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +39,18 @@ def instance_color(instance_id: int) -> Color:
     saturation, value = ((0.85, 1.0), (0.6, 1.0), (0.95, 0.75))[instance_id % 3]
     red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
     return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def css_color(instance_id: int) -> str:
+    """``instance_color`` as ``#rrggbb``."""
+    return f"#{bytes(instance_color(instance_id)).hex()}"
+
+
+def data_uri(frame: Frame, kind: Literal["webp", "jpeg"] = "webp", quality: int = 75) -> str:
+    """An (H, W, 3) frame as an address that holds the image itself."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, kind, quality=quality)
+    return f"data:image/{kind};base64,{b64encode(buffer.getvalue()).decode()}"
 
 
 def largest_first(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:

@@ -20,6 +20,8 @@ from instanceformer.data.clips import read_frames
 from instanceformer.evaluation.protocol import resize_masks
 from instanceformer.files import hash_file
 from instanceformer.inference.render import (
+    css_color,
+    data_uri,
     draw_instances,
     frame_instances,
     instance_color,
@@ -29,7 +31,7 @@ from instanceformer.inference.render import (
 from instanceformer.model.attention import DeformableAttention, Levels
 from instanceformer.model.network import InstanceFormer
 from instanceformer.report.charts import Chart, plane_chart
-from instanceformer.report.videos import Followed, data_uri, video_name
+from instanceformer.report.videos import Followed, video_name
 from instanceformer.studies.run import Run
 from instanceformer.video.frames import Frame
 
@@ -229,7 +231,7 @@ def _planes(run: str, name: str, sights: Sequence[Sight], names: Sequence[str]) 
     for sight in sights:
         by_instance.setdefault(sight.instance, []).append(sight)
     labels = [f"#{index + 1} {names[index]}" for index in by_instance]
-    colors = ["#{:02x}{:02x}{:02x}".format(*instance_color(index + 1)) for index in by_instance]
+    colors = [css_color(index + 1) for index in by_instance]
     if len(sights) < 3:
         return
     queries = [np.stack([sight.query for sight in group]) for group in by_instance.values()]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,8 +15,7 @@ from instanceformer.data.clips import read_frames
 from instanceformer.evaluation.decomposition import STATES, Fates, find_fates
 from instanceformer.evaluation.overlap import compare_frames, distinct_tracks
 from instanceformer.evaluation.results import RLE, Track, decode_mask, encode_mask
-from instanceformer.inference.render import instance_color
-from instanceformer.video.frames import Frame
+from instanceformer.inference.render import css_color, data_uri
 
 LINES = 360
 """Frames with more rows than this are scaled down to it."""
@@ -147,13 +144,6 @@ def shown_size(video: Video) -> tuple[int, int]:
     return height, max(1, round(video.width * height / video.height))
 
 
-def data_uri(frame: Frame, quality: int = 75) -> str:
-    """An (H, W, 3) frame as the data URI of a WebP image."""
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "WEBP", quality=quality)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def make_film(
     dataset: VideoDataset, video: Video, images: Path, followed: dict[str, Followed], names: dict[int, str]
 ) -> Film:
@@ -200,8 +190,9 @@ def make_film(
 
 
 def _shown(number: int, name: str, score: float | None, masks: Sequence[RLE | None], size: tuple[int, int]) -> Shown:
-    color = "#{:02x}{:02x}{:02x}".format(*instance_color(number))
-    return Shown(number, name, color, score, [None if mask is None else _scaled(mask, size) for mask in masks])
+    return Shown(
+        number, name, css_color(number), score, [None if mask is None else _scaled(mask, size) for mask in masks]
+    )
 
 
 def _scaled(mask: RLE, size: tuple[int, int]) -> str | None:

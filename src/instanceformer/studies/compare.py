@@ -25,6 +25,9 @@ MAIN = ("AP", "AP50", "AP75", "AR10", "APso", "APmo", "APho", "HOTA", "IDF1", "I
 PROTOCOL = ("data.eval_size", "data.max_size", "precision", "model.inference.")
 """Beginnings of the settings that must be the same for metrics to be comparable, besides the annotations."""
 
+COUNTS = ("IDSW",)
+"""Metrics that are numbers of events rather than fractions."""
+
 OF_A_SEED = ("seed_everything", "ckpt_path", "default_root_dir", "logger")
 """Options, of ``trainer`` or not, in which the runs of one setting may differ."""
 
@@ -336,3 +339,14 @@ def deviation(values: Sequence[float]) -> float | None:
 
 def _seeds(seeds: Collection[int]) -> str:
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))}"
+
+
+def show_mean(name: str, measured: Measured) -> str:
+    """A mean and, with several seeds, its deviation."""
+    around = "" if measured.deviation is None else f" ± {show_number(name, measured.deviation)}"
+    return f"{show_number(name, measured.mean)}{around}"
+
+
+def show_number(name: str, value: float, sign: str = "") -> str:
+    """A value of a metric, with three digits unless it is a count; ``sign`` as in format strings."""
+    return f"{value:{sign}.{1 if name in COUNTS else 3}f}"

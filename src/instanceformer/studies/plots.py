@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from instanceformer.studies.compare import Comparison, Row
-from instanceformer.studies.tables import show_mean
+from instanceformer.studies.compare import Comparison, Row, show_mean
 
 BLUE, GREY = "#0072B2", "#767676"
 

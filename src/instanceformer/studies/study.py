@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from instanceformer.commands.parsing import Parser, nearest, pick
 from instanceformer.evaluation.decomposition import STATES
-from instanceformer.evaluation.precision_recall import NAMES
+from instanceformer.evaluation.precision_recall import NAMES, OCCLUSION
+from instanceformer.evaluation.resampling import TRACKING
 
 FOLDER = Path("runs/studies")
 """Where the folders of studies are unless told otherwise."""
@@ -23,10 +24,10 @@ FILE = "study.yaml"
 OUTCOME = "trial.json"
 """Name of the file in a run's folder that says how it ended."""
 
-LOGGED = (*NAMES, "APso", "APmo", "APho")
+LOGGED = (*NAMES, *OCCLUSION)
 METRICS = (
     *(f"val/{name}" for name in LOGGED),
-    *(f"test/{name}" for name in (*LOGGED, "HOTA", "DetA", "AssA", "IDF1", "IDSW", *STATES)),
+    *(f"test/{name}" for name in (*LOGGED, *TRACKING, *STATES)),
 )
 """What a study can compare its runs by."""
 

@@ -7,10 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from instanceformer.studies.compare import Comparison, Interval, Measured
-
-COUNTS = ("IDSW",)
-"""Metrics that are numbers of events rather than fractions."""
+from instanceformer.studies.compare import Comparison, Interval, Measured, show_mean, show_number
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
@@ -94,21 +91,13 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in rows]
 
 
-def show_mean(name: str, measured: Measured) -> str:
-    """A mean and, with several seeds, its deviation."""
-    around = "" if measured.deviation is None else f" ± {_number(name, measured.deviation)}"
-    return f"{_number(name, measured.mean)}{around}"
-
-
 def _show_difference(name: str, measured: Measured) -> str:
     assert measured.difference is not None
-    around = "" if measured.difference_deviation is None else f" ± {_number(name, measured.difference_deviation)}"
-    return f"{_number(name, measured.difference, '+')}{_show_interval(name, measured.difference_interval)}{around}"
+    around = "" if measured.difference_deviation is None else f" ± {show_number(name, measured.difference_deviation)}"
+    return f"{show_number(name, measured.difference, '+')}{_show_interval(name, measured.difference_interval)}{around}"
 
 
 def _show_interval(name: str, interval: Interval | None) -> str:
-    return "" if interval is None else f" [{_number(name, interval[0], '+')}, {_number(name, interval[1], '+')}]"
-
-
-def _number(name: str, value: float, sign: str = "") -> str:
-    return f"{value:{sign}.{1 if name in COUNTS else 3}f}"
+    return (
+        "" if interval is None else f" [{show_number(name, interval[0], '+')}, {show_number(name, interval[1], '+')}]"
+    )
