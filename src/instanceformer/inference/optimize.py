@@ -76,7 +76,13 @@ def optimize(network: InstanceFormer, dtype: torch.dtype = torch.float32) -> Ins
             body = pack_convolutions(body, dtype)
         network.backbone.body = body
     if packs(device):
-        for part in (network.projection, network.encoder, network.decoder.layers, network.mask_head):
+        for part in (
+            network.projection,
+            network.encoder,
+            network.decoder.layers,
+            network.decoder.box_heads,
+            network.mask_head,
+        ):
             pack_layers(part, dtype)
     return network
 
@@ -193,7 +199,9 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def pack_layers(module: nn.Module, dtype: torch.dtype) -> None:
-    """Pack the linear layers and convolutions of a module in place, except those applied to queries only."""
+    """Pack the linear layers and convolutions of a module in place; those applied to queries only stay float32."""
+    if isinstance(module, Attention | MLP):
+        dtype = torch.float32
     children = list(module.named_children())
     for i, (name, child) in enumerate(children):
         if isinstance(child, nn.Conv2d):
@@ -203,18 +211,20 @@ def pack_layers(module: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, PackedLinear(child, dtype, relu))
             if relu:
                 setattr(module, children[i + 1][0], nn.Identity())
-        elif not isinstance(child, Attention | MLP):
+        else:
             pack_layers(child, dtype)
+            if isinstance(child, Attention):
+                setattr(module, name, PackedAttention(child))
 
 
 class PackedLinear(nn.Module):
     """A linear layer in oneDNN, with an optional ReLU: (..., inputs) of any dtype to (..., outputs) of ``dtype``."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, relu: bool) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, relu: bool = False) -> None:
         super().__init__()
         self.dtype, self.activation = dtype, "relu" if relu else "none"
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
-        self.bias = linear.bias.detach().to(dtype)
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
@@ -222,6 +232,30 @@ class PackedLinear(nn.Module):
             x.to(self.dtype), self.weight, self.bias, self.activation, [], ""
         )
         return y
+
+
+class PackedAttention(Attention):
+    """Attention with packed projections; that of a parameter, the positions of the queries, is computed once."""
+
+    def __init__(self, attention: Attention) -> None:
+        nn.Module.__init__(self)
+        self.heads, self.dropout, self.out_proj = attention.heads, 0.0, attention.out_proj
+        outputs, inputs = attention.in_proj_weight.shape
+        linear = nn.Linear(inputs, outputs)
+        linear.weight, linear.bias = attention.in_proj_weight, attention.in_proj_bias
+        self.in_proj = PackedLinear(linear, torch.float32)
+        linear.register_parameter("bias", None)
+        self.in_proj_without_bias = PackedLinear(linear, torch.float32)
+        self.projected: tuple[Tensor, Tensor] | None = None
+
+    def project(self, x: Tensor, bias: bool = True) -> tuple[Tensor, ...]:
+        """As in Attention."""
+        if self.projected is not None and self.projected[0] is x:
+            return self.projected[1].chunk(3, dim=-1)
+        y: Tensor = (self.in_proj if bias else self.in_proj_without_bias)(x)
+        if isinstance(x, nn.Parameter):
+            self.projected = x, y
+        return y.chunk(3, dim=-1)
 
 
 class PackedConv2d(nn.Module):
