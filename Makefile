@@ -11,10 +11,10 @@ export MALLOC_TRIM_THRESHOLD_ := 8000000000
 export MALLOC_TOP_PAD_ := 268435456
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test format clean
+.PHONY: help install demo demo_real test format clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(INSTALLED) ## make the environment in .venv, with the tools of development
 
@@ -23,15 +23,30 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+# What a finished test of a run gives, $(1) the run's folder and $(2) its data's: a film of one video and a report.
+define show
+	$(BIN)/instanceformer evaluate $(2)/valid.json $(1)/results.json
+	$(BIN)/python scripts/render_results.py $(2)/valid.json $(1)/results.json --images $(2)/JPEGImages \
+		--output $(1)/film.mp4 --sheet $(1)/film.png
+	$(BIN)/instanceformer report $(1) --output $(1)/report.html --videos 24
+	@echo 'Open $(1)/report.html in a browser. The film, $(1)/film.mp4, has the ground truth on the left.'
+endef
+
 demo: runs/demo/results.json ## synthetic videos, a short training on the CPU, a test, a film, a report: a quarter of an hour
-	$(BIN)/instanceformer evaluate data/demo/valid.json runs/demo/results.json
-	$(BIN)/python scripts/render_results.py data/demo/valid.json runs/demo/results.json --images data/demo/JPEGImages \
-		--output runs/demo/film.mp4 --sheet runs/demo/film.png
-	$(BIN)/instanceformer report runs/demo --output runs/demo/report.html --videos 24
-	@echo 'Open runs/demo/report.html in a browser. The film, runs/demo/film.mp4, has the ground truth on the left.'
+	$(call show,runs/demo,data/demo)
+
+demo_real: runs/demo_real/results.json ## the same with real videos: DAVIS=FOLDER, and WEIGHTS=FILE where nothing can be downloaded
+	$(call show,runs/demo_real,data/davis-mini)
 
 data/demo/valid.json: | $(INSTALLED)
 	$(BIN)/instanceformer synthesize data/demo --overwrite
+
+ifeq ($(MAKECMDGOALS)$(DAVIS)$(wildcard data/davis-mini/valid.json),demo_real)
+$(error found no data/davis-mini, expected the folder of DAVIS 2016 or 2017 as unpacked; run make demo_real DAVIS=FOLDER)
+endif
+
+data/davis-mini/valid.json: | $(INSTALLED)
+	$(BIN)/python scripts/davis_mini.py '$(DAVIS)' data/davis-mini
 
 # A training that was interrupted goes on where it was; one that is complete but out of date starts again.
 FIT = $(BIN)/instanceformer fit $(if $(wildcard $@),--overwrite)
@@ -46,6 +61,15 @@ runs/demo/.trained: runs/demo_frames/.trained
 
 runs/demo/results.json: runs/demo/.trained
 	$(BIN)/instanceformer test --config configs/demo.yaml --trainer.devices 1 --trainer.strategy auto
+
+REAL := --config configs/davis_mini.yaml --config configs/demo_real.yaml
+
+runs/demo_real/.trained: data/davis-mini/valid.json configs/davis_mini.yaml configs/demo_real.yaml
+	$(FIT) $(REAL) $(if $(WEIGHTS),--model.backbone_weights '$(WEIGHTS)')
+	touch $@
+
+runs/demo_real/results.json: runs/demo_real/.trained
+	$(BIN)/instanceformer test $(REAL)
 
 test: $(INSTALLED) ## format, lint, types and the whole test suite
 	$(BIN)/ruff format --check .

@@ -39,7 +39,7 @@ import yaml
 
 SCRIPTS = Path(__file__).resolve().parent
 CONFIGS = SCRIPTS.parent / "configs"
-ON_TOP_OF = {"demo_frames": "demo"}
+ON_TOP_OF = {"demo_frames": "demo", "demo_real": "davis_mini"}
 """Configurations that go on top of another one."""
 VARIANTS = {"ytvis22": ("ytvis21", ["--data.name=ytvis22", "--trainer.default_root_dir=runs/ytvis22"])}
 """Datasets without a configuration of their own: that of another one, and the flags that make it theirs."""

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch comes: two processes share the cores, see the Makefile
@@ -63,6 +64,16 @@ def tiny() -> Callable[..., InstanceFormer]:
         return network.eval()
 
     return build
+
+
+@pytest.fixture
+def shared() -> Path:
+    """Folder of real data that is not part of the repository."""
+    folder = os.environ.get("INSTANCEFORMER_SHARED")
+    path = Path(folder) if folder else Path(__file__).parents[2] / "shared"
+    if not (path / "real").is_dir():
+        pytest.skip(f"no real data in {path}; INSTANCEFORMER_SHARED names its folder")
+    return path
 
 
 def make_targets(frames: int, instances: int, height: int, width: int, classes: int = 5) -> ClipTargets:

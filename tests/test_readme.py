@@ -59,6 +59,7 @@ SMALL_CLIP = ("--size=64", "--end=4")
 ROWS = [
     Row("python scripts/rehearse.py", left_out="it has a test of its own"),
     Row("make ", left_out="they take minutes; their parts are run by this test, by others and by the rehearsal"),
+    Row("python scripts/davis_mini.py", left_out="it needs DAVIS; tests/scripts runs it"),
     Row("pip install", left_out="it changes the environment"),
     Row(r"instanceformer segment rtsp:", left_out="no camera"),
     Row("instanceformer sweep", ("--dry_run",)),

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,13 +88,3 @@ def tiny_dataset(tmp_path: Path) -> Callable[..., TinyDataset]:
         return dataset
 
     return write
-
-
-@pytest.fixture
-def shared() -> Path:
-    """Folder of real data that is not part of the repository."""
-    folder = os.environ.get("INSTANCEFORMER_SHARED")
-    path = Path(folder) if folder else Path(__file__).parents[3] / "shared"
-    if not (path / "real").is_dir():
-        pytest.skip(f"no real data in {path}; INSTANCEFORMER_SHARED names its folder")
-    return path
