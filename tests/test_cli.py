@@ -119,6 +119,8 @@ def test_fit_then_validate_test_predict_and_evaluate(
         main(["fit", "--config", str(config), "--model.init_from=nowhere.ckpt", "--trainer.default_root_dir=new"])
     with pytest.raises(SystemExit, match="found imagnet, which is no file; expected none, imagenet or a file"):
         main(["fit", "--config", str(config), "--model.backbone_weights=imagnet", "--trainer.default_root_dir=new"])
+    with pytest.raises(SystemExit, match="fit: ImageNet weights of small could not be loaded"):
+        main(["fit", "--config", str(config), "--model.backbone_weights=imagenet", "--trainer.default_root_dir=new"])
     for command in ("validate", "test", "predict"):
         main([command, "--config", str(config), "--ckpt_path", str(checkpoint), f"--results.path={command}.json"])
     assert not (tmp_path / "validate.json").exists()

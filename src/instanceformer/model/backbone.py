@@ -25,6 +25,10 @@ RESNET_NODES = {"layer1": "C2", "layer2": "C3", "layer3": "C4", "layer4": "C5"}
 SWIN_NODES = {"features.1": "C2", "features.3": "C3", "features.5": "C4", "features.7": "C5"}
 
 
+class WeightsError(RuntimeError):
+    """Pretrained weights that could not be loaded."""
+
+
 class Backbone(nn.Module):
     """Feature maps C2 to C5 at strides 4, 8, 16 and 32.
 
@@ -92,7 +96,7 @@ class Backbone(nn.Module):
         torchvision's are its first (``IMAGENET1K_V1``), timm's those of the name's tag or the model's default ones.
 
         Raises:
-            RuntimeError: they could not be loaded.
+            WeightsError: they could not be loaded.
         """
         if isinstance(self.body, TimmFeatures):
             self.body.load_pretrained()
@@ -101,7 +105,7 @@ class Backbone(nn.Module):
             weights = models.get_model_weights(self.name)["IMAGENET1K_V1"]
             state = weights.get_state_dict(progress=progress, check_hash=True)
         except (OSError, ValueError, KeyError) as error:
-            raise RuntimeError(
+            raise WeightsError(
                 f"ImageNet weights of {self.name} could not be loaded ({error}). Put the file that torchvision names "
                 f"into {torch.hub.get_dir()}/checkpoints, or train from random weights with "
                 "--model.backbone_weights none --model.network.backbone_norm batch."
@@ -109,7 +113,7 @@ class Backbone(nn.Module):
         missing, _ = self.body.load_state_dict(state, strict=False)
         missing = [key for key in missing if not key.endswith("num_batches_tracked")]
         if missing:
-            raise RuntimeError(f"ImageNet weights of {self.name} lack {', '.join(missing)}")
+            raise WeightsError(f"ImageNet weights of {self.name} lack {', '.join(missing)}")
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Extract features.
@@ -182,7 +186,7 @@ class TimmFeatures(nn.Module):
         try:
             state = create_timm(self.name, pretrained=True).state_dict()
         except (OSError, RuntimeError) as error:
-            raise RuntimeError(
+            raise WeightsError(
                 f"pretrained weights of {TIMM}{self.name} could not be loaded ({str(error).splitlines()[0]}). Give a "
                 "file of them as --model.backbone_weights, or train from random weights with --model.backbone_weights "
                 "none --model.network.backbone_norm batch."
