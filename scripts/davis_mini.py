@@ -14,6 +14,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,8 +111,8 @@ def write_sequence(frames_folder: Path, labels_folder: Path, name: str, output: 
 def cut(video: Video, frames: slice) -> Video:
     """A part of a video, with the same ids."""
     names = video.file_names[frames]
-    instances = tuple(Instance(i.id, i.category_id, i.is_crowd, i.segmentations[frames]) for i in video.instances)
-    return Video(video.id, video.height, video.width, names, len(names), instances)
+    instances = tuple(replace(i, segmentations=i.segmentations[frames]) for i in video.instances)
+    return replace(video, file_names=names, length=len(names), instances=instances)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import wandb
+from scripts.rehearse import ON_TOP_OF
 
 from instanceformer import InstanceFormer, VideoInstanceSegmenter
 from instanceformer.cli import main
@@ -320,8 +321,8 @@ def test_every_shipped_config_parses(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for path in sorted(CONFIGS.glob("*.yaml")):
         if path.stem.startswith("sweep"):
             continue
-        base = {"demo_frames": "demo.yaml", "demo_real": "davis_mini.yaml"}.get(path.stem)
-        arguments = ["fit", "--config", str(CONFIGS / base)] if base else ["fit"]
+        base = ON_TOP_OF.get(path.stem)
+        arguments = ["fit", "--config", str(CONFIGS / f"{base}.yaml")] if base else ["fit"]
         with pytest.raises(SystemExit) as stop:
             main([*arguments, "--config", str(path), "--print_config"])
         assert stop.value.code == 0, path.name

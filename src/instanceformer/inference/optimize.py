@@ -208,7 +208,7 @@ def pack_layers(module: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, PackedConv2d(child, dtype))
         elif isinstance(child, nn.Linear):
             relu = isinstance(module, nn.Sequential) and isinstance(module[(i + 1) % len(module)], nn.ReLU)
-            setattr(module, name, PackedLinear(child, dtype, relu))
+            setattr(module, name, PackedLinear(child.weight, child.bias, dtype, relu))
             if relu:
                 setattr(module, children[i + 1][0], nn.Identity())
         else:
@@ -220,16 +220,16 @@ def pack_layers(module: nn.Module, dtype: torch.dtype) -> None:
 class PackedLinear(nn.Module):
     """A linear layer in oneDNN, with an optional ReLU: (..., inputs) of any dtype to (..., outputs) of ``dtype``."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, relu: bool = False) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, relu: bool = False) -> None:
         super().__init__()
         self.dtype, self.activation = dtype, "relu" if relu else "none"
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype))
+        self.bias = bias.detach().to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: bool = True) -> Tensor:
         """(..., inputs) to (..., outputs)."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x.to(self.dtype), self.weight, self.bias, self.activation, [], ""
+            x.to(self.dtype), self.weight, self.bias if bias else None, self.activation, [], ""
         )
         return y
 
@@ -240,21 +240,16 @@ class PackedAttention(Attention):
     def __init__(self, attention: Attention) -> None:
         nn.Module.__init__(self)
         self.heads, self.dropout, self.out_proj = attention.heads, 0.0, attention.out_proj
-        outputs, inputs = attention.in_proj_weight.shape
-        linear = nn.Linear(inputs, outputs)
-        linear.weight, linear.bias = attention.in_proj_weight, attention.in_proj_bias
-        self.in_proj = PackedLinear(linear, torch.float32)
-        linear.register_parameter("bias", None)
-        self.in_proj_without_bias = PackedLinear(linear, torch.float32)
-        self.projected: tuple[Tensor, Tensor] | None = None
+        self.in_proj = PackedLinear(attention.in_proj_weight, attention.in_proj_bias, torch.float32)
+        self.projected: tuple[Tensor, bool, Tensor] | None = None
 
     def project(self, x: Tensor, bias: bool = True) -> tuple[Tensor, ...]:
         """As in Attention."""
-        if self.projected is not None and self.projected[0] is x:
-            return self.projected[1].chunk(3, dim=-1)
-        y: Tensor = (self.in_proj if bias else self.in_proj_without_bias)(x)
+        if self.projected is not None and self.projected[0] is x and self.projected[1] == bias:
+            return self.projected[2].chunk(3, dim=-1)
+        y: Tensor = self.in_proj(x, bias)
         if isinstance(x, nn.Parameter):
-            self.projected = x, y
+            self.projected = x, bias, y
         return y.chunk(3, dim=-1)
 
 
