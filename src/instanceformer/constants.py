@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import ParamSpec, TypeVar, cast
 
@@ -10,6 +11,8 @@ import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_records: list[list[object]] = []
 
 
 def constant(make: Callable[P, R]) -> Callable[P, R]:
@@ -22,6 +25,22 @@ def constant(make: Callable[P, R]) -> Callable[P, R]:
 
     def find(*args: P.args, **kwargs: P.kwargs) -> R:
         traced = torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor
-        return make(*args, **kwargs) if traced else kept(*args, **kwargs)
+        if traced:
+            return make(*args, **kwargs)
+        result = kept(*args, **kwargs)
+        for record in _records:
+            record.append(result)
+        return result
 
     return find
+
+
+@contextmanager
+def recorded() -> Iterator[list[object]]:
+    """Collect the constants that the block uses, for a CUDA graph, which reads them for as long as it lives."""
+    record: list[object] = []
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records.pop()

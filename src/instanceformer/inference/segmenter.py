@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -17,6 +17,7 @@ from instanceformer import checkpoints
 from instanceformer.data.annotations import Category
 from instanceformer.data.augment import fit_size, normalize, resize
 from instanceformer.evaluation.protocol import resize_masks
+from instanceformer.inference.graphs import captured
 from instanceformer.inference.optimize import optimize, packs
 from instanceformer.inference.tracks import MIN_SIDE, FrameInstances, SegmenterOptions, Tracks
 from instanceformer.model.decoder import FramePrediction
@@ -29,12 +30,35 @@ SPARE = 8
 """On a GPU the number of masks computed for a frame is a multiple of this, and never zero."""
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What is seen in a frame of H x W pixels, on the network's device.
+
+    Attributes:
+        table: (N, 9) float64, a row for each query, those of visible tracks first: whether it is visible, its id (0
+            without a track), label, score, box (cxcywh).
+        order: (N,) int64, the query of each row.
+        masks: (n, H, W) bool of the first rows; the number n is guessed before the visible tracks are known.
+        features, prediction: from which the masks of further rows can be made.
+    """
+
+    table: Tensor
+    order: Tensor
+    masks: Tensor
+    features: FrameFeatures
+    prediction: FramePrediction
+
+
 @final
 class VideoInstanceSegmenter:
     """Finds, segments, classifies and follows the instances of a video, frame by frame.
 
     The instances of a frame depend on this and earlier frames of the video only. Time and memory per frame do not
     depend on the number of earlier frames.
+
+    On a GPU everything between the frame and its masks is one CUDA graph, with an ``options.chunk`` of 1: the host
+    launches it as a whole. The graph is made anew for frames of another size, and where more masks are needed than in
+    any frame before; that takes a few frames' time.
 
     A track begins when a query becomes confident, keeps its id while it is hidden, and ends when it has been hidden for
     too long (``SegmenterOptions`` has the rules). A network with ``identity`` also notices when an instance is hidden
@@ -81,6 +105,11 @@ class VideoInstanceSegmenter:
         else:
             narrow = options.precision == "bf16" and packed
             self.network = optimize(network, torch.bfloat16 if narrow else torch.float32)
+        confident = network.options.min_confidence > 0
+        self._tracks = Tracks(network.num_queries, network.num_classes, options, self._device, confident)
+        self._state = self.network.initial_state(1)
+        self._frame = torch.empty(0, dtype=torch.uint8)
+        self._graphs: dict[int, Callable[[], Seen]] = {}  # by the number of masks
         self.reset()
 
     @classmethod
@@ -131,21 +160,21 @@ class VideoInstanceSegmenter:
 
     def reset(self) -> None:
         """Forget the video: the next frame is the first of another one."""
-        network, confident = self.network, self.network.options.min_confidence > 0
-        self._tracks = Tracks(network.num_queries, network.num_classes, self.options, self._device, confident)
-        self._state = network.initial_state(1)
+        self._state.overwrite(self.network.initial_state(1))
+        self._tracks.clear(reuse_ids=True)
         self._num_masks = SPARE  # to compute in the next frame on a GPU
         self._size = self._input_size = (0, 0)  # (height, width) of the frames, and of the network's input
         self._video = object()  # identifies the current video
 
     def forget(self) -> None:
         """End all tracks and empty the memory, but stay in the video: what the next frame shows gets new ids."""
-        self._state = self.network.initial_state(1)
+        self._state.overwrite(self.network.initial_state(1))
         self._tracks.clear()
 
     def change_rules(self, *, birth: float, show: float, patience: int) -> None:
         """Apply other rules to the tracks from the next frame on; see ``SegmenterOptions``, also for the errors."""
         self.options = self._tracks.options = replace(self.options, birth=birth, show=show, patience=patience)
+        self._graphs.clear()
 
     def step(self, frame: Frame) -> FrameInstances:
         """Process the next frame of the video.
@@ -159,7 +188,7 @@ class VideoInstanceSegmenter:
         Raises:
             ValueError: the frame has another shape, type or size, or is too small.
         """
-        return self._track(self._encode([self._checked(frame)])[0])
+        return self._on_host(self._see(self._checked(frame)))
 
     def segment(self, source: Source) -> Iterator[FrameInstances]:
         """Reset, then process a whole video.
@@ -186,45 +215,70 @@ class VideoInstanceSegmenter:
             return frame
 
         for chunk in chunks((self._checked(current(frame)) for frame in frames), self.options.chunk):
-            features = self._encode(chunk)
+            if len(chunk) == 1:
+                yield self._on_host(self._see(chunk[0]))
+                continue
+            features = self._encode(torch.from_numpy(np.stack(chunk)).to(self._device))
             for t, frame in enumerate(chunk):
                 current(frame)
-                yield self._track(features[t])
+                yield self._on_host(self._track(features[t], self._num_masks))
+
+    def _see(self, frame: Frame) -> Seen:
+        """Process one frame; on a GPU as a graph, whose tensors the next frame overwrites."""
+        image = torch.from_numpy(np.ascontiguousarray(frame))[None]
+        if not self._captures():
+            return self._track(self._encode(image.to(self._device))[0], self._num_masks)
+        if self._frame.shape != image.shape:
+            self._frame = image.to(self._device)
+            self._graphs.clear()
+        self._frame.copy_(image, non_blocking=True)
+        count = self._num_masks
+        if count not in self._graphs:
+            self._graphs[count] = captured(
+                lambda: self._track(self._encode(self._frame)[0], count),
+                written=(*self._state.tensors().values(), *self._tracks.tensors),
+            )
+        return self._graphs[count]()
+
+    def _captures(self) -> bool:
+        return self._device.type == "cuda"
 
     @torch.no_grad()
-    def _encode(self, frames: Sequence[Frame]) -> FrameFeatures:
-        """The stateless part, for several frames at once."""
-        images = (
-            torch.from_numpy(np.stack(frames))
-            .permute(0, 3, 1, 2)
-            .to(self._device, non_blocking=self._device.type == "cuda")
-        )
-        pixels = normalize(resize(images, self.frame_size.size, self.frame_size.max_size))
+    def _encode(self, images: Tensor) -> FrameFeatures:
+        """The stateless part, for (T, H, W, 3) uint8 frames at once."""
+        pixels = normalize(resize(images.permute(0, 3, 1, 2), self.frame_size.size, self.frame_size.max_size))
         with self._autocast():
             return self.network.encode(pixels[None])
 
     @torch.no_grad()
-    def _track(self, features: FrameFeatures) -> FrameInstances:
-        """The rest, for one frame."""
+    def _track(self, features: FrameFeatures, num_masks: int) -> Seen:
+        """The rest, for one frame: overwrites the state and the tracks. On a CPU there are as many masks as needed."""
         with self._autocast():
             prediction = self.network.decode(features, self._state)
             state = self.network.advance(self._state, prediction)
             boxes = prediction.boxes[-1, 0].float()
             visible, ended = self._tracks.update(prediction.scores[0], boxes, state.held[0], state.hidden[0])
-            self._state = state.free(ended[None])
+            self._state.overwrite(state.free(ended[None]))
             scores, labels = self._tracks.probabilities.max(dim=-1)
             wanted = self._wanted[labels]
             visible, ids = visible & wanted, self._tracks.ids * wanted
             columns = (visible[:, None], ids[:, None], labels[:, None], scores[:, None], boxes)
             table = torch.cat([column.double() for column in columns], dim=-1)
             order = visible.byte().argsort(descending=True, stable=True)
-            # Asking for the number of masks would make the host wait for the GPU: take the previous one, rounded up.
-            num_masks = int(visible.sum()) if self._device.type == "cpu" else self._num_masks
-            rows, masks = to_host(table[order], self._masks(features, prediction, order[:num_masks]))
-            count = int(rows[:, 0].sum())
-            if count > num_masks:
-                (masks,) = to_host(self._masks(features, prediction, order[:count]))
-            self._num_masks = max(1, -(-count // SPARE)) * SPARE
+            # Asking for the number of masks would make the host wait for the GPU.
+            count = int(visible.sum()) if self._device.type == "cpu" else num_masks
+            masks = self._masks(features, prediction, order[:count])
+        return Seen(table[order], order, masks, features, prediction)
+
+    @torch.no_grad()
+    def _on_host(self, seen: Seen) -> FrameInstances:
+        """The instances, on the CPU."""
+        rows, masks = to_host(seen.table, seen.masks)
+        count = int(rows[:, 0].sum())
+        if count > len(masks):
+            with self._autocast():
+                (masks,) = to_host(self._masks(seen.features, seen.prediction, seen.order[:count]))
+        self._num_masks = max(1, -(-count // SPARE)) * SPARE
         masks = masks[:count]
         shown = masks.view(torch.uint8).amax(dim=(1, 2)) > 0  # ten times as fast as any() of bool
         unseen = torch.cat((rows[:count][~shown], rows[count:]))
@@ -240,6 +294,7 @@ class VideoInstanceSegmenter:
             hidden=unseen[unseen[:, 1] > 0, 1].long(),
         )
 
+    @torch.no_grad()
     def _masks(self, features: FrameFeatures, prediction: FramePrediction, queries: Tensor) -> Tensor:
         """(n, H, W) bool masks of (n,) queries, in pixels of the original frame."""
         masks = torch.zeros(len(queries), *self._size, dtype=torch.bool, device=self._device)
@@ -250,7 +305,7 @@ class VideoInstanceSegmenter:
         return masks
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocasts)
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocasts, cache_enabled=False)
 
     def _checked(self, frame: Frame) -> Frame:
         """The frame, after a check that it has the right shape, type and the size of the video's first frame."""

@@ -131,7 +131,8 @@ class SegmenterOptions:
 class Tracks:
     """The tracks of one video, at most one for each of the network's N queries.
 
-    All tensors have a fixed size and stay on the network's device; nothing here waits for it.
+    All tensors have a fixed size, stay on the network's device and are changed in place, so that a CUDA graph can
+    capture an update; nothing here waits for the device.
 
     Attributes:
         ids: (N,) int64, the id of each query's track, counted from 1 in the order of birth; 0 without a track.
@@ -157,18 +158,21 @@ class Tracks:
         self._last_id = torch.zeros((), dtype=torch.int64, device=device)
         self._total = torch.zeros(num_queries, num_classes, device=device)  # of probabilities while visible
         self._seen = torch.zeros(num_queries, device=device)  # frames in which the track was visible
-        self._unseen = torch.zeros(
-            num_queries, device=device
-        )  # frames since a query that holds an instance was confident
+        self._unseen = torch.zeros_like(self._seen)  # frames since a query that holds an instance was confident
 
     @property
     def probabilities(self) -> Tensor:
         """(N, K) mean class probabilities of each track over the frames in which it was visible; 0 without a track."""
         return self._total / self._seen.clamp(min=1)[:, None]
 
-    def clear(self) -> None:
-        """End all tracks; no id is used again."""
-        for tensor in (self.ids, self._total, self._seen, self._unseen):
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that an update changes."""
+        return self.ids, self._total, self._seen, self._unseen, self._last_id
+
+    def clear(self, reuse_ids: bool = False) -> None:
+        """End all tracks; no id is used again, unless ids are to count from 1 again."""
+        for tensor in self.tensors if reuse_ids else self.tensors[:-1]:
             tensor.zero_()
 
     def update(self, scores: Tensor, boxes: Tensor, held: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,17 +198,16 @@ class Tracks:
         born &= rank < options.max_tracks - (self.ids > 0).sum()
 
         numbers = born.cumsum(0)
-        self.ids = torch.where(born, self._last_id + numbers, self.ids)
-        self._last_id = self._last_id + numbers[-1]
+        self.ids.copy_(torch.where(born, self._last_id + numbers, self.ids))
+        self._last_id += numbers[-1]
 
         visible |= born
-        self._total = self._total + torch.where(visible[:, None], scores, 0.0)
-        self._seen = self._seen + visible
-        self._unseen = torch.where(confident | ~held, 0.0, self._unseen + 1)
+        self._total += torch.where(visible[:, None], scores, 0.0)
+        self._seen += visible
+        self._unseen.add_(1).masked_fill_(confident | ~held, 0)
 
         ended = ((self.ids > 0) | (held & self.frees_idle)) & (self._unseen > options.patience)
-        self.ids = torch.where(ended, 0, self.ids)
-        self._total = torch.where(ended[:, None], 0.0, self._total)
-        self._seen = torch.where(ended, 0.0, self._seen)
-        self._unseen = torch.where(ended, 0.0, self._unseen)
+        self._total.masked_fill_(ended[:, None], 0)
+        for tensor in (self.ids, self._seen, self._unseen):
+            tensor.masked_fill_(ended, 0)
         return visible, ended

@@ -164,6 +164,11 @@ class TrackState:
         rest = {name: x for name, x in tensors.items() if not name.startswith("identities_")}
         return cls(**rest, identities=Identities(**known) if known else None)
 
+    def overwrite(self, by: TrackState) -> None:
+        """Take over the values of another state, in place: a CUDA graph reads and writes the same tensors always."""
+        for own, other in zip(self.tensors().values(), by.tensors().values(), strict=True):
+            own.copy_(other)
+
     def to(self, device: torch.device | str) -> TrackState:
         """The same state on another device."""
         return TrackState.from_tensors({name: x.to(device) for name, x in self.tensors().items()})
