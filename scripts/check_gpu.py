@@ -53,12 +53,12 @@ class Stage:
 
 
 STAGES = (
-    Stage("machine", 25, "versions; copies, matrix products, launches"),
-    Stage("kernel_tests", 75, "the tests of deform_attn, compiled"),
-    Stage("memory", 45, "reads and writes beyond tensors: guards, compute-sanitizer"),
-    Stage("operator", 70, "deformable attention against grid_sample, plain and compiled, and other packages"),
-    Stage("training", 60, "20 steps of the paper's network: float32, TF32, bf16-mixed, 16-mixed"),
-    Stage("training_ddp", 30, "the same under DDP with NCCL"),
+    Stage("machine", 15, "versions; copies, matrix products, launches"),
+    Stage("kernel_tests", 110, "the tests of deform_attn, compiled, and of CUDA graphs"),
+    Stage("memory", 40, "reads and writes beyond tensors: guards, compute-sanitizer"),
+    Stage("operator", 60, "deformable attention against grid_sample, plain and compiled, and other packages"),
+    Stage("training", 80, "20 steps of the paper's network: float32, TF32, bf16-mixed, 16-mixed"),
+    Stage("training_ddp", 35, "the same under DDP with NCCL"),
     Stage("streaming", 40, "frames a second at 360x640 and 720x1280, from Python and by CUDA graph"),
     Stage("demo", 75, "the demo's trainings, and its AP"),
     Stage("training_compiled", 70, "20 steps, compiled"),

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.profiler import ProfilerActivity
 
 from instanceformer import InstanceFormer, VideoInstanceSegmenter
 from instanceformer.data.augment import normalize
+from instanceformer.inference.graphs import captured
 from instanceformer.inference.optimize import optimize, packs
 from instanceformer.inference.tracks import SegmenterOptions
 from instanceformer.model.state import TrackState
@@ -85,33 +87,24 @@ def compiled(network: InstanceFormer, precision: Precision, shown: Tensor, backe
     return eager(network, precision, shown)
 
 
-def captured(step: Step, frame: Tensor, state: TrackState) -> Step:
+def in_a_graph(step: Step, frame: Tensor, state: TrackState) -> Step:
     """A step as one CUDA graph with static buffers: a replay overwrites its masks and state."""
     frame, state = frame.clone(), deepcopy(state)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            step(frame, state)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        masks, after = step(frame, state)
-        overwrite(state, after)
 
-    def replay(new_frame: Tensor, before: TrackState) -> tuple[Tensor, TrackState]:
+    def advance() -> Tensor:
+        masks, after = step(frame, state)
+        state.overwrite(after)
+        return masks
+
+    replay = captured(advance, written=list(state.tensors().values()))
+
+    def replayed(new_frame: Tensor, before: TrackState) -> tuple[Tensor, TrackState]:
         frame.copy_(new_frame)
         if before is not state:  # a video begins
-            overwrite(state, before)
-        graph.replay()
-        return masks, state
+            state.overwrite(before)
+        return replay(), state
 
-    return replay
-
-
-def overwrite(state: TrackState, by: TrackState) -> None:
-    for name, value in state.tensors().items():
-        value.copy_(by.tensors()[name])
+    return replayed
 
 
 def stream(step: Step, frames: Sequence[Tensor], state: TrackState) -> list[Tensor]:
@@ -168,14 +161,14 @@ def ways(
     makers: dict[str, Callable[[], Step]] = {}
     if compiles:
         makers["bf16 compiled"] = lambda: compiled(network, "bf16", shown, backend)
-        makers["bf16 compiled, graph"] = lambda: captured(steps["bf16 compiled"], frame, state)
+        makers["bf16 compiled, graph"] = lambda: in_a_graph(steps["bf16 compiled"], frame, state)
     else:
         folded = network if packs(frame.device) else optimize(network)
         precisions: tuple[Precision, ...] = ("float32", "tf32", "bf16")
         for precision in precisions:
             makers[precision] = lambda precision=precision: eager(folded, precision, shown)
         for precision in precisions:
-            makers[f"{precision}, graph"] = lambda precision=precision: captured(steps[precision], frame, state)
+            makers[f"{precision}, graph"] = lambda precision=precision: in_a_graph(steps[precision], frame, state)
     steps: dict[str, Step] = {}
     for name, make in makers.items():
         if name.endswith("graph") and not frame.is_cuda:
@@ -194,12 +187,21 @@ def moving_frames(count: int, size: tuple[int, int], device: torch.device) -> li
     return [normalize(image.to(device))[None] for image in images]
 
 
-def segmenter_fps(network: InstanceFormer, size: tuple[int, int], count: int) -> float:
-    """Frames a second of the online segmenter, from an image to tracks on the CPU, in bf16 on a GPU."""
-    allow_tf32(True)
+def segmenter_fps(network: InstanceFormer, size: tuple[int, int], count: int, precision: str, graph: bool) -> float:
+    """Frames a second of the online segmenter, from an image to tracks on the CPU.
+
+    Args:
+        network: to stream through.
+        size: (height, width) of the frames.
+        count: frames that are timed.
+        precision: of SegmenterOptions, or ``tf32``.
+        graph: as it is on a GPU; otherwise kernel by kernel.
+    """
+    allow_tf32(precision == "tf32")
     options = SegmenterOptions(
-        size=min(size), max_size=max(size), precision="bf16" if network.query_content.is_cuda else "fp32"
+        size=min(size), max_size=max(size), precision="bf16" if precision == "bf16" else "fp32", birth=0.0, show=0.0
     )
-    segmenter = VideoInstanceSegmenter(network, options=options)
+    segmenter = VideoInstanceSegmenter(network, options=replace(options, max_tracks=SHOWN))
     frames = [moving_squares(*size, 3 * t) for t in range(count + WARM_UP)]
-    return count / sum(time_steps(segmenter, frames)[WARM_UP:])
+    with patch.object(VideoInstanceSegmenter, "_captures", lambda _: graph):
+        return count / sum(time_steps(segmenter, frames)[WARM_UP:])

@@ -310,3 +310,15 @@ def test_cpu_and_kernels_repeat_themselves() -> None:
         assert torch.equal(case.run(backend), case.run(backend))
     case = make_case()
     assert_same(case.results("cpu"), case.results("cpu"), 0.0)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@variants
+def test_what_is_not_summed_up_in_any_order_is_the_same_in_every_run(variant: str) -> None:
+    """A race between lanes or programs would change it."""
+    case = make_case(variant, queries=500, heads=8, channels=32, points=4).to(DEVICE)
+    first = case.results("triton")
+    for _ in range(10):
+        again = case.results("triton")
+        for name in set(first) - {"value", "reference_points"}:
+            assert torch.equal(first[name], again[name]), name

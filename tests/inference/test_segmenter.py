@@ -14,7 +14,6 @@ from instanceformer.checkpoints import Checkpoint, FrameSize
 from instanceformer.data.annotations import Category
 from instanceformer.data.augment import fit_size, normalize, resize
 from instanceformer.evaluation.protocol import resize_masks
-from instanceformer.inference import segmenter as segmenter_module
 from instanceformer.inference.segmenter import chunks
 from instanceformer.inference.tracks import SegmenterOptions
 
@@ -351,61 +350,6 @@ def test_a_frame_of_another_size_ends_the_video_after_those_before_it(tiny, chun
     assert [len(next(steps)) > 0 for _ in range(3)] == [True] * 3
     with pytest.raises(ValueError, match="found 120x50 pixels, expected 120x90 like the first frame"):
         next(steps)
-
-
-def pretended(function, written):
-    """As ``graphs.captured``, but the function itself runs, where a GPU would replay what it did once."""
-    before = [x.clone() for x in written]
-    for _ in range(2):
-        function()
-    for tensor, value in zip(written, before, strict=True):
-        tensor.copy_(value)
-
-    def replay():
-        queries = written[0].clone()
-        seen = function()
-        assert not torch.equal(queries, written[0])  # they are still written there
-        return seen
-
-    return replay
-
-
-def everything_that_may_happen(segmenter):
-    """Two videos of one size, one of another, and what may happen between two frames."""
-    found = list(map(segmenter.step, noise(4)))
-    segmenter.forget()
-    found += map(segmenter.step, noise(2, seed=1))
-    segmenter.reset()
-    found += segmenter.segment(noise(3, seed=2))
-    found += segmenter.segment(noise(3, height=70))
-    segmenter.change_rules(birth=0.03, show=0.03, patience=0)
-    return [*found, *map(segmenter.step, noise(3, height=70, seed=3))]
-
-
-RULES = SegmenterOptions(birth=0.02, show=0.01, patience=1, max_overlap=1.0, size=64)
-CHANGING = {"location": "refined", "free_queries": "renew", "min_confidence": 0.02, "identity": "recover"}
-
-
-@pytest.mark.parametrize("options", [{}, CHANGING])
-def test_a_captured_frame_gives_the_same(tiny, monkeypatch, options):
-    network, captures = tiny(**options), []
-    plain = everything_that_may_happen(VideoInstanceSegmenter(network, options=RULES))
-    assert max(map(len, plain)) > 3 > min(map(len, plain))
-    monkeypatch.setattr(segmenter_module, "SPARE", 3)
-    monkeypatch.setattr(VideoInstanceSegmenter, "_captures", lambda _: True)
-    monkeypatch.setattr(segmenter_module, "captured", lambda *args, **kw: captures.append(1) or pretended(*args, **kw))
-    assert exactly(everything_that_may_happen(VideoInstanceSegmenter(network, options=RULES))) == exactly(plain)
-    assert 3 < len(captures) < len(plain)  # for two sizes, for new rules, and for more masks
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("options", [{}, CHANGING])
-def test_a_cuda_graph_gives_what_its_kernels_give_one_by_one(tiny, monkeypatch, options, precision):
-    network, rules = tiny(**options).cuda(), replace(RULES, precision=precision)
-    graphs = everything_that_may_happen(VideoInstanceSegmenter(network, options=rules))
-    monkeypatch.setattr(VideoInstanceSegmenter, "_captures", lambda _: False)
-    assert_same(graphs, everything_that_may_happen(VideoInstanceSegmenter(network, options=rules)))
 
 
 @pytest.mark.slow

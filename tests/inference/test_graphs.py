@@ -1,0 +1,82 @@
+"""What a GPU replays as a graph, and what it does kernel by kernel, are the same."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+
+from instanceformer import VideoInstanceSegmenter
+from instanceformer.inference import segmenter as segmenter_module
+from instanceformer.inference.tracks import SegmenterOptions
+
+
+def noise(count, height=90, seed=0):
+    return list(np.random.default_rng(seed).integers(0, 255, (count, height, 120, 3), dtype=np.uint8))
+
+
+def assert_same(found, expected, differing=0.0):
+    """All fields are, up to rounding and to so many pixels."""
+    for one, other in zip(found, expected, strict=True):
+        for field in fields(one):
+            a, b = getattr(one, field.name), getattr(other, field.name)
+            if a.dtype == torch.bool:
+                assert a.shape == b.shape
+                assert (a != b).sum() <= differing * a.numel()
+            else:
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def pretended(function, written):
+    """As ``graphs.captured``, but the function itself runs, where a GPU would replay what it did once."""
+    before = [x.clone() for x in written]
+    for _ in range(2):
+        function()
+    for tensor, value in zip(written, before, strict=True):
+        tensor.copy_(value)
+
+    def replay():
+        queries = written[0].clone()
+        seen = function()
+        assert not torch.equal(queries, written[0])  # they are still written there
+        return seen
+
+    return replay
+
+
+def everything_that_may_happen(segmenter):
+    """Two videos of one size, one of another, and what may happen between two frames."""
+    found = list(map(segmenter.step, noise(4)))
+    segmenter.forget()
+    found += map(segmenter.step, noise(2, seed=1))
+    segmenter.reset()
+    found += segmenter.segment(noise(3, seed=2))
+    found += segmenter.segment(noise(3, height=70))
+    segmenter.change_rules(birth=0.03, show=0.03, patience=0)
+    return [*found, *map(segmenter.step, noise(3, height=70, seed=3))]
+
+
+RULES = SegmenterOptions(birth=0.02, show=0.01, patience=1, max_overlap=1.0, size=64)
+CHANGING = {"location": "refined", "free_queries": "renew", "min_confidence": 0.02, "identity": "recover"}
+
+
+@pytest.mark.parametrize("options", [{}, CHANGING])
+def test_a_captured_frame_gives_the_same(tiny, monkeypatch, options):
+    network, captures = tiny(**options), []
+    plain = everything_that_may_happen(VideoInstanceSegmenter(network, options=RULES))
+    assert max(map(len, plain)) > 3 > min(map(len, plain))
+    monkeypatch.setattr(segmenter_module, "SPARE", 3)
+    monkeypatch.setattr(VideoInstanceSegmenter, "_captures", lambda _: True)
+    monkeypatch.setattr(segmenter_module, "captured", lambda *args, **kw: captures.append(1) or pretended(*args, **kw))
+    assert_same(everything_that_may_happen(VideoInstanceSegmenter(network, options=RULES)), plain)
+    assert 3 < len(captures) < len(plain)  # for two sizes, for new rules, and for more masks
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, CHANGING])
+def test_a_cuda_graph_gives_what_its_kernels_give_one_by_one(tiny, monkeypatch, options, precision):
+    network, rules = tiny(**options).cuda(), replace(RULES, precision=precision)
+    graphs = everything_that_may_happen(VideoInstanceSegmenter(network, options=rules))
+    monkeypatch.setattr(VideoInstanceSegmenter, "_captures", lambda _: False)
+    assert_same(graphs, everything_that_may_happen(VideoInstanceSegmenter(network, options=rules)), differing=1e-3)
