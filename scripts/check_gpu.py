@@ -60,7 +60,7 @@ STAGES = (
     Stage("training", 80, "20 steps of the paper's network: float32, TF32, bf16-mixed, 16-mixed"),
     Stage("training_ddp", 35, "the same under DDP with NCCL"),
     Stage("streaming", 40, "frames a second at 360x640 and 720x1280, from Python and by CUDA graph"),
-    Stage("demo", 75, "the demo's trainings, and its AP"),
+    Stage("demo", 60, "the command line: first steps of the demo's trainings, its test"),
     Stage("training_compiled", 70, "20 steps, compiled"),
     Stage("streaming_compiled", 40, "frames a second, compiled"),
 )

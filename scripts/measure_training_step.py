@@ -1,12 +1,12 @@
 """Time, memory and kernels of one training step, as the Trainer takes it, on made-up clips.
 
-    python scripts/measure_training_step.py [demo | paper] [--steps 5] [--precision 32-true] [--compile]
+    python scripts/measure_training_step.py [demo | paper] [--clips N] [--steps 5] [--precision 32-true] [--compile]
 
 ``demo`` is the network of configs/demo.yaml on 2 clips of 4 frames at 96x160; ``paper`` is the default network on one
-clip of 4 frames at 360x640, with 5 instances; gradients are clipped. Without a name each is measured in a process of
-its own, so that the peak memory is its own. On a GPU the peak is that of the allocator, on a CPU that of the process.
-``--compile`` puts backbone, encoder and decoder through torch.compile. scripts/check_gpu.py measures with every
-precision.
+clip of 4 frames at 360x640, or as many as ``--clips`` says, with 5 instances; gradients are clipped. Without a name
+each is measured in a process of its own, so that the peak memory is its own. On a GPU the peak is that of the
+allocator, on a CPU that of the process. ``--compile`` puts backbone, encoder and decoder through torch.compile.
+scripts/check_gpu.py measures with every precision.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def make_clips(clips: int, frames: int, height: int, width: int, instances: int,
     return ClipBatch(torch.randn(clips, frames, 3, height, width), None, dense)
 
 
-def build(name: str) -> tuple[InstanceFormer, ClipBatch]:
-    """The network of that name and its batch."""
+def build(name: str, clips: int | None = None) -> tuple[InstanceFormer, ClipBatch]:
+    """The network of that name and its batch, of so many clips."""
     torch.manual_seed(0)
     if name == "demo":
         network = InstanceFormer(4, **yaml.safe_load(DEMO.read_text())["model"]["network"])
-        return network, make_clips(2, 4, 96, 160, 5, 4)
-    return InstanceFormer(), make_clips(1, 4, 360, 640, 5, 40)
+        return network, make_clips(clips or 2, 4, 96, 160, 5, 4)
+    return InstanceFormer(), make_clips(clips or 1, 4, 360, 640, 5, 40)
 
 
 class UntrainedModule(InstanceFormerModule):
@@ -186,6 +186,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=["demo", "paper"])
+    parser.add_argument("--clips", type=int)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed", "16-mixed"])
     parser.add_argument("--compile", action="store_true")
@@ -195,7 +196,7 @@ def main() -> None:
         for name in ("demo", "paper"):
             subprocess.run([sys.executable, __file__, name, *sys.argv[1:]], check=True)
         return
-    network, batch = build(options.name)
+    network, batch = build(options.name, options.clips)
     if options.compile:
         network.compile_parts()
     figures = measure(network, batch, options.steps, options.precision)

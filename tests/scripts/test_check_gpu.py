@@ -129,12 +129,13 @@ def test_dry_run_of_the_long_stages(tmp_path: Path) -> None:
     environment = without(tmp_path, "wandb", "av", "pycocotools", "jsonargparse")
     stages = ("kernel_tests", "operator", "training", "training_ddp", "streaming")
     found = dry_run(*stages, "training_compiled", "streaming_compiled", environment=environment)
-    assert found["kernel_tests"]["pytest tests/deform_attn"]["passed"] > 5
+    assert found["kernel_tests"]["pytest"]["passed"] > 5
     ours = found["operator"][f"decoder-demo, fused, float32, {'triton' if ON_GPU else 'cpu'}"]
     assert ours["error"] < 1e-4
     assert {"forward_ms", "backward_ms"} <= ours.keys()
     for stage, what in (
         ("training", "bf16-mixed"),
+        ("training", "bf16-mixed, 2 clips"),
         ("training_ddp", "float32, DDP"),
         ("training_compiled", "float32, compiled"),
     ):
@@ -145,14 +146,14 @@ def test_dry_run_of_the_long_stages(tmp_path: Path) -> None:
         assert ("kernels" in entry) == ON_GPU
     assert found["streaming"]["64x96, float32"]["error"] == 0
     assert 0 < found["streaming"]["64x96, bf16"]["error"] < 0.2
-    assert found["streaming"]["64x96, online segmenter"]["fps"] > 0
+    assert found["streaming"]["64x96, online segmenter, float32"]["fps"] > 0
     assert found["streaming_compiled"]["64x96, bf16 compiled"]["error"] < 0.2
 
 
 @pytest.mark.slow
 def test_dry_run_of_the_demo(tmp_path: Path) -> None:
     found = dry_run("demo", environment=without(tmp_path, "wandb", "av"))["demo"]
-    assert 0 <= found["demo, accuracy"]["ap"] <= 1
+    assert found["demo, test"]["seconds"] > 0
     assert found["demo, float32"]["error"] == 0
 
 
