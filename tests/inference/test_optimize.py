@@ -58,6 +58,7 @@ def assert_equal_outputs(a: ClipPrediction, b: ClipPrediction, tolerance: float)
         pytest.param({"backbone": "resnet18", "location": "refined"}, id="resnet18"),
         pytest.param({"backbone": "resnet50", "memory": False}, id="resnet50"),
         pytest.param({"backbone": "swin_t"}, id="swin"),
+        pytest.param({"identity": "recover", "min_confidence": 0.1, "mask_stride": 4}, id="identity"),
     ],
 )
 def test_same_outputs_over_several_frames(tiny: Callable[..., InstanceFormer], options: dict) -> None:
@@ -107,8 +108,11 @@ def test_the_network_is_left_as_it_is(tiny: Callable[..., InstanceFormer]) -> No
 
 
 @needs_bfloat16
-def test_bfloat16_is_close_and_keeps_state_and_locations_in_float32(tiny: Callable[..., InstanceFormer]) -> None:
-    network = tiny()
+@pytest.mark.parametrize("identity", ["none", "hide", "recover"])
+def test_bfloat16_is_close_and_keeps_state_and_locations_in_float32(
+    tiny: Callable[..., InstanceFormer], identity: str
+) -> None:
+    network = tiny(identity=identity, min_confidence=0.0 if identity == "none" else 0.1)
     frames = torch.randn(1, 4, 3, 64, 96)
     expected, found = stream(network, frames), stream(optimize(network, torch.bfloat16), frames)
     assert_equal_outputs(found, expected, 0.2)

@@ -84,6 +84,10 @@ def optimize(network: InstanceFormer, dtype: torch.dtype = torch.float32) -> Ins
             network.mask_head,
         ):
             pack_layers(part, dtype)
+        if network.identity is not None:  # of which the rest stays float32
+            appearance = network.identity.appearance
+            for name in ("finest", "encoded"):
+                setattr(appearance, name, PackedConv2d(getattr(appearance, name), dtype))
     return network
 
 
