@@ -37,9 +37,11 @@ def captured(function: Callable[[], T], written: Sequence[Tensor]) -> Callable[[
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                function()
-            torch._foreach_copy_(list(written), before)
+            try:
+                for _ in range(WARM_UP):
+                    function()
+            finally:
+                torch._foreach_copy_(list(written), before)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with recorded() as constants, torch.cuda.graph(graph, capture_error_mode="thread_local"):

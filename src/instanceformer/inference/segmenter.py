@@ -58,7 +58,8 @@ class VideoInstanceSegmenter:
 
     On a GPU everything between the frame and its masks is one CUDA graph, with an ``options.chunk`` of 1: the host
     launches it as a whole. The graph is made anew for frames of another size, and where more masks are needed than in
-    any frame before; that takes a few frames' time.
+    any frame before; that takes a few frames' time. A backbone that waits for the GPU cannot be captured, which a
+    warning says; then kernels are launched one by one, as they are in longer chunks.
 
     A track begins when a query becomes confident, keeps its id while it is hidden, and ends when it has been hidden for
     too long (``SegmenterOptions`` has the rules). A network with ``identity`` also notices when an instance is hidden
@@ -109,6 +110,7 @@ class VideoInstanceSegmenter:
         self._tracks = Tracks(network.num_queries, network.num_classes, options, self._device, confident)
         self._state = self.network.initial_state(1)
         self._frame = torch.empty(0, dtype=torch.uint8)
+        self._captures = self._device.type == "cuda"
         self._graphs: dict[int, Callable[[], Seen]] = {}  # by the number of masks
         self.reset()
 
@@ -225,23 +227,24 @@ class VideoInstanceSegmenter:
 
     def _see(self, frame: Frame) -> Seen:
         """Process one frame; on a GPU as a graph, whose tensors the next frame overwrites."""
-        image = torch.from_numpy(np.ascontiguousarray(frame))[None]
-        if not self._captures():
-            return self._track(self._encode(image.to(self._device))[0], self._num_masks)
+        image, count = torch.from_numpy(np.ascontiguousarray(frame))[None], self._num_masks
         if self._frame.shape != image.shape:
-            self._frame = image.to(self._device)
+            self._frame = torch.empty_like(image, device=self._device)
             self._graphs.clear()
-        self._frame.copy_(image, non_blocking=True)
-        count = self._num_masks
-        if count not in self._graphs:
-            self._graphs[count] = captured(
-                lambda: self._track(self._encode(self._frame)[0], count),
-                written=(*self._state.tensors().values(), *self._tracks.tensors),
-            )
-        return self._graphs[count]()
+        self._frame.copy_(image, non_blocking=self._device.type == "cuda")
+        if self._captures and count not in self._graphs:
+            self._capture(count)
+        return self._graphs[count]() if self._captures else self._track(self._encode(self._frame)[0], count)
 
-    def _captures(self) -> bool:
-        return self._device.type == "cuda"
+    def _capture(self, num_masks: int) -> None:
+        """Make the graph of a frame, or find out that it cannot be made."""
+        written = (*self._state.tensors().values(), *self._tracks.tensors)
+        try:
+            self._graphs[num_masks] = captured(lambda: self._track(self._encode(self._frame)[0], num_masks), written)
+        except RuntimeError as error:
+            self._captures = False
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"frames are not captured as a CUDA graph and take longer: {reason}", stacklevel=2)
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> FrameFeatures:
