@@ -78,6 +78,8 @@ def test_compiles_without_graph_breaks(variant: str, dynamic: bool) -> None:
 
 @pytest.mark.parametrize("variant", ["plain", "boxes"])
 def test_compiled_inference_on_the_cpu_sees_the_small_steps(variant: str) -> None:
+    if torch.compile(lambda: torch.ones(1) * torch.compiler.is_exporting(), backend="eager")().any():
+        pytest.skip("this torch takes compiling for exporting, as 2.11 does: the operator is called as a whole")
     case = make_case(variant)
     name = "sampling_locations" if variant == "plain" else "sampling_offsets"
     case.tensors[name][:, 0, :, 1] = math.nan
