@@ -243,8 +243,7 @@ def segment_video(
                 raise stopped
             raise ValueError(f"found no frame from frame {start} on" + (f"; {stopped}" if stopped else "")) from stopped
         if stopped is not None:
-            if not whole:
-                if outputs.paths:
-                    stopped.add_note("what was seen until then is written")
+            if not whole and outputs.paths:
+                stopped.add_note("what was seen until then is written")
             raise stopped
     return Segmented(count, len(shown), time.monotonic() - begun)
