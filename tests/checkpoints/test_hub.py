@@ -141,6 +141,20 @@ def test_a_folder_keeps_outputs_and_all_that_is_known(file, tmp_path):
     assert (segmenter.options.birth, segmenter.options.show, segmenter.frame_size.size) == (0.25, 0.0625, 64)
 
 
+def test_the_folder_of_a_run_is_its_last_checkpoint(file, tmp_path, monkeypatch):
+    run, street = file.parent, write_film(tmp_path / "street.mp4", moving_square(2))
+    assert_equal(InstanceFormer.from_pretrained(run), InstanceFormer.from_pretrained(file))
+    main(["segment", str(street), f"--checkpoint={run}", "--device=cpu"])
+    main(["convert", str(run), str(tmp_path / "shared")])
+    assert "Trained on mine/train.json." in (tmp_path / "shared" / "README.md").read_text()
+    main(["convert", str(tmp_path / "shared"), str(run / "model.safetensors")])  # older than what goes on beside it
+    assert checkpoints.find(run) == file
+    damaged = file.read_bytes()[:-100]
+    file.write_bytes(damaged)
+    with pytest.raises(checkpoints.DamagedError, match=r"run/last\.ckpt: found a damaged file"):
+        checkpoints.load_for_trainer(run)
+
+
 def test_a_network_that_was_never_in_a_file_can_be_shared(tiny, tmp_path):
     network = tiny()
     network.save_pretrained(tmp_path / "new")
@@ -196,12 +210,16 @@ def test_what_is_pushed_is_what_a_name_loads(file, tmp_path, hub, monkeypatch):
 
 def test_a_name_that_is_nowhere_is_said_in_one_line(tmp_path, hub, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "best"):
+        (tmp_path / name).mkdir()
+    for name in ("config.yaml", "best.ckpt"):
+        (tmp_path / "best" / name).touch()
     write_film(Path("street.mp4"), moving_square(2))
     for name, said in {
         "owner/nothing": "owner/nothing: no such file or folder, and no model.safetensors in a repository of this name",
         "runs/last.ckpt": "runs/last.ckpt: no such file",
-        "empty": "empty/model.safetensors: no such file",
+        "empty": "empty: found an empty folder; expected last.ckpt of a training or model.safetensors",
+        "best": "best: found best.ckpt, config.yaml; expected last.ckpt of a training or model.safetensors",
     }.items():
         assert said in fail("segment", "street.mp4", f"--checkpoint={name}")
     assert not Path("street_instances.mp4").exists()

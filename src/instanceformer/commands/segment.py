@@ -42,7 +42,9 @@ def run(args: Sequence[str]) -> None:
         help="video file, folder of images, stream address or number of a camera; several, or a folder of videos",
     )
     parser.add_argument(
-        "--checkpoint", required=True, help="of the network: a file, a folder, or OWNER/NAME on the Hub"
+        "--checkpoint",
+        required=True,
+        help="of the network: a file, the folder of a run or of shared weights, or OWNER/NAME on the Hub",
     )
     parser.add_class_arguments(SegmentOutputs, skip={"overwrite", "view"})
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")

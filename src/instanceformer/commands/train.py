@@ -20,11 +20,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from instanceformer import checkpoints
+from instanceformer.checkpoints import LAST
 from instanceformer.commands.parsing import Parser, begun
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.files import locking, remove_leftovers, replacing
 from instanceformer.training.callbacks import MetricsFile, ResultsWriter
-from instanceformer.training.checkpointing import LAST, CheckpointFiles, LastCheckpoint
+from instanceformer.training.checkpointing import CheckpointFiles, LastCheckpoint
 from instanceformer.training.module import InstanceFormerModule
 
 CONFIG = "config.yaml"
@@ -186,6 +187,8 @@ class InstanceFormerCLI(LightningCLI):
             FileExistsError: the folder holds another training.
         """
         given = None if config.ckpt_path is None else Path(config.ckpt_path).expanduser()
+        if given is not None and given.is_dir():
+            given = checkpoints.find(given)
         if config.overwrite or not (folder / LAST).is_file():
             return given
         unlike = self._unlike(folder / CONFIG, config)
