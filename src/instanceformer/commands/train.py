@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shlex
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -168,8 +171,31 @@ class InstanceFormerCLI(LightningCLI):
                 callback.dirpath = config.default_root_dir
         if loggers is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+        for logger in _as_list(loggers):
+            getattr(logger, "_wandb_init", {}).pop("anonymous", None)  # which W&B has given up, and warns of
         plugins = [*_as_list(config.plugins), CheckpointFiles()]
         return super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
+
+    def after_fit(self) -> None:
+        """Say where the weights are, and what comes next."""
+        folder = self.trainer.default_root_dir
+        if _is_rank_zero() and (Path(folder) / LAST).is_file():
+            own = shlex.quote(folder)
+            print(
+                f"{folder}: trained for {self.trainer.global_step} steps; the weights are in {LAST}. Next:\n"
+                f"  instanceformer test --config {own}/{CONFIG} --ckpt_path {own}\n"
+                f"  instanceformer segment VIDEO --checkpoint {own}"
+            )
+
+    def after_test(self) -> None:
+        """Say where the results are, below the table of what was measured, and what comes next."""
+        config = self.config["test"]
+        folder, results = config.trainer.default_root_dir, Path(config.trainer.default_root_dir) / config.results.path
+        if _is_rank_zero() and results.is_file():
+            print(f"{results}: the results, and {results.with_suffix('.zip').name} for a challenge's server")
+            if results.name == "results.json" and results.with_suffix(".metrics.json").is_file():
+                own = shlex.quote(folder)
+                print(f"Next, a page about them: instanceformer report {own} --output {own}/report.html")
 
     @staticmethod
     def _unplaced(config: Namespace) -> list[Namespace]:
@@ -238,11 +264,18 @@ def check_options(commands: Sequence[Sequence[str]]) -> None:
 
 def run(args: Sequence[str]) -> None:
     """Train, validate, test or predict; the first argument says which."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated")  # Lightning, under torch 2.14
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     with ExitStack() as stack:
         try:
             InstanceFormerCLI(stack, args=list(args))
         except SIGTERMException:  # before LastCheckpoint handles signals; Lightning would exit with code 0
             sys.exit(128 + signal.SIGTERM)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    """Whether a message of Lightning is more than a hint at other products."""
+    return "Tip:" not in record.getMessage()
 
 
 def _is_rank_zero() -> bool:
