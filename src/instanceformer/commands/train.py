@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from instanceformer import checkpoints
 from instanceformer.checkpoints import LAST
+from instanceformer.checkpoints.checkpoint import few
 from instanceformer.commands.parsing import Parser, begun
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.files import locking, remove_leftovers, replacing
@@ -197,6 +198,14 @@ class InstanceFormerCLI(LightningCLI):
                 own = shlex.quote(folder)
                 print(f"Next, a page about them: instanceformer report {own} --output {own}/report.html")
 
+    def after_predict(self) -> None:
+        """End with code 1 if a video could not be read; the results of the others are written."""
+        broken = self.datamodule.broken
+        if _is_rank_zero() and broken:
+            names = few([video.name for video in broken])
+            print(f"{len(broken)} of {len(broken) + len(self.datamodule.raw_videos)} videos could not be read: {names}")
+            sys.exit(1)
+
     @staticmethod
     def _unplaced(config: Namespace) -> list[Namespace]:
         """Loggers that were not told where to write, which therefore write to the run's folder."""
@@ -265,6 +274,7 @@ def check_options(commands: Sequence[Sequence[str]]) -> None:
 def run(args: Sequence[str]) -> None:
     """Train, validate, test or predict; the first argument says which."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated")  # Lightning, under torch 2.14
+    warnings.filterwarnings("ignore", message="predict returned None")  # for a chunk that does not end its video
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     with ExitStack() as stack:
         try:
