@@ -146,16 +146,18 @@ def run(args: Sequence[str]) -> None:
                 if done.tracks == 0:
                     print(say_nothing_was_found(segmenter), file=sys.stderr)
     if several:
-        print(f"{len(sources)} videos, {skipped} of them finished before, {len(failed)} not")
+        now = len(sources) - skipped - len(failed)
+        print(f"{len(sources)} videos: {now} segmented, {skipped} finished before, {len(failed)} failed", file=log)
     if failed:
         sys.exit(1)
 
 
 def say_nothing_was_found(segmenter: VideoInstanceSegmenter) -> str:
     """What to do about a video without any track."""
-    names = segmenter.options.classes or [category.name for category in segmenter.categories]
+    options = segmenter.options
+    names = options.classes or [category.name for category in segmenter.categories]
+    lower = f"--birth {options.birth / 2:g}" + (f" --show {options.birth / 2:g}" * (options.show > options.birth / 2))
     return (
-        f"no track was ever shown: the network looks for {few(names)}, and for a confidence of "
-        f"{segmenter.options.birth:g}; if the video shows one of these, give a lower --birth, such as "
-        f"{segmenter.options.birth / 2:g} with --show {min(segmenter.options.show, segmenter.options.birth / 2):g}"
+        f"no track was ever shown: nothing reached a confidence of {options.birth:g} as one of the classes "
+        f"{few(names)}; if the video shows one of these, try {lower}, else another checkpoint"
     )
