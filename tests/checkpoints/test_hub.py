@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
+import shlex
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +23,7 @@ from instanceformer.checkpoints.checkpoint import FrameSize
 from instanceformer.cli import main
 from instanceformer.data.annotations import Category
 
+KINDS = ("bash", "python")
 CATEGORIES = tuple(Category(k, name) for k, name in enumerate("abcde", start=1))
 
 
@@ -40,7 +43,8 @@ def file(tiny, tmp_path) -> Path:
 
 def add_metrics(file: Path) -> None:
     run = {"weights": hashlib.sha256(file.read_bytes()).hexdigest()}
-    content = {"metrics": {"test/AP": 0.5, "test/HOTA": 0.625, "test/lost": 0.1}, "run": run}
+    files = {"annotations": "/private/mine/valid.json"}
+    content = {"metrics": {"test/AP": 0.5, "test/HOTA": 0.625, "test/lost": 0.1}, "run": run, "files": files}
     (file.parent / "results.metrics.json").write_text(json.dumps(content))
 
 
@@ -159,7 +163,7 @@ def test_a_network_that_was_never_in_a_file_can_be_shared(tiny, tmp_path):
     network = tiny()
     network.save_pretrained(tmp_path / "new")
     assert_equal(network, InstanceFormer.from_pretrained(tmp_path / "new"))
-    assert "data that is not stated. Classes: not named." in (tmp_path / "new" / "README.md").read_text()
+    assert "data that is not stated.\nClasses: not named." in (tmp_path / "new" / "README.md").read_text()
 
 
 def test_a_card_has_license_data_and_the_metrics_of_these_weights_alone(file, tmp_path):
@@ -168,7 +172,8 @@ def test_a_card_has_license_data_and_the_metrics_of_these_weights_alone(file, tm
     network.save_pretrained(tmp_path / "a", license="cc-by-4.0")
     card = (tmp_path / "a" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["license"] == "cc-by-4.0"
-    assert "Trained on mine/train.json. Classes: a, b, c, d, e." in card
+    assert "Trained on mine/train.json.\nClasses: a, b, c, d, e." in card
+    assert "Of a test on mine/valid.json:" in card
     assert "private" not in card
     assert "| AP | 0.500 |\n| HOTA | 0.625 |\n\n" in card
 
@@ -179,6 +184,33 @@ def test_a_card_has_license_data_and_the_metrics_of_these_weights_alone(file, tm
     assert "Trained on my streets." in card
     assert "None are stated." in card
     assert "license" not in yaml.safe_load(card.split("---")[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "source"), [(None, "a b", "out/a b"), ("Five shapes", "Five shapes", "out/a b")]
+)
+def test_what_a_card_says_to_use_runs(file, tmp_path, monkeypatch, capsys, name, title, source):
+    monkeypatch.chdir(tmp_path)
+    write_film(Path("street.mp4"), moving_square(2))
+    main(["convert", str(file), "out/a b", *([] if name is None else [f"--name={name}"])])
+    card = Path("out/a b/README.md").read_text()
+    assert f"\n# {title}\n" in card
+    (command,), (program,) = (re.findall(rf"^```{language}\n(.*?)^```$", card, re.S | re.M) for language in KINDS)
+    assert shlex.split(command)[:5] == ["instanceformer", "segment", "street.mp4", "--checkpoint", source]
+    main([*shlex.split(command)[1:], "--device=cpu"])
+    assert Path("film.mp4").is_file()
+    capsys.readouterr()
+    exec(program, {})
+    assert capsys.readouterr().out.count("(") >= 2
+
+
+def test_a_card_for_the_hub_loads_from_there(file, tmp_path):
+    main(["convert", str(file), str(tmp_path / "x"), "--name=owner/name"])
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "\n# owner/name\n" in card
+    assert card.count("--checkpoint owner/name ") == card.count('from_checkpoint("owner/name")') == 1
+    main(["convert", str(file), str(tmp_path / "y")])
+    assert str(tmp_path) not in (tmp_path / "y" / "README.md").read_text()
 
 
 def test_convert_writes_a_folder_and_leaves_a_card_that_was_edited(file, tmp_path, capsys):

@@ -62,8 +62,7 @@ def find(source: str | Path) -> Path:
             f"{path}: found {few(names) or 'an empty folder'}; expected {LAST} of a training or {WEIGHTS}, or the name "
             "of a file"
         )
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in (".ckpt", ".safetensors", ".pth")
-    if path.exists() or not is_name:
+    if path.exists() or not is_repository(str(source)):
         return path
     try:
         from huggingface_hub import hf_hub_download
@@ -79,6 +78,11 @@ def find(source: str | Path) -> Path:
             f"{source}: no such file or folder, and no {WEIGHTS} in a repository of this name on the Hub ({reason}); "
             "expected a checkpoint, or OWNER/NAME of weights that you may read"
         ) from error
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name can be that of a repository on the Hub, ``OWNER/NAME``."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and Path(name).suffix not in (".ckpt", ".safetensors", ".pth")
 
 
 def read(path: str | Path) -> Checkpoint:

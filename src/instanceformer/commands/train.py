@@ -190,16 +190,22 @@ class InstanceFormerCLI(LightningCLI):
 
     def after_test(self) -> None:
         """Say where the results are, below the table of what was measured, and what comes next."""
-        config = self.config["test"]
-        folder, results = config.trainer.default_root_dir, Path(config.trainer.default_root_dir) / config.results.path
-        if _is_rank_zero() and results.is_file():
+        results = self._say_results()
+        if results is not None and results.name == "results.json" and results.with_suffix(".metrics.json").is_file():
+            own = shlex.quote(str(results.parent))
+            print(f"Next, a page about them: instanceformer report {own} --output {own}/report.html")
+
+    def _say_results(self) -> Path | None:
+        """Where they are if any were written, in a line below the bars of progress and tables."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        results = next(callback.written for callback in callbacks if isinstance(callback, ResultsWriter))
+        if results is not None:
             print(f"{results}: the results, and {results.with_suffix('.zip').name} for a challenge's server")
-            if results.name == "results.json" and results.with_suffix(".metrics.json").is_file():
-                own = shlex.quote(folder)
-                print(f"Next, a page about them: instanceformer report {own} --output {own}/report.html")
+        return results
 
     def after_predict(self) -> None:
-        """End with code 1 if a video could not be read; the results of the others are written."""
+        """Say where the results are; end with code 1 if a video could not be read."""
+        self._say_results()
         broken = self.datamodule.broken
         if _is_rank_zero() and broken:
             names = few([video.name for video in broken])
@@ -275,6 +281,7 @@ def run(args: Sequence[str]) -> None:
     """Train, validate, test or predict; the first argument says which."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated")  # Lightning, under torch 2.14
     warnings.filterwarnings("ignore", message="predict returned None")  # for a chunk that does not end its video
+    warnings.filterwarnings("ignore", message=".*VideoAveragePrecision was called before the")  # of no video
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     with ExitStack() as stack:
         try:
