@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import re
+import shlex
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import wandb
+import yaml
 from scripts.rehearse import ON_TOP_OF
 
 from instanceformer import InstanceFormer, VideoInstanceSegmenter
@@ -143,12 +148,38 @@ def test_fit_then_validate_test_predict_and_evaluate(
         assert network(torch.randn(1, 1, 3, 96, 160))[0].logits.shape == (1, 1, 10, 4)
 
 
+def test_fit_and_test_name_the_next_command_and_show_nobody_elses_advice(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(handler)
+    run, page = tmp_path / "a run", tmp_path / "a run" / "report.html"
+    options = ["--trainer.logger=false", "--trainer.callbacks=[]", f"--trainer.default_root_dir={run}"]
+    with warnings.catch_warnings(record=True) as warned:
+        main(["fit", "--config", str(config), *options])
+        (test,) = re.findall(r"^  instanceformer (test .*)$", capsys.readouterr().out, re.MULTILINE)
+        main(shlex.split(test))
+    logger.removeHandler(handler)
+    assert not [warning for warning in warned if "LeafSpec" in str(warning.message)]
+    assert any("GPU available" in line for line in lines)
+    assert not any("Tip" in line for line in lines)
+    said = capsys.readouterr().out
+    assert f"{run}/results.json: the results, and results.zip" in said
+    (report,) = re.findall(r"^Next, a page about them: instanceformer (.*)$", said, re.MULTILINE)
+    main(shlex.split(report))
+    assert page.is_file()
+
+
 def test_a_folder_has_one_training(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is refused changes nothing; the same command goes on, another one has to be asked for."""
     run = tmp_path / "run"
     command = ["fit", "--config", str(config), f"--trainer.default_root_dir={run}", "--trainer.logger=false"]
     command += ["--trainer.callbacks=[{class_path: lightning.pytorch.callbacks.LearningRateMonitor}]"]
     main(command)  # without a logger there is nothing to monitor the rate for
+    assert f"{run}: trained for 2 steps; the weights are in last.ckpt" in capsys.readouterr().out
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "last.ckpt"]
     before = {path: path.read_bytes() for path in run.iterdir()}
     with pytest.raises(SystemExit, match=r"another configuration \(model\.optimizer\.lr: 0\.5 here, 0\.0001 there\)"):
@@ -366,3 +397,9 @@ def test_a_fault_in_a_training_step_keeps_its_traceback_and_one_before_it_does_n
     monkeypatch.setattr(InstanceFormerModule, "configure_optimizers", fails)
     with pytest.raises(SystemExit, match=r"^instanceformer fit: found 3 dimensions, expected 4$"):
         main(arguments)
+
+
+@pytest.mark.parametrize("name", ["small", "fast"])
+def test_configurations_for_own_videos_train_every_age_of_the_memory(name: str) -> None:
+    content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert content["data"]["clip_frames"] > content["model"]["network"]["memory_frames"]

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -102,7 +103,14 @@ def row_of(words: list[str]) -> Row:
 def run_command(words: list[str], log: Path) -> int:
     """Its exit code."""
     if words[0] == "instanceformer":
-        return processes.run(words[1:], log)
+        process = processes.start(words[1:], log)
+        if "--view" in words:  # it waits for a browser
+            opened = r"open (http://\S+) in a browser"
+            processes.wait_until(lambda: log.exists() and bool(re.search(opened, log.read_text())), process)
+            urlopen(f"{re.findall(opened, log.read_text())[0]}next").close()
+        process.join(300)
+        assert process.exitcode is not None, log.read_text()
+        return process.exitcode
     assert words[0] == "python", words
     with log.open("w") as file:
         return subprocess.run([sys.executable, *words[1:]], stdout=file, stderr=file).returncode

@@ -87,7 +87,8 @@ def _run(given: list[str], debug: bool) -> None:
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns the first into the second
         if debug or not (isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt)):
             raise
-        print(f"instanceformer {name}: interrupted", file=sys.stderr)
+        said = "; ".join(("interrupted", *getattr(stop, "__notes__", ())))
+        print(f"instanceformer {name}: {said}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         unread = isinstance(error, BrokenPipeError) and module != "train"  # their only pipe is their output

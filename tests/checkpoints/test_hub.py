@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
+import shlex
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +23,7 @@ from instanceformer.checkpoints.checkpoint import FrameSize
 from instanceformer.cli import main
 from instanceformer.data.annotations import Category
 
+KINDS = ("bash", "python")
 CATEGORIES = tuple(Category(k, name) for k, name in enumerate("abcde", start=1))
 
 
@@ -40,7 +43,8 @@ def file(tiny, tmp_path) -> Path:
 
 def add_metrics(file: Path) -> None:
     run = {"weights": hashlib.sha256(file.read_bytes()).hexdigest()}
-    content = {"metrics": {"test/AP": 0.5, "test/HOTA": 0.625, "test/lost": 0.1}, "run": run}
+    files = {"annotations": "/private/mine/valid.json"}
+    content = {"metrics": {"test/AP": 0.5, "test/HOTA": 0.625, "test/lost": 0.1}, "run": run, "files": files}
     (file.parent / "results.metrics.json").write_text(json.dumps(content))
 
 
@@ -141,11 +145,25 @@ def test_a_folder_keeps_outputs_and_all_that_is_known(file, tmp_path):
     assert (segmenter.options.birth, segmenter.options.show, segmenter.frame_size.size) == (0.25, 0.0625, 64)
 
 
+def test_the_folder_of_a_run_is_its_last_checkpoint(file, tmp_path, monkeypatch):
+    run, street = file.parent, write_film(tmp_path / "street.mp4", moving_square(2))
+    assert_equal(InstanceFormer.from_pretrained(run), InstanceFormer.from_pretrained(file))
+    main(["segment", str(street), f"--checkpoint={run}", "--device=cpu"])
+    main(["convert", str(run), str(tmp_path / "shared")])
+    assert "Trained on mine/train.json." in (tmp_path / "shared" / "README.md").read_text()
+    main(["convert", str(tmp_path / "shared"), str(run / "model.safetensors")])  # older than what goes on beside it
+    assert checkpoints.find(run) == file
+    damaged = file.read_bytes()[:-100]
+    file.write_bytes(damaged)
+    with pytest.raises(checkpoints.DamagedError, match=r"run/last\.ckpt: found a damaged file"):
+        checkpoints.load_for_trainer(run)
+
+
 def test_a_network_that_was_never_in_a_file_can_be_shared(tiny, tmp_path):
     network = tiny()
     network.save_pretrained(tmp_path / "new")
     assert_equal(network, InstanceFormer.from_pretrained(tmp_path / "new"))
-    assert "data that is not stated. Classes: not named." in (tmp_path / "new" / "README.md").read_text()
+    assert "data that is not stated.\nClasses: not named." in (tmp_path / "new" / "README.md").read_text()
 
 
 def test_a_card_has_license_data_and_the_metrics_of_these_weights_alone(file, tmp_path):
@@ -154,7 +172,8 @@ def test_a_card_has_license_data_and_the_metrics_of_these_weights_alone(file, tm
     network.save_pretrained(tmp_path / "a", license="cc-by-4.0")
     card = (tmp_path / "a" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["license"] == "cc-by-4.0"
-    assert "Trained on mine/train.json. Classes: a, b, c, d, e." in card
+    assert "Trained on mine/train.json.\nClasses: a, b, c, d, e." in card
+    assert "Of a test on mine/valid.json:" in card
     assert "private" not in card
     assert "| AP | 0.500 |\n| HOTA | 0.625 |\n\n" in card
 
@@ -165,6 +184,33 @@ def test_a_card_has_license_data_and_the_metrics_of_these_weights_alone(file, tm
     assert "Trained on my streets." in card
     assert "None are stated." in card
     assert "license" not in yaml.safe_load(card.split("---")[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "source"), [(None, "a b", "out/a b"), ("Five shapes", "Five shapes", "out/a b")]
+)
+def test_what_a_card_says_to_use_runs(file, tmp_path, monkeypatch, capsys, name, title, source):
+    monkeypatch.chdir(tmp_path)
+    write_film(Path("street.mp4"), moving_square(2))
+    main(["convert", str(file), "out/a b", *([] if name is None else [f"--name={name}"])])
+    card = Path("out/a b/README.md").read_text()
+    assert f"\n# {title}\n" in card
+    (command,), (program,) = (re.findall(rf"^```{language}\n(.*?)^```$", card, re.S | re.M) for language in KINDS)
+    assert shlex.split(command)[:5] == ["instanceformer", "segment", "street.mp4", "--checkpoint", source]
+    main([*shlex.split(command)[1:], "--device=cpu"])
+    assert Path("film.mp4").is_file()
+    capsys.readouterr()
+    exec(program, {})
+    assert capsys.readouterr().out.count("(") >= 2
+
+
+def test_a_card_for_the_hub_loads_from_there(file, tmp_path):
+    main(["convert", str(file), str(tmp_path / "x"), "--name=owner/name"])
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "\n# owner/name\n" in card
+    assert card.count("--checkpoint owner/name ") == card.count('from_checkpoint("owner/name")') == 1
+    main(["convert", str(file), str(tmp_path / "y")])
+    assert str(tmp_path) not in (tmp_path / "y" / "README.md").read_text()
 
 
 def test_convert_writes_a_folder_and_leaves_a_card_that_was_edited(file, tmp_path, capsys):
@@ -196,12 +242,16 @@ def test_what_is_pushed_is_what_a_name_loads(file, tmp_path, hub, monkeypatch):
 
 def test_a_name_that_is_nowhere_is_said_in_one_line(tmp_path, hub, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "best"):
+        (tmp_path / name).mkdir()
+    for name in ("config.yaml", "best.ckpt"):
+        (tmp_path / "best" / name).touch()
     write_film(Path("street.mp4"), moving_square(2))
     for name, said in {
         "owner/nothing": "owner/nothing: no such file or folder, and no model.safetensors in a repository of this name",
         "runs/last.ckpt": "runs/last.ckpt: no such file",
-        "empty": "empty/model.safetensors: no such file",
+        "empty": "empty: found an empty folder; expected last.ckpt of a training or model.safetensors",
+        "best": "best: found best.ckpt, config.yaml; expected last.ckpt of a training or model.safetensors",
     }.items():
         assert said in fail("segment", "street.mp4", f"--checkpoint={name}")
     assert not Path("street_instances.mp4").exists()

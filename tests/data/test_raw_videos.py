@@ -62,12 +62,21 @@ def test_what_is_no_video_is_refused_before_anything_is_read(videos: Path, tmp_p
         find_videos(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"empty: found no video, expected files with names that end in \.mp4"):
         find_videos(videos / "empty")
-    (videos / "bad.mp4").write_text("no video")
-    with pytest.raises(ValueError, match=r"bad\.mp4: cannot be opened as a video"):
-        find_videos(videos)
-    (videos / "bad.mp4").rename(videos / "0.png")
+    (videos / "b2.mp4").rename(videos / "0.png")
     with pytest.raises(ValueError, match=r"videos: found images beside .*; expected the frames of one video, or"):
         find_videos(videos)
+
+
+def test_videos_that_cannot_be_read_are_told_from_the_others_which_keep_their_numbers(videos: Path) -> None:
+    (videos / "a.mp4").write_text("no video")
+    cut(write_film(videos / "b3.mp4", moving_square(6)), 0.7)
+    (videos / "b10" / "0.png").write_bytes((videos / "b10" / "0.png").read_bytes()[:60])
+    found = find_videos(videos)
+    assert [(video.id, video.name) for video in found if not video.problem] == [(2, "b2.mp4"), (5, "c.MKV")]
+    said = {video.name: video.problem for video in found if video.problem}
+    assert "a.mp4: cannot be opened as a video" in said["a.mp4"]
+    assert "b3.mp4: no frame can be decoded" in said["b3.mp4"]
+    assert "0.png: cannot be read as an image" in said["b10"]
 
 
 def test_chunks_cover_each_video_in_order_and_its_last_has_its_length(videos: Path) -> None:

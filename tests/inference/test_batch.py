@@ -73,7 +73,7 @@ def test_several_videos_with_folders_for_their_outputs(tmp_path, checkpoint, vid
 
     (tmp_path / "out" / "results" / "b.json").unlink()  # as if killed between two outputs of b
     run(videos / "a.mp4", videos / "b.mp4", f"--checkpoint={checkpoint}", *outputs)
-    assert "2 videos, 1 of them finished before, 0 not" in capsys.readouterr().out
+    assert "2 videos: 1 segmented, 1 finished before, 0 failed" in capsys.readouterr().out
     assert read_results(tmp_path / "out" / "results" / "b.json")
 
 
@@ -154,5 +154,5 @@ def test_a_killed_call_goes_on_and_two_broken_videos_do_not_end_it(tmp_path, che
     assert len(lines) == 2
     assert f"{folder / '3.mp4'}: no frame can be decoded; the file is cut off" in lines[0]
     assert f"{folder / '11.mp4'}: cannot be opened as a video" in lines[1]
-    assert f"20 videos, {len(done[-1])} of them finished before, 2 not" in log.read_text()
+    assert f"{len(done[-1])} finished before, 2 failed" in log.read_text()
     assert not list(folder.glob(".*"))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,6 +33,8 @@ from instanceformer.inference.live import LiveView, Shown, address, draw, is_own
 from instanceformer.inference.outputs import SegmentOutputs
 from instanceformer.inference.render import instance_color
 from instanceformer.inference.tracks import FrameInstances, SegmenterOptions
+from instanceformer.video.frames import OpenVideo
+from instanceformer.video.reading import open_video
 
 CHROMIUM = shutil.which("chromium")
 RULES = {"birth": 0.4, "show": 0.2, "patience": 5}
@@ -82,6 +85,21 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def has_stopped(where: str) -> bool:
+    """Whether no frame comes any more but the one that may have been on its way."""
+    count = read_state(where)["count"]
+    time.sleep(0.5)
+    return bool(read_state(where)["count"] <= count + 1)
+
+
+def watch(log: Path, process: BaseProcess) -> str:
+    """The address that the command prints, opened."""
+    processes.wait_until(lambda: log.exists() and "in a browser" in log.read_text(), process)
+    (where,) = re.findall(r"open (http://127\.0\.0\.1:\d+/) in a browser; the video waits for it", log.read_text())
+    read_state(where)
+    return str(where)
 
 
 def read_state(where: str) -> dict[str, Any]:
@@ -149,9 +167,7 @@ def test_a_browser_sees_the_video_and_controls_the_tracks(page: Page, segmenter:
         page.get_by_role("button", name="Pause").press("Enter")
         page.get_by_role("button", name="Resume").wait_for()
         page.wait_for_function("() => document.getElementById('status').textContent === 'paused'")
-        count = read_state(where)["count"]
-        time.sleep(0.3)
-        assert read_state(where)["count"] == count
+        assert has_stopped(where)
         page.get_by_role("button", name="Reset").press("Enter")
         page.get_by_role("button", name="Resume").press("Enter")
         page.wait_for_function(
@@ -289,14 +305,20 @@ def test_a_port_in_use_is_refused_in_one_line(checkpoint: Path, folder: Path) ->
     assert len(message.splitlines()) == 1
 
 
-def test_with_a_page_nothing_need_be_written(
-    checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    video = write_film(folder / "video.mp4", moving_square(4))
-    main(["segment", str(video), f"--checkpoint={checkpoint}", "--view", "--view_port=0", *SHOW_ALL])
-    printed = capsys.readouterr()
-    assert printed.out == "4 frames; written: nothing\n"
-    assert "live at http://127.0.0.1:" in printed.err
+def test_the_video_waits_for_a_browser_and_nothing_need_be_written(checkpoint: Path, folder: Path) -> None:
+    video, log = write_film(folder / "video.mp4", moving_square(4)), folder.parent / "log"
+    process = processes.start(
+        ["segment", str(video), f"--checkpoint={checkpoint}", "--view", "--view_port=0", *SHOW_ALL], log
+    )
+    processes.wait_until(lambda: log.exists() and "in a browser" in log.read_text(), process)
+    time.sleep(1.0)  # far longer than four frames take
+    assert process.is_alive()
+    assert "frame" not in log.read_text()
+    where = watch(log, process)
+    processes.wait_until(lambda: read_state(where).get("count") == 4, process)
+    process.join(30)
+    assert process.exitcode == 0
+    assert re.search(r"^4 frames, \d+ tracks?; .* frames a second; written: nothing$", log.read_text(), re.MULTILINE)
     assert list(folder.iterdir()) == [video]
     assert place_outputs(["0"], False, {"output": None}, view=True) == [SegmentOutputs(view=True)]  # nor of a camera
 
@@ -305,14 +327,41 @@ def test_the_command_shows_the_video_and_ends_cleanly_when_interrupted(checkpoin
     video, log = write_film(folder.parent / "video.mkv", moving_square(600)), folder.parent / "log"
     arguments = ["segment", str(video), f"--checkpoint={checkpoint}", f"--output={folder / 'film.mp4'}"]
     process = processes.start([*arguments, "--view", "--view_port=0", *SHOW_ALL], log)
-    processes.wait_until(lambda: log.exists() and "live at http" in log.read_text(), process)
-    where = re.findall(r"live at (http://127\.0\.0\.1:\d+/)", log.read_text())[0]
+    where = watch(log, process)
     processes.wait_until(lambda: "image" in read_state(where), process)
     assert request(where, "/pause", b"")[0] == 200
     assert "<title>InstanceFormer" in request(where, "/")[1]
-    time.sleep(0.3)
+    assert has_stopped(where)
     count = read_state(where)["count"]
     assert processes.kill(process, signal.SIGINT) == 130
-    assert log.read_text().rstrip().endswith("instanceformer segment: interrupted")
+    assert log.read_text().rstrip().endswith("segment: interrupted; what was seen until then is written")
     assert "Traceback" not in log.read_text()
-    assert len(shape_of(folder / "film.mp4")) == count
+    assert len(shape_of(folder / "film.mp4")) in (count, count + 1)
+
+
+@pytest.mark.parametrize(("source", "times"), [("rtsp://camera/1", 2), ("video.mkv", 1)])
+def test_a_stream_is_opened_anew_after_the_wait(
+    checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, source: str, times: int
+) -> None:
+    monkeypatch.chdir(folder)
+    write_film(Path("video.mkv"), moving_square(4))
+    opened: list[str] = []
+
+    def open_one(source: str, fps: float, reconnect: float) -> OpenVideo:
+        opened.append(source)
+        return open_video(moving_square(2))
+
+    monkeypatch.setattr("instanceformer.commands.segment.open_video", open_one)
+    monkeypatch.setattr(LiveView, "wait", lambda _: None)
+    main(["segment", source, f"--checkpoint={checkpoint}", "--view", "--view_port=0", *SHOW_ALL])
+    assert opened == [source] * times
+
+
+def test_ctrl_c_ends_the_wait_for_a_browser(checkpoint: Path, folder: Path) -> None:
+    video, log = write_film(folder.parent / "video.mkv", moving_square(4)), folder.parent / "log"
+    process = processes.start(
+        ["segment", str(video), f"--checkpoint={checkpoint}", "--view", "--view_port=0", *SHOW_ALL], log
+    )
+    processes.wait_until(lambda: log.exists() and "in a browser" in log.read_text(), process)
+    assert processes.kill(process, signal.SIGINT) == 130
+    assert log.read_text().rstrip().splitlines()[1:] == ["instanceformer segment: interrupted"]

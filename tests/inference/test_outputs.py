@@ -194,7 +194,7 @@ def test_outputs_are_locked_while_frames_come_and_no_longer(checkpoint, folder):
                 pass
         yield from moving_square(1)
 
-    assert segment_video(open_video(camera()), segmenter, outputs) == 2
+    assert segment_video(open_video(camera()), segmenter, outputs).frames == 2
     with pytest.raises(FileExistsError, match=r"output: .*film\.mp4 exists"):  # not even one that had begun before
         segment_video(open_video(moving_square(1)), segmenter, outputs)
 

@@ -59,6 +59,23 @@ def test_a_part_of_a_video_at_its_own_times(tmp_path, checkpoint, folder):
     assert {len(track.segmentations) for track in read_results(folder / "results.json")} == {3}
 
 
+def test_the_last_line_counts_frames_and_tracks(tmp_path, checkpoint, folder, capsys):
+    video = write_film(tmp_path / "video.mp4", moving_square(3))
+    segment(video, checkpoint, folder)
+    printed = capsys.readouterr()
+    tracks = len(read_results(folder / "results.json"))
+    assert tracks > 1
+    assert re.match(rf"3 frames, {tracks} tracks; \d+\.\d seconds, \d+\.\d frames a second; written: ", printed.out)
+    assert f"written: {folder / 'film.mp4'}, " in printed.out
+    assert "no track" not in printed.err
+
+    segment(video, checkpoint, folder, "--birth=0.9", "--show=0.6", "--classes=dog", "--overwrite")
+    printed = capsys.readouterr()
+    assert printed.out.startswith("3 frames, 0 tracks; ")
+    said = "nothing reached a confidence of 0.9 as one of the classes dog; if the video shows one of these, "
+    assert f"no track was ever shown: {said}try --birth 0.45 --show 0.45, else another checkpoint" in printed.err
+
+
 def test_films_of_odd_sizes_ten_bits_and_turned_ones(tmp_path, checkpoint, folder):
     odd = write_film(tmp_path / "odd.mkv", moving_square(2, 47, 63), "ffv1", "yuv444p")
     segment(odd, checkpoint, folder)

@@ -128,7 +128,7 @@ def test_steps_and_the_rest_equal_all_at_once(fit: Fit, whole, tmp_path: Path, s
     folder = tmp_path / "parts"
     main(fit(folder, *options, f"--trainer.max_steps={stop}", *total))
     assert state(folder)["global_step"] == stop
-    main(fit(folder, *options, f"--ckpt_path={folder / 'last.ckpt'}"))
+    main(fit(folder, *options, f"--ckpt_path={folder}"))
     assert_same(state(folder), expected)
 
 

@@ -322,6 +322,29 @@ def test_videos_alone_are_predicted_with_the_checkpoints_classes(command, data: 
     assert json.loads((folder / "results.videos.json").read_text()) == known
 
 
+def test_a_broken_video_is_named_and_the_others_are_predicted(command, data: Path, tmp_path: Path, capsys) -> None:
+    arguments, folder = command(), tmp_path / "results"
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        write_film(videos / name, moving_square(5, 64, 96))
+    whole = (videos / "b.mp4").read_bytes()
+    (videos / "b.mp4").write_bytes(whole[:100])
+    alone = ["predict", *arguments[1:], f"--data.predict={videos}", "--data.test=null"]
+    with pytest.raises(SystemExit) as stop:
+        main(alone)
+    assert stop.value.code == 1
+    assert "1 of 3 videos could not be read: b.mp4" in capsys.readouterr().out
+    assert {track.video_id for track in read_results(folder / "results.json")} == {1, 3}
+    (videos / "b.mp4").write_bytes(whole)
+    main(alone)
+    assert {track.video_id for track in read_results(folder / "results.json")} == {1, 2, 3}
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        (videos / name).write_bytes(whole[:100])
+    with pytest.raises(SystemExit, match=r"predict: .*a\.mp4: the file has no video stream"):
+        main(alone)
+
+
 def test_sizes_and_protocol_are_the_checkpoints_where_none_are_given(command, data: Path, tmp_path: Path) -> None:
     """Results with what the checkpoint says are those of a run that is told the same."""
     given, own = command("given"), command("own")

@@ -1,5 +1,6 @@
 from instanceformer.checkpoints.checkpoint import PAPER_SIZE, Checkpoint, FrameSize, describe, write
 from instanceformer.checkpoints.loading import (
+    LAST,
     DamagedError,
     find,
     find_newest,
@@ -10,6 +11,7 @@ from instanceformer.checkpoints.loading import (
 )
 
 __all__ = [
+    "LAST",
     "PAPER_SIZE",
     "Checkpoint",
     "DamagedError",

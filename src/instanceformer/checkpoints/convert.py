@@ -151,6 +151,7 @@ def convert_file(
         check_suffix(output)
         if card != CardOptions():
             raise ValueError(f"{output}: found a file, expected a folder, since options of a model card are given")
+    source = find(source) if source.is_dir() else source
     content = load(source)
     output.parent.mkdir(parents=True, exist_ok=True)
     with locking(output):

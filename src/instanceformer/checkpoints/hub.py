@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +12,7 @@ import torch
 import yaml
 
 from instanceformer.checkpoints.checkpoint import Checkpoint, write
-from instanceformer.checkpoints.loading import WEIGHTS, read
+from instanceformer.checkpoints.loading import WEIGHTS, is_repository, read
 from instanceformer.files import hash_file
 
 CARD = "README.md"
@@ -24,31 +25,35 @@ class CardOptions:
     """What the model card of shared weights says beside what the checkpoint knows.
 
     Attributes:
+        name: title of the card; null: the name of the folder. By ``OWNER/NAME`` the card loads the weights from the
+            Hub; with any other name from the folder.
         license: of the weights, such as cc-by-4.0, by the Hub's name for it; null: the card says that none is stated.
         trained_on: what the weights were trained on; null: the data in the configuration of ``run``.
         run: folder of the training and test; null: that of the checkpoint. Metrics are taken from it if its test was of
             these very weights.
     """
 
+    name: str | None = None
     license: str | None = None
     trained_on: str | None = None
     run: Path | None = None
 
 
-def save(checkpoint: Checkpoint, folder: Path, options: CardOptions = CardOptions(), name: str | None = None) -> None:
+def save(checkpoint: Checkpoint, folder: Path, options: CardOptions = CardOptions()) -> None:
     """Write ``model.safetensors`` and a model card, ``README.md``, unless one is there that somebody may have edited.
 
     Args:
         checkpoint: to share.
         folder: created if missing.
         options: of the card.
-        name: by which the card loads the weights; None: that of the folder.
 
     Raises:
         OSError: a file cannot be written.
         ValueError: the run's files are damaged.
     """
-    card = write_card(checkpoint, options, name or folder.name)
+    title = options.name or folder.resolve().name
+    place = folder.name if folder.is_absolute() else folder.as_posix()  # the rest of its path is nobody's business
+    card = write_card(checkpoint, options, title, title if is_repository(title) else place)
     write(checkpoint, folder / WEIGHTS)
     if not (folder / CARD).exists():
         (folder / CARD).write_text(card)
@@ -76,13 +81,21 @@ def push(
 
     api = HfApi()
     with TemporaryDirectory() as folder:
-        save(checkpoint, Path(folder), options, repository)
+        write(checkpoint, Path(folder) / WEIGHTS)
+        (Path(folder) / CARD).write_text(write_card(checkpoint, options, options.name or repository, repository))
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Weights and model card"))
 
 
-def write_card(checkpoint: Checkpoint, options: CardOptions, name: str) -> str:
-    """The text of a model card: how to use the weights, data, metrics and license."""
+def write_card(checkpoint: Checkpoint, options: CardOptions, title: str, source: str) -> str:
+    """The text of a model card: how to use the weights, data, metrics and license.
+
+    Args:
+        checkpoint: to share.
+        options: of the card.
+        title: of the card.
+        source: by which the card loads the weights: a folder or a repository.
+    """
     head = {"library_name": "instanceformer", "tags": ["video-instance-segmentation", "instanceformer"]}
     if options.license is not None:
         head["license"] = options.license
@@ -94,22 +107,35 @@ def write_card(checkpoint: Checkpoint, options: CardOptions, name: str) -> str:
 {yaml.safe_dump(head, sort_keys=True).strip()}
 ---
 
-# {name}
+# {title}
 
-[InstanceFormer](https://arxiv.org/abs/2208.10547) for online video instance segmentation: finds, segments, classifies
-and follows objects frame by frame.
+Weights of [InstanceFormer](https://arxiv.org/abs/2208.10547) for online video instance segmentation: to find, segment,
+classify and follow the objects in a video, frame by frame. They need the Python package `instanceformer`.
 
 ## Use
 
+A film with masks, classes and ids, from a video of yours:
+
+```bash
+instanceformer segment street.mp4 --checkpoint {shlex.quote(source)} --output film.mp4
+```
+
+The same in Python, frame by frame:
+
 ```python
 from instanceformer import VideoInstanceSegmenter
-for instances in VideoInstanceSegmenter.from_checkpoint("{name}").segment("street.mp4"):
-    print(instances.ids, instances.labels, instances.scores, instances.boxes, instances.masks.shape)
+
+segmenter = VideoInstanceSegmenter.from_checkpoint({json.dumps(source)})
+for instances in segmenter.segment("street.mp4"):  # a file, a folder of images, a stream or a camera
+    for identity, label, score in zip(instances.ids, instances.labels, instances.scores, strict=True):
+        print(int(identity), segmenter.categories[int(label)].name, float(score))
+    print(instances.boxes, instances.masks.shape)  # pixels; (n, height, width)
 ```
 
 ## Data
 
-Trained on {options.trained_on or (run and _find_data(run)) or "data that is not stated"}. Classes: {classes}.
+Trained on {options.trained_on or (run and _find_data(run)) or "data that is not stated"}.
+Classes: {classes}.
 {size}
 ## Metrics
 
@@ -129,7 +155,7 @@ def _find_data(run: Path) -> str | None:
         if data.get("name"):
             return str(data["name"])
         annotations = (data.get("train") or {}).get("annotations")
-        return None if annotations is None else "/".join(Path(annotations).parts[-2:])
+        return None if annotations is None else _end(annotations)
     except (yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{path}: found no configuration of a training; give --trained_on and another --run"
@@ -144,6 +170,7 @@ def _find_metrics(run: Path, checkpoint: Checkpoint) -> str | None:
     try:
         content = json.loads(path.read_text())
         metrics, tested = content["metrics"], content["run"]["weights"]
+        on = content.get("files", {}).get("annotations")
         rows = [f"| {name} | {metrics[f'test/{name}']:.3f} |" for name in METRICS if f"test/{name}" in metrics]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: found no metrics of a test; run `instanceformer test` again") from error
@@ -152,4 +179,11 @@ def _find_metrics(run: Path, checkpoint: Checkpoint) -> str | None:
     weights = read(file).weights
     if not all(torch.equal(weight.cpu(), weights[name]) for name, weight in checkpoint.weights.items()):
         return None
-    return "\n".join(["| of its test | figure |", "| --- | --- |", *rows])
+    return "\n".join(
+        [f"Of a test on {_end(on)}:" if on else "Of a test:", "", "| metric | figure |", "| --- | --- |", *rows]
+    )
+
+
+def _end(path: str) -> str:
+    """The last folder and the name of a file: what of its path may be told."""
+    return "/".join(Path(path).parts[-2:])

@@ -33,6 +33,10 @@ WEIGHTS = "model.safetensors"
 """Name of the file of weights in a folder or repository that is shared."""
 
 
+LAST = "last.ckpt"
+"""Name of the checkpoint in a run's folder from which its training is resumed."""
+
+
 class DamagedError(ValueError):
     """A file is incomplete, or not of the kind that its name says."""
 
@@ -41,18 +45,24 @@ def find(source: str | Path) -> Path:
     """The file of weights that a name means.
 
     Args:
-        source: a file; a folder with ``model.safetensors``; or, if nothing here has this name, the repository
-            ``OWNER/NAME`` of such a folder on the Hub, which is downloaded into the Hub's cache. HF_TOKEN, HF_ENDPOINT
-            and so on count.
+        source: a file; a run's folder, with ``last.ckpt``; a folder that was shared, with ``model.safetensors``; or, if
+            nothing here has this name, the repository ``OWNER/NAME`` of such a folder on the Hub, which is downloaded
+            into the Hub's cache. HF_TOKEN, HF_ENDPOINT and so on count.
 
     Raises:
-        FileNotFoundError: a repository cannot be had.
+        FileNotFoundError: a folder has neither file, or a repository cannot be had.
     """
     path = Path(source)
     if path.is_dir():
-        return path / WEIGHTS
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in (".ckpt", ".safetensors", ".pth")
-    if path.exists() or not is_name:
+        for name in (LAST, WEIGHTS):
+            if (path / name).is_file():
+                return path / name
+        names = sorted((entry.name for entry in path.iterdir()), key=lambda name: not name.endswith(".ckpt"))
+        raise FileNotFoundError(
+            f"{path}: found {few(names) or 'an empty folder'}; expected {LAST} of a training or {WEIGHTS}, or the name "
+            "of a file"
+        )
+    if path.exists() or not is_repository(str(source)):
         return path
     try:
         from huggingface_hub import hf_hub_download
@@ -70,6 +80,11 @@ def find(source: str | Path) -> Path:
         ) from error
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name can be that of a repository on the Hub, ``OWNER/NAME``."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and Path(name).suffix not in (".ckpt", ".safetensors", ".pth")
+
+
 def read(path: str | Path) -> Checkpoint:
     """Read a checkpoint that ``fit`` or ``convert`` wrote, of either format. Nothing in a file is executed.
 
@@ -80,6 +95,7 @@ def read(path: str | Path) -> Checkpoint:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or holds no network of this package.
     """
+    path = find(path) if Path(path).is_dir() else path
     return from_content(load(path), str(path))
 
 
@@ -92,7 +108,7 @@ def load_for_trainer(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: as in ``read``; for a damaged file, the message names the newest intact one beside it, if any.
     """
-    path = Path(path)
+    path = find(path)
     try:
         content = load(path)
     except DamagedError as error:

@@ -11,8 +11,9 @@ from functools import partial
 from threading import current_thread, main_thread
 from typing import TypeVar
 
+from instanceformer.checkpoints.checkpoint import few
 from instanceformer.commands.parsing import Parser, one_line
-from instanceformer.inference.batch import find_sources, place_outputs
+from instanceformer.inference.batch import find_sources, is_path, place_outputs
 from instanceformer.inference.optimize import keep_memory
 from instanceformer.inference.outputs import SegmentOutputs, refuse_same, segment_video
 from instanceformer.inference.results_files import STANDARD_OUTPUT
@@ -41,7 +42,9 @@ def run(args: Sequence[str]) -> None:
         help="video file, folder of images, stream address or number of a camera; several, or a folder of videos",
     )
     parser.add_argument(
-        "--checkpoint", required=True, help="of the network: a file, a folder, or OWNER/NAME on the Hub"
+        "--checkpoint",
+        required=True,
+        help="of the network: a file, the folder of a run or of shared weights, or OWNER/NAME on the Hub",
     )
     parser.add_class_arguments(SegmentOutputs, skip={"overwrite", "view"})
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
@@ -62,8 +65,8 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument(
         "--view",
         action="store_true",
-        help="show the videos on a page for the browser as they are segmented; nothing is written then unless it is "
-        "said where",
+        help="show the videos on a page as they are segmented, once a browser has opened it; nothing is written then "
+        "unless it is said where",
     )
     parser.add_argument(
         "--view_host", default="127.0.0.1", help="address of the page; 0.0.0.0: other machines reach it too"
@@ -124,19 +127,37 @@ def run(args: Sequence[str]) -> None:
             if segmenter is None:
                 segmenter = VideoInstanceSegmenter.from_checkpoint(given.checkpoint, given.device, **options)
                 if listener is not None:
-                    on_frame = stack.enter_context(live.LiveView(listener, segmenter)).show
-                    print(f"live at {live.address(listener)}", file=sys.stderr)
+                    view = stack.enter_context(live.LiveView(listener, segmenter))
+                    on_frame = view.show
+                    print(f"open {live.address(listener)} in a browser; the video waits for it", file=sys.stderr)
+                    view.wait()
+                    if not is_path(source):  # a stream may have given up on us, and what it has sent is late
+                        del video
+                        video = attempt(source, partial(open_video, source, given.fps, given.reconnect))
+                        if video is None:
+                            continue
             if several:
                 outputs = replace(outputs, overwrite=True)  # where only some of them are there
             segment = partial(segment_video, **part, whole=several, on_frame=on_frame, progress=True)
-            try:
-                count = attempt(source, partial(segment, video, segmenter, outputs))
-            except KeyboardInterrupt:
-                sys.exit(130)
-            if count is not None:
+            done = attempt(source, partial(segment, video, segmenter, outputs))
+            if done is not None:
                 written = ", ".join(map(str, outputs.paths.values())) or "nothing"
-                print(f"{count} frames; written: {written}", file=log, flush=True)
+                print(f"{done}; written: {written}", file=log, flush=True)
+                if done.tracks == 0:
+                    print(say_nothing_was_found(segmenter), file=sys.stderr)
     if several:
-        print(f"{len(sources)} videos, {skipped} of them finished before, {len(failed)} not")
+        now = len(sources) - skipped - len(failed)
+        print(f"{len(sources)} videos: {now} segmented, {skipped} finished before, {len(failed)} failed", file=log)
     if failed:
         sys.exit(1)
+
+
+def say_nothing_was_found(segmenter: VideoInstanceSegmenter) -> str:
+    """What to do about a video without any track."""
+    options = segmenter.options
+    names = options.classes or [category.name for category in segmenter.categories]
+    lower = f"--birth {options.birth / 2:g}" + (f" --show {options.birth / 2:g}" * (options.show > options.birth / 2))
+    return (
+        f"no track was ever shown: nothing reached a confidence of {options.birth:g} as one of the classes "
+        f"{few(names)}; if the video shows one of these, try {lower}, else another checkpoint"
+    )

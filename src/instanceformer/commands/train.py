@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shlex
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -20,11 +23,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from instanceformer import checkpoints
+from instanceformer.checkpoints import LAST
+from instanceformer.checkpoints.checkpoint import few
 from instanceformer.commands.parsing import Parser, begun
 from instanceformer.data.datamodule import VideoDataModule
 from instanceformer.files import locking, remove_leftovers, replacing
 from instanceformer.training.callbacks import MetricsFile, ResultsWriter
-from instanceformer.training.checkpointing import LAST, CheckpointFiles, LastCheckpoint
+from instanceformer.training.checkpointing import CheckpointFiles, LastCheckpoint
 from instanceformer.training.module import InstanceFormerModule
 
 CONFIG = "config.yaml"
@@ -167,8 +172,45 @@ class InstanceFormerCLI(LightningCLI):
                 callback.dirpath = config.default_root_dir
         if loggers is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+        for logger in _as_list(loggers):
+            getattr(logger, "_wandb_init", {}).pop("anonymous", None)  # which W&B has given up, and warns of
         plugins = [*_as_list(config.plugins), CheckpointFiles()]
         return super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
+
+    def after_fit(self) -> None:
+        """Say where the weights are, and what comes next."""
+        folder = self.trainer.default_root_dir
+        if _is_rank_zero() and (Path(folder) / LAST).is_file():
+            own = shlex.quote(folder)
+            print(
+                f"{folder}: trained for {self.trainer.global_step} steps; the weights are in {LAST}. Next:\n"
+                f"  instanceformer test --config {own}/{CONFIG} --ckpt_path {own}\n"
+                f"  instanceformer segment VIDEO --checkpoint {own}"
+            )
+
+    def after_test(self) -> None:
+        """Say where the results are, below the table of what was measured, and what comes next."""
+        results = self._say_results()
+        if results is not None and results.name == "results.json" and results.with_suffix(".metrics.json").is_file():
+            own = shlex.quote(str(results.parent))
+            print(f"Next, a page about them: instanceformer report {own} --output {own}/report.html")
+
+    def _say_results(self) -> Path | None:
+        """Where they are if any were written, in a line below the bars of progress and tables."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        results = next(callback.written for callback in callbacks if isinstance(callback, ResultsWriter))
+        if results is not None:
+            print(f"{results}: the results, and {results.with_suffix('.zip').name} for a challenge's server")
+        return results
+
+    def after_predict(self) -> None:
+        """Say where the results are; end with code 1 if a video could not be read."""
+        self._say_results()
+        broken = self.datamodule.broken
+        if _is_rank_zero() and broken:
+            names = few([video.name for video in broken])
+            print(f"{len(broken)} of {len(broken) + len(self.datamodule.raw_videos)} videos could not be read: {names}")
+            sys.exit(1)
 
     @staticmethod
     def _unplaced(config: Namespace) -> list[Namespace]:
@@ -186,6 +228,8 @@ class InstanceFormerCLI(LightningCLI):
             FileExistsError: the folder holds another training.
         """
         given = None if config.ckpt_path is None else Path(config.ckpt_path).expanduser()
+        if given is not None and given.is_dir():
+            given = checkpoints.find(given)
         if config.overwrite or not (folder / LAST).is_file():
             return given
         unlike = self._unlike(folder / CONFIG, config)
@@ -235,11 +279,20 @@ def check_options(commands: Sequence[Sequence[str]]) -> None:
 
 def run(args: Sequence[str]) -> None:
     """Train, validate, test or predict; the first argument says which."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated")  # Lightning, under torch 2.14
+    warnings.filterwarnings("ignore", message="predict returned None")  # for a chunk that does not end its video
+    warnings.filterwarnings("ignore", message=".*VideoAveragePrecision was called before the")  # of no video
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     with ExitStack() as stack:
         try:
             InstanceFormerCLI(stack, args=list(args))
         except SIGTERMException:  # before LastCheckpoint handles signals; Lightning would exit with code 0
             sys.exit(128 + signal.SIGTERM)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    """Whether a message of Lightning is more than a hint at other products."""
+    return "Tip:" not in record.getMessage()
 
 
 def _is_rank_zero() -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 
@@ -79,6 +80,7 @@ class VideoDataModule(LightningDataModule):
         given_sizes: ``eval_size`` and ``max_size`` as passed in.
         skip: ids of videos that test and predict leave out. ``setup`` clears it; set it before the loaders are created.
         raw_videos: the videos to predict if ``predict`` is a path; available after ``setup``.
+        broken: those of them that cannot be read and are left out.
 
     Raises:
         ValueError: a size or count is below 1, or ``root`` is missing where it is needed.
@@ -129,6 +131,7 @@ class VideoDataModule(LightningDataModule):
         self.training_clips: SeededClips | None = None  # set when the training loader is created
         self.skip: frozenset[int] = frozenset()
         self.raw_videos: list[RawVideo] = []
+        self.broken: list[RawVideo] = []
         self._datasets: dict[SplitName, VideoDataset] = {}
 
     @property
@@ -184,12 +187,18 @@ class VideoDataModule(LightningDataModule):
 
         Raises:
             FileNotFoundError: an annotation file or the first frame of a video is missing.
-            ValueError: a split is missing, malformed or lacks required annotations; two splits have different
-                categories; there are too few clips for one batch; or a frame lies outside the image folder.
+            ValueError: a split is missing, malformed or lacks required annotations; none of the videos without
+                annotations can be read; two splits have different categories; there are too few clips for one batch;
+                or a frame lies outside the image folder.
         """
         self.raw_videos, self.skip = [], frozenset()
         if stage == "predict" and self._predicted_path is not None:
-            self.raw_videos = find_videos(self._predicted_path)
+            found = find_videos(self._predicted_path)
+            self.raw_videos, self.broken = ([v for v in found if bool(v.problem) == bad] for bad in (False, True))
+            if not self.raw_videos:
+                raise ValueError(found[0].problem)
+            for video in self.broken:
+                rank_zero_info(f"{video.problem}; it is left out")
             return
         names = [SPLIT_OF_STAGE[stage]]
         if stage == "fit" and self._validates:

@@ -142,24 +142,33 @@ class RawVideo:
         name: name of the file or folder.
         path: path of the file or folder.
         length: number of frames, as declared by the file or estimated; None if unknown.
+        problem: why it cannot be read; empty if its first frame can.
     """
 
     id: int
     name: str
     path: Path
     length: int | None
+    problem: str = ""
 
 
 def find_videos(path: Path) -> list[RawVideo]:
-    """Find and open the videos at a path, see ``find_paths``.
+    """Find the videos at a path, see ``find_paths``, and read the first frame of each.
 
     Raises:
-        FileNotFoundError, ValueError: as in ``find_paths``; a file is not a video.
+        FileNotFoundError, ValueError: as in ``find_paths``.
     """
-    return [
-        RawVideo(number, entry.name, entry, len(find_images(entry)) if entry.is_dir() else open_video(entry).length)
-        for number, entry in enumerate(find_paths(path), 1)
-    ]
+    videos = []
+    for number, entry in enumerate(find_paths(path), 1):
+        length, problem = None, ""
+        try:
+            video = open_video(entry)
+            length = video.length
+            next(video.frames)
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        videos.append(RawVideo(number, entry.name, entry, length, problem))
+    return videos
 
 
 def find_paths(path: Path) -> list[Path]:

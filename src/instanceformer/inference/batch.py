@@ -19,7 +19,7 @@ def find_sources(given: Sequence[str]) -> list[str]:
         ValueError: a folder contains no video, or both images and videos.
     """
     sources = [str(path) for name in given for path in (find_paths(Path(name)) if Path(name).is_dir() else [name])]
-    films = {film_of(_path(source)) for source in sources if _is_path(source)}
+    films = {film_of(_path(source)) for source in sources if is_path(source)}
     return list(dict.fromkeys(source for source in sources if Path(source) not in films))
 
 
@@ -59,7 +59,7 @@ def place_outputs(
     owners: dict[Path, str] = {}
     placed = []
     for source in sources:
-        if not _is_path(source):
+        if not is_path(source):
             raise ValueError(f"{source}: found a stream, expected a file to write a film beside; give --output")
         path = _path(source)
         name = path.name if path.is_dir() else path.stem
@@ -78,7 +78,7 @@ def place_outputs(
     return [SegmentOutputs(**outputs, format=format, overwrite=overwrite, view=view) for outputs in placed]
 
 
-def _is_path(source: str) -> bool:
+def is_path(source: str) -> bool:
     """Whether a source is neither a stream nor a camera."""
     return ("://" not in source or source.startswith("file://")) and (not source.isdecimal() or Path(source).exists())
 

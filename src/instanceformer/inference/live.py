@@ -108,7 +108,7 @@ class LiveView:
         self._count = 0
         # written by the thread that answers, read by the one that segments
         self._options = segmenter.options
-        self._running, self._forgets = threading.Event(), threading.Event()
+        self._watched, self._running, self._forgets = (threading.Event() for _ in range(3))
         self._running.set()
         # known to the thread that answers alone
         self._loop = asyncio.new_event_loop()
@@ -129,6 +129,10 @@ class LiveView:
         self._thread.join()
         self._loop.close()
 
+    def wait(self) -> None:
+        """Wait until a browser shows the page: a short video would be over before somebody has opened it."""
+        _wait_for(self._watched)
+
     def show(self, image: Frame, instances: FrameInstances) -> None:
         """Show a frame; wait while the page pauses; then do to the segmenter what the page asks for.
 
@@ -143,8 +147,7 @@ class LiveView:
         rate = (len(self._times) - 1) / max(self._times[-1] - self._times[0], 1e-3)
         self._loop.call_soon_threadsafe(self._publish, Shown(self._count, image, instances, rate))
         if not self._running.is_set():
-            while not self._running.wait(0.2):  # on Windows, Ctrl-C comes between waits
-                pass
+            _wait_for(self._running)
             self._times.clear()
         self._segmenter.change_rules(**{name: getattr(self._options, name) for name in RULES})
         if self._forgets.is_set():
@@ -181,6 +184,7 @@ class LiveView:
 
     async def _next(self, request: web.Request) -> web.Response:
         """The newest frame and state, once there is news after the version ``after``."""
+        self._watched.set()
         after = request.query.get("after", "0")
         try:
             async with asyncio.timeout(WAIT):
@@ -231,6 +235,11 @@ class LiveView:
         if self._drawn is None or self._drawn[0] is not shown:
             self._drawn = shown, asyncio.ensure_future(asyncio.to_thread(draw, shown, self._names))
         return await asyncio.shield(self._drawn[1])  # one that goes does not take the others' picture with it
+
+
+def _wait_for(event: threading.Event) -> None:
+    while not event.wait(0.2):  # on Windows, Ctrl-C comes between waits
+        pass
 
 
 def draw(shown: Shown, names: list[str]) -> str:

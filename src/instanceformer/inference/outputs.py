@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -98,6 +99,26 @@ class SegmentOutputs:
                 )
 
 
+@dataclass(frozen=True)
+class Segmented:
+    """What became of a video.
+
+    Attributes:
+        frames: how many were looked at.
+        tracks: how many were shown in at least one of them.
+        seconds: that it took.
+    """
+
+    frames: int
+    tracks: int
+    seconds: float
+
+    def __str__(self) -> str:
+        counts = (f"{n} {name}{'' if n == 1 else 's'}" for n, name in ((self.frames, "frame"), (self.tracks, "track")))
+        rate = self.frames / max(self.seconds, 1e-3)
+        return f"{', '.join(counts)}; {self.seconds:.1f} seconds, {rate:.1f} frames a second"
+
+
 def refuse_same(paths: Mapping[str, str | Path | None]) -> None:
     """Refuse to write a file that is read, or two outputs under one name.
 
@@ -128,7 +149,7 @@ def segment_video(
     whole: bool = False,
     on_frame: Callable[[Frame, FrameInstances], None] | None = None,
     progress: bool = False,
-) -> int:
+) -> Segmented:
     """Segment a video and write its instances to all outputs.
 
     Files appear under their names when they are complete; earlier ones stay until then. If the video ends early (the
@@ -147,7 +168,7 @@ def segment_video(
         progress: show a bar on standard error.
 
     Returns:
-        Number of frames looked at.
+        How many frames and tracks there were, and how long it took.
 
     Raises:
         BrokenVideo: only a part of the video could be read; unless ``whole``, the outputs are complete for that part.
@@ -167,7 +188,8 @@ def segment_video(
 
     length = end if video.length is None else min(video.length, end or video.length)
     stopped: BaseException | None = None
-    count, beginning = 0, 0.0
+    count, beginning, shown = 0, 0.0, set[int]()
+    begun = time.monotonic()
     with ExitStack() as stack:
 
         def enter(writer: Writer) -> Writer:
@@ -210,6 +232,7 @@ def segment_video(
                 if masks is not None:
                     masks.write(number, instances)
                 count += 1
+                shown.update(instances.ids.tolist())
                 bar.update()
                 if on_frame is not None:
                     on_frame(frame.image, instances)
@@ -220,7 +243,7 @@ def segment_video(
                 raise stopped
             raise ValueError(f"found no frame from frame {start} on" + (f"; {stopped}" if stopped else "")) from stopped
         if stopped is not None:
-            if not whole:
+            if not whole and outputs.paths:
                 stopped.add_note("what was seen until then is written")
             raise stopped
-    return count
+    return Segmented(count, len(shown), time.monotonic() - begun)

@@ -127,7 +127,7 @@ class InstanceFormer(nn.Module):
 
         Args:
             folder: created if missing.
-            card: of CardOptions: ``license``, ``trained_on``, ``run``.
+            card: of CardOptions: ``name``, ``license``, ``trained_on``, ``run``.
         """
         from instanceformer.checkpoints import hub
 

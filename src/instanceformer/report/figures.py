@@ -35,7 +35,6 @@ from instanceformer.report.videos import Followed, video_name
 from instanceformer.studies.run import Run
 from instanceformer.video.frames import Frame
 
-LAST = "last.ckpt"  # as in training.checkpointing, whose import takes seconds
 PICTURES = 6
 """Frames of a video in a strip, spread evenly."""
 QUERIES = 50
@@ -137,7 +136,7 @@ def make_figures(
         if reason := _unlike_the_tested(run):
             missing.append(f"{name}: reference points and queries are left out: {reason}.")
             continue
-        sights = follow_queries(run.folder / LAST, video, images)
+        sights = follow_queries(run.folder / checkpoints.LAST, video, images)
         strips.append(
             Strip(
                 f"Reference points of the last decoder layer, {name} (figure 4)",
@@ -159,10 +158,12 @@ def make_figures(
 
 def _unlike_the_tested(run: Run) -> str:
     """Why the network of a run cannot be shown; empty if it can."""
-    path = run.folder / LAST
+    path = run.folder / checkpoints.LAST
     if not path.is_file():
-        return f"the folder holds no {LAST}"
-    return "" if hash_file(path) == run.settings.get("weights") else f"{LAST} is not the checkpoint that was tested"
+        return f"the folder holds no {path.name}"
+    return (
+        "" if hash_file(path) == run.settings.get("weights") else f"{path.name} is not the checkpoint that was tested"
+    )
 
 
 def _strip_of_truth(dataset: VideoDataset, video: Video, frames: dict[int, Frame]) -> Strip:

@@ -41,19 +41,23 @@ class ResultsWriter(Callback):
 
     Args:
         path: the result file, a name that ends in .json; relative to the trainer's ``default_root_dir``.
+
+    Attributes:
+        written: the result file that the last ``test`` or ``predict`` wrote; None if it, or this rank, wrote none.
     """
 
     def __init__(self, path: Path = Path("results.json")) -> None:
         if path.suffix != ".json":
             raise ValueError(f"results.path: found {path}, expected a name that ends in .json; its zip comes beside it")
         self.path = path
+        self.written: Path | None = None
         self._parts: ResultParts | None = None
         self._finished: frozenset[int] = frozenset()
         self._checkpoint: object = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the finished videos and have the data module skip them; all ranks use what rank 0 finds."""
-        self._parts = None
+        self._parts = self.written = None
         if stage not in ("test", "predict"):
             return
         data = getattr(trainer, "datamodule", None)
@@ -109,6 +113,7 @@ class ResultsWriter(Callback):
                 assert isinstance(pl_module, InstanceFormerModule)
                 metrics = describe_metrics(pl_module, self._parts.run) if trainer.testing else None
                 pl_module.print(self._parts.merge(metrics))
+                self.written = self._parts.path
                 if raw_videos := trainer.datamodule.raw_videos:  # type: ignore[attr-defined]
                     with replacing(self._parts.path.with_suffix(".videos.json")) as temporary:
                         videos = {video.id: str(video.path) for video in raw_videos}

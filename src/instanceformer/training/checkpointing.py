@@ -24,9 +24,6 @@ from instanceformer.files import replacing
 PAUSE = 1.0
 """Seconds after a signal in which another one counts as the same: launchers and process groups pass signals on."""
 
-LAST = "last.ckpt"
-"""Name of the checkpoint in the run's folder from which a training is resumed."""
-
 
 class CheckpointFiles(CheckpointIO):
     """Writes and reads all checkpoints of the trainer and its callbacks.
@@ -171,7 +168,7 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / LAST, weights_only=False)
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / checkpoints.LAST, weights_only=False)
             self._saved_step = trainer.global_step
 
     def _stops(self, trainer: Trainer) -> bool:
@@ -182,7 +179,7 @@ class LastCheckpoint(Checkpoint):
         number = self._signal or signal.SIGTERM
         if not trainer.is_global_zero:
             raise SystemExit(0)  # Lightning takes any other code for a crash and kills the process that is saving
-        last = Path(trainer.default_root_dir) / LAST
+        last = Path(trainer.default_root_dir) / checkpoints.LAST
         goes_on = f"from {last}" if last.is_file() else "from the beginning"
         name = signal.Signals(number).name
         print(f"stopped by {name} at step {self._saved_step}; the same command goes on {goes_on}")
