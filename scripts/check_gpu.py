@@ -54,14 +54,14 @@ class Stage:
 
 STAGES = (
     Stage("machine", 15, "versions; copies, matrix products, launches"),
-    Stage("kernel_tests", 110, "the tests of deform_attn, compiled, and of CUDA graphs"),
+    Stage("kernel_tests", 95, "the tests of deform_attn, compiled, and of CUDA graphs"),
     Stage("memory", 40, "reads and writes beyond tensors: guards, compute-sanitizer"),
     Stage("operator", 60, "deformable attention against grid_sample, plain and compiled, and other packages"),
-    Stage("training", 80, "20 steps of the paper's network: float32, TF32, bf16-mixed, 16-mixed"),
-    Stage("training_ddp", 35, "the same under DDP with NCCL"),
-    Stage("streaming", 40, "frames a second at 360x640 and 720x1280, from Python and by CUDA graph"),
-    Stage("demo", 60, "the command line: first steps of the demo's trainings, its test"),
-    Stage("training_compiled", 70, "20 steps, compiled"),
+    Stage("training", 90, "20 steps of the paper's network: float32, TF32, bf16-mixed, 16-mixed"),
+    Stage("training_ddp", 30, "the same under DDP with NCCL"),
+    Stage("streaming", 45, "frames a second at 360x640 and 720x1280, from Python and by CUDA graph"),
+    Stage("demo", 50, "the command line: first steps of the demo's trainings, its test"),
+    Stage("training_compiled", 60, "20 steps, compiled"),
     Stage("streaming_compiled", 40, "frames a second, compiled"),
 )
 
