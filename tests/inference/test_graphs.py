@@ -1,10 +1,11 @@
 """What a GPU replays as a graph, and what it does kernel by kernel, are the same."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from tests.inference.conftest import assert_same
 
 from instanceformer import VideoInstanceSegmenter
 from instanceformer.inference import segmenter as segmenter_module
@@ -13,18 +14,6 @@ from instanceformer.inference.tracks import SegmenterOptions
 
 def noise(count, height=90, seed=0):
     return list(np.random.default_rng(seed).integers(0, 255, (count, height, 120, 3), dtype=np.uint8))
-
-
-def assert_same(found, expected, differing=0.0):
-    """All fields are, up to rounding and to so many pixels."""
-    for one, other in zip(found, expected, strict=True):
-        for field in fields(one):
-            a, b = getattr(one, field.name), getattr(other, field.name)
-            if a.dtype == torch.bool:
-                assert a.shape == b.shape
-                assert (a != b).sum() <= differing * a.numel()
-            else:
-                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def pretended(function, written):
@@ -69,7 +58,7 @@ def test_a_captured_frame_gives_the_same(tiny, monkeypatch, options):
     monkeypatch.setattr(segmenter_module, "captured", lambda *args: captures.append(1) or pretended(*args))
     segmenter = VideoInstanceSegmenter(network, options=RULES)
     segmenter._captures = True
-    assert_same(everything_that_may_happen(segmenter), plain)
+    assert_same(everything_that_may_happen(segmenter), plain, differing=0)
     assert 3 < len(captures) < len(plain)  # for two sizes, for new rules, and for more masks
 
 
@@ -82,7 +71,7 @@ def test_a_cuda_graph_gives_what_its_kernels_give_one_by_one(tiny, options, prec
     kernels._captures = False
     found = everything_that_may_happen(graphs)
     assert graphs._captures
-    assert_same(found, everything_that_may_happen(kernels), differing=1e-3)
+    assert_same(found, everything_that_may_happen(kernels))
 
 
 @pytest.mark.parametrize("calls", [0, 2])
@@ -98,5 +87,5 @@ def test_what_cannot_be_captured_runs_without(tiny, monkeypatch, calls):
     segmenter = VideoInstanceSegmenter(network, options=RULES)
     segmenter._captures = True
     with pytest.warns(UserWarning, match=r"take longer: operation not permitted when stream is capturing$") as warned:
-        assert_same(everything_that_may_happen(segmenter), plain)
+        assert_same(everything_that_may_happen(segmenter), plain, differing=0)
     assert len(warned) == 1

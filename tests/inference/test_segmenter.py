@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import needs_bfloat16
+from tests.inference.conftest import assert_same
 from tests.inference.films import moving_square, write_film
 from torch import nn
 
@@ -36,18 +37,6 @@ def tiny(tiny):
         return network
 
     return build
-
-
-def assert_same(found, expected, differing=1e-3):
-    """Up to the pixels whose logit is next to zero."""
-    for one, other in zip(found, expected, strict=True):
-        for field in fields(one):
-            a, b = getattr(one, field.name), getattr(other, field.name)
-            if a.dtype == torch.bool:
-                assert a.shape == b.shape
-                assert (a != b).sum() <= differing * a.numel()
-            else:
-                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"location": "refined", "mask_stride": 4}])
