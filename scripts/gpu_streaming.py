@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -197,10 +197,9 @@ def segmenter_fps(network: InstanceFormer, size: tuple[int, int], count: int, pr
         graph: as it is on a GPU; otherwise kernel by kernel.
     """
     allow_tf32(precision == "tf32")
-    options = SegmenterOptions(
-        size=min(size), max_size=max(size), precision="bf16" if precision == "bf16" else "fp32", birth=0.0, show=0.0
-    )
-    segmenter = VideoInstanceSegmenter(network, options=replace(options, max_tracks=SHOWN))
+    narrow: Literal["fp32", "bf16"] = "bf16" if precision == "bf16" else "fp32"
+    options = SegmenterOptions(0.0, 0.0, max_tracks=SHOWN, size=min(size), max_size=max(size), precision=narrow)
+    segmenter = VideoInstanceSegmenter(network, options=options)
     frames = [moving_squares(*size, 3 * t) for t in range(count + WARM_UP)]
     segmenter._captures = graph
     return count / sum(time_steps(segmenter, frames)[WARM_UP:])

@@ -60,6 +60,11 @@ def test_a_captured_frame_gives_the_same(tiny, monkeypatch, options):
     segmenter._captures = True
     assert_same(everything_that_may_happen(segmenter), plain, differing=0)
     assert 3 < len(captures) < len(plain)  # for two sizes, for new rules, and for more masks
+    captures.clear()
+    for frame in noise(3, height=70, seed=3):  # as the page does, also while nobody moves a slider
+        segmenter.change_rules(birth=0.03, show=0.03, patience=0)
+        segmenter.step(frame)
+    assert not captures
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

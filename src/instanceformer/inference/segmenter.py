@@ -175,8 +175,10 @@ class VideoInstanceSegmenter:
 
     def change_rules(self, *, birth: float, show: float, patience: int) -> None:
         """Apply other rules to the tracks from the next frame on; see ``SegmenterOptions``, also for the errors."""
-        self.options = self._tracks.options = replace(self.options, birth=birth, show=show, patience=patience)
-        self._graphs.clear()
+        options = replace(self.options, birth=birth, show=show, patience=patience)
+        if options != self.options:  # the page calls this after every frame
+            self.options = self._tracks.options = options
+            self._graphs.clear()
 
     def step(self, frame: Frame) -> FrameInstances:
         """Process the next frame of the video.
